@@ -1,0 +1,237 @@
+"""Predict the sentiment of posts.
+
+    python scripts/predict.py CHECKPOINT --image picture.jpg --text "What a lovely morning!"
+    python scripts/predict.py CHECKPOINT --input posts.csv --output predictions.jsonl
+
+The input is a `.csv` or `.jsonl` file with the columns id, text and image (paths relative to the file), or a folder in
+the layout of MVSA. The output has one JSON line a post, in the order of the input: id, label and probabilities. A post
+that cannot be read gets a line with its id and an error instead. Called again with the same output, a run that was
+broken off goes on where it stopped.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
+from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from mvsa import Fault, read_text
+from posts import PostCollator, one_sentence, prediction, write_line
+
+
+@dataclass
+class PredictionArguments:
+    """What to predict, and where to."""
+
+    image: str | None = field(default=None, metadata={"help": "Path or URL of one picture."})
+    text: str | None = field(default=None, metadata={"help": "One text."})
+    input: str | None = field(default=None, metadata={"help": "Or: a .csv or .jsonl file, or a folder like MVSA's."})
+    output: str = field(default="predictions.jsonl", metadata={"help": "JSON lines, for --input."})
+    overwrite: bool = field(default=False, metadata={"help": "Start anew instead of going on with the output."})
+    batch_size: int = field(default=32, metadata={"help": "Posts at a time."})
+    num_workers: int = field(default=1, metadata={"help": "Processes that prepare posts; 0: none beside this one."})
+
+    def __post_init__(self) -> None:
+        if (self.input is None) == (self.image is None and self.text is None):
+            raise ValueError("Give one post with --image and --text, or many with --input.")
+
+
+def read_rows(source: Path) -> Iterator[dict[str, Any]]:
+    """The posts of a file or folder one by one, however many there are: id, and text and image or else an error.
+
+    Raises:
+        ValueError: If the source is neither a folder of posts nor a .csv or .jsonl file.
+    """
+    if source.is_dir():
+        yield from read_folder(source / "data" if (source / "data").is_dir() else source)
+    elif source.suffix == ".csv":
+        with source.open(encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file), start=1):
+                yield locate_picture({"id": str(number), **row}, source.parent)
+    elif source.suffix == ".jsonl":
+        with source.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield locate_picture({"id": str(number), **json.loads(line)}, source.parent)
+                except (TypeError, ValueError) as error:
+                    yield {"id": str(number), "error": f"line {number} is not a JSON object: {error}"}
+    else:
+        raise ValueError(f"{source} is neither a folder nor a .csv or .jsonl file.")
+
+
+def read_folder(folder: Path) -> Iterator[dict[str, Any]]:
+    """The posts <ID>.jpg and <ID>.txt of a folder, by ID."""
+    ids = {path.stem for path in folder.iterdir() if path.suffix in (".jpg", ".txt")}
+    for post_id in sorted(ids, key=lambda post_id: (len(post_id), post_id)):
+        try:
+            yield {
+                "id": post_id,
+                "text": read_text(folder / f"{post_id}.txt"),
+                "image": str(folder / f"{post_id}.jpg"),
+            }
+        except Fault as fault:
+            yield {"id": post_id, "error": ": ".join(fault.args)}
+
+
+def locate_picture(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The row with its picture's path relative to the file that names it; a URL stays."""
+    image = row.get("image")
+    if isinstance(image, str) and "://" not in image:
+        row["image"] = str(folder / image)
+    return row
+
+
+@dataclass
+class PreparedBatches(IterableDataset):
+    """Batches of rows and the model inputs of the good ones, made by one worker process or several.
+
+    Worker k of n makes every n-th batch, and the loader takes from the workers in turn: the order stays.
+    """
+
+    source: Path
+    start: int
+    batch_size: int
+    collator: PostCollator
+
+    def __iter__(self) -> Iterator[tuple[list[dict[str, Any]], dict[str, torch.Tensor] | None]]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        rows = islice(read_rows(self.source), self.start, None)
+        turn = 0
+        while batch := list(islice(rows, self.batch_size)):
+            if turn % count == number:
+                yield prepare(batch, self.collator)
+            turn += 1
+
+
+def prepare(
+    rows: list[dict[str, Any]], collator: PostCollator
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor] | None]:
+    """Make the inputs of the good rows, and give each bad one an error; only a batch that fails is looked at singly.
+
+    Returns:
+        The rows, and the inputs of those without an error, in their order; None if there is no such row.
+    """
+    for row in rows:
+        if "error" not in row:
+            row |= missing_part(row, collator.config.modality)
+    good = [row for row in rows if "error" not in row]
+    try:
+        return rows, collator(good) if good else None
+    except (OSError, TypeError, ValueError):
+        for row in good:
+            row |= unreadable(row, collator)
+        good = [row for row in good if "error" not in row]
+        return rows, collator(good) if good else None
+
+
+def missing_part(row: dict[str, Any], modality: str) -> dict[str, str]:
+    needed = {"both": ("text", "image"), "text": ("text",), "image": ("image",)}[modality]
+    missing = [name for name in needed if not isinstance(row.get(name), str)]
+    return {"error": f"the model needs {' and '.join(missing)}, which this post has not"} if missing else {}
+
+
+def unreadable(row: dict[str, Any], collator: PostCollator) -> dict[str, str]:
+    try:
+        collator([row])
+    except (OSError, TypeError, ValueError) as error:
+        return {"error": str(error)}
+    return {}
+
+
+def lines_done(output: Path) -> tuple[int, str | None]:
+    """How many posts an earlier run finished, and the last one's ID; a line that was broken off is cut away."""
+    count, last, end = 0, None, 0
+    if output.is_file():
+        with output.open("r+b") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    count, last, end = count + 1, line, end + len(line)
+            file.truncate(end)
+    return count, None if last is None else json.loads(last)["id"]
+
+
+def check_same_input(source: Path, output: Path, done: int, last_id: str | None) -> None:
+    """Refuse to go on with predictions of something else.
+
+    Raises:
+        ValueError: If the output's last line is not of the post where it should have stopped.
+    """
+    if done:
+        row = next(islice(read_rows(source), done - 1, None), None)
+        if row is None or str(row["id"]) != last_id:
+            raise ValueError(f"{output} does not belong to {source}: name another --output, or --overwrite it.")
+
+
+@torch.inference_mode()
+def predict_rows(
+    model: ClipCaCgForSequenceClassification,
+    rows: list[dict[str, Any]],
+    inputs: dict[str, torch.Tensor] | None,
+) -> list[dict[str, Any]]:
+    """One line a row: its prediction or its error."""
+    scores = iter(())
+    if inputs is not None:
+        scores = iter(model(**{name: value.to(model.device) for name, value in inputs.items()}).logits.float().cpu())
+    return [
+        {"id": str(row["id"]), "error": row["error"]}
+        if "error" in row
+        else prediction(str(row["id"]), next(scores), model.config)
+        for row in rows
+    ]
+
+
+def predict_file(
+    model: ClipCaCgForSequenceClassification, processor: ClipCaCgProcessor, arguments: PredictionArguments
+) -> None:
+    """Predict every post of `--input`, line by line into `--output`."""
+    source, output = Path(arguments.input), Path(arguments.output)
+    if not source.exists():
+        raise FileNotFoundError(f"There is no {source}.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.overwrite:
+        output.unlink(missing_ok=True)
+    done, last_id = lines_done(output)
+    check_same_input(source, output, done, last_id)
+    collator = PostCollator(processor, model.config)
+    batches = PreparedBatches(source, done, arguments.batch_size, collator)
+    loader = DataLoader(batches, batch_size=None, num_workers=arguments.num_workers)
+    with output.open("a", encoding="utf-8") as file, tqdm(initial=done, unit=" posts") as bar:
+        for rows, inputs in loader:
+            for line in predict_rows(model, rows, inputs):
+                write_line(file, line)
+            file.flush()
+            bar.update(len(rows))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(PredictionArguments, description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", help="Folder or Hub name of a trained model.")
+    with one_sentence():
+        arguments, rest = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+        model = ClipCaCgForSequenceClassification.from_pretrained(rest.checkpoint).to(PartialState().device).eval()
+        processor = ClipCaCgProcessor.from_pretrained(rest.checkpoint)
+        if arguments.input:
+            predict_file(model, processor, arguments)
+            return
+    row = {"id": arguments.image or "text", "text": arguments.text, "image": arguments.image}
+    rows, inputs = prepare([row], PostCollator(processor, model.config))
+    line = predict_rows(model, rows, inputs)[0]
+    if "error" in line:
+        sys.exit(f"predict.py: {line['error']}")
+    write_line(sys.stdout, line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,497 @@
+"""Train CLIP-CA-CG, test it, and leave a checkpoint that loads anywhere.
+
+    accelerate launch scripts/train.py      # the drawn sample, in a minute or two
+    accelerate launch scripts/train.py scripts/configs/mvsa_single.yaml --data_dir MVSA_Single
+    accelerate launch scripts/train.py --dataset_name posts.csv --text_column tweet --output_dir outputs/mine
+
+A YAML file gives defaults that flags override. Without one it is `sample.yaml`, or the paper's recipe
+`mvsa_single.yaml` if data is named. `--help` lists the flags: those below and every one of `TrainingArguments`.
+"""
+
+import json
+import logging
+import math
+import shutil
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+import yaml
+from sklearn.utils.class_weight import compute_class_weight
+from torchvision.transforms import v2
+from transformers import EarlyStoppingCallback, EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
+from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from make_sample import make_tiny_backbones
+from model_card import RunFacts, hardware_name, training_recipe, write_model_card
+from posts import (
+    SAMPLE_FOLDER,
+    DataArguments,
+    PostCollator,
+    label_names,
+    load_posts,
+    one_sentence,
+    prediction,
+    write_line,
+)
+from report import CONFUSION_MATRIX_FILE, CURVES_FILE, plot_confusion_matrix, plot_curves, results_table
+
+logger = logging.getLogger("train")
+
+CONFIGS = Path(__file__).parent / "configs"
+METRIC = str(Path(__file__).parent / "sentiment_metrics")
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: a checkpoint of ours, or backbones and the fields of `ClipCaCgConfig`."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Go on from this CLIP-CA-CG checkpoint."})
+    text_model: str | None = field(default=None, metadata={"help": "Text encoder; default: the sample's tiny one."})
+    vision_model: str | None = field(default=None, metadata={"help": "Vision encoder; default: likewise."})
+    clip_model: str | None = field(default=None, metadata={"help": "For --clip_mode encoder; default: likewise."})
+    clip_mode: str = field(default="encoder", metadata={"help": "encoder, feature or none (w/o Clip)."})
+    modality: str = field(default="both", metadata={"help": "both, image (V only) or text (T only)."})
+    use_cross_attention: bool = field(default=True, metadata={"help": "False: w/o CA."})
+    use_gating: bool = field(default=True, metadata={"help": "False: w/o CG."})
+    hidden_size: int = field(default=768, metadata={"help": "Width of the fusion."})
+    num_attention_heads: int = field(default=8, metadata={"help": "Heads of the cross-attention."})
+    projection_dim: int = field(default=512, metadata={"help": "Width of the shared space of --clip_mode feature."})
+    dropout: float = field(default=0.3, metadata={"help": "Dropout of the fusion."})
+    contrastive_loss_weight: float = field(default=0.1, metadata={"help": "For --clip_mode feature."})
+    freeze_text: bool = field(default=False, metadata={"help": "Do not train the text encoder."})
+    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision encoder."})
+    freeze_clip: bool = field(default=False, metadata={"help": "Do not train the CLIP towers."})
+    class_weights: str = field(default="none", metadata={"help": "none, or balanced: by inverse frequency."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens to keep of a text; stays in the checkpoint."}
+    )
+
+    def config_fields(self) -> dict[str, Any]:
+        names = "clip_mode modality use_cross_attention use_gating hidden_size num_attention_heads projection_dim"
+        return {name: getattr(self, name) for name in f"{names} dropout contrastive_loss_weight".split()}
+
+
+@dataclass
+class RecipeArguments(TrainingArguments):
+    """Every flag of `TrainingArguments`, and what the paper's recipe needs beside them."""
+
+    output_dir: str = field(default="outputs/sample", metadata={"help": "Where the checkpoint and the results go."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew where an earlier run left checkpoints, and delete those."}
+    )
+    adam: bool = field(default=False, metadata={"help": "Adam with coupled weight decay instead of --optim."})
+    backbone_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the backbones; default: --learning_rate."}
+    )
+    step_decay_epochs: int | None = field(
+        default=None, metadata={"help": "Divide the learning rate by 10 every so many epochs; no --lr_scheduler_type."}
+    )
+    early_stopping_patience: int = field(
+        default=0, metadata={"help": "Stop after so many evaluations without a better one; 0: never."}
+    )
+    augment: bool = field(default=False, metadata={"help": "Crop, flip and colour training pictures at random."})
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, RecipeArguments]:
+    """Read a YAML file of defaults, if the first word names one, and the flags that override it.
+
+    Raises:
+        ValueError: If the file holds a key that is no flag.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, RecipeArguments), description=__doc__.split("\n")[0])
+    has_data = any(word.startswith(("--data_dir", "--dataset_name")) for word in argv)
+    config = CONFIGS / ("mvsa_single.yaml" if has_data else "sample.yaml")
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        config, argv = Path(argv[0]), argv[1:]
+    defaults = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    unknown = defaults.keys() - {action.dest for action in parser._actions}
+    if unknown:
+        raise ValueError(f"{config}: no flag is called {', '.join(sorted(unknown))}; --help lists them all.")
+    parser.set_defaults(**defaults)
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def build(
+    arguments: ModelArguments, is_sample: bool, names: list[str] | None
+) -> tuple[ClipCaCgForSequenceClassification, ClipCaCgProcessor]:
+    """The model, frozen where asked for, and its processor.
+
+    Args:
+        arguments: Which ones.
+        is_sample: Take the sample's tiny backbones where none are named.
+        names: Names of the classes, or None for a regression.
+
+    Raises:
+        ValueError: If a backbone is needed and not named.
+    """
+    if names is None:
+        labels = {"num_labels": 1, "problem_type": "regression"}
+    else:
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    if arguments.model_name_or_path:
+        source = arguments.model_name_or_path
+        model = ClipCaCgForSequenceClassification.from_pretrained(
+            source, dtype=torch.float32, ignore_mismatched_sizes=True, **labels
+        )
+        processor = ClipCaCgProcessor.from_pretrained(source)
+    else:
+        backbones = backbone_names(arguments, is_sample)
+        model = ClipCaCgForSequenceClassification.from_backbones(**backbones, **arguments.config_fields(), **labels)
+        processor = ClipCaCgProcessor.from_backbones(**backbones)
+    if arguments.max_length:
+        processor.tokenizer.model_max_length = min(arguments.max_length, processor.tokenizer.model_max_length)
+    model.freeze_backbones(arguments.freeze_text, arguments.freeze_vision, arguments.freeze_clip)
+    return model, processor
+
+
+def backbone_names(arguments: ModelArguments, is_sample: bool) -> dict[str, str | None]:
+    """The three names that `from_backbones` takes; CLIP's only where the model has CLIP's towers."""
+    needed = ["text_model", "vision_model"]
+    if arguments.clip_mode == "encoder" and arguments.modality == "both":
+        needed.append("clip_model")
+    names = {name: getattr(arguments, name) for name in needed}
+    if is_sample and None in names.values():
+        tiny = make_tiny_backbones(SAMPLE_FOLDER / "backbones")
+        names = {name: value or str(tiny / name.removesuffix("_model")) for name, value in names.items()}
+    missing = [f"--{name}" for name, value in names.items() if value is None]
+    if missing:
+        raise ValueError(f"Name {' and '.join(missing)}: a Hub name or a folder.")
+    return names
+
+
+def prepare_training(
+    dataset: datasets.Dataset, processor: ClipCaCgProcessor, collator: PostCollator, augment: bool
+) -> datasets.Dataset:
+    """Add the texts' lengths, by which batches can be grouped, and random changes to the pictures if asked for."""
+    if collator.config.modality != "image":
+        encoded = processor.tokenizer(list(dataset["text"]), truncation=True)
+        dataset = dataset.add_column("length", [len(ids) for ids in encoded["input_ids"]])
+    if augment and collator.config.modality != "text":
+        dataset = dataset.cast_column("image", datasets.Image())
+        dataset = dataset.with_transform(change_pictures, columns=["image"], output_all_columns=True)
+    return dataset
+
+
+def change_pictures(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Crop, flip and colour each picture at random; our choice, weak enough to leave its sentiment alone."""
+    change = v2.Compose(
+        [
+            v2.RGB(),
+            v2.RandomResizedCrop(256, scale=(0.7, 1.0), ratio=(0.8, 1.25), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
+        ]
+    )
+    return {"image": [change(image) for image in columns["image"]]}
+
+
+def balanced_weights(dataset: datasets.Dataset) -> list[float]:
+    """One weight a class, inverse to its frequency, 1 on average over the posts; scikit-learn's "balanced".
+
+    Raises:
+        ValueError: If a class has no post.
+    """
+    counts = np.bincount(dataset["label"], minlength=dataset.features["label"].num_classes)
+    if not counts.all():
+        raise ValueError("--class_weights balanced needs posts of every class in the training split.")
+    return compute_class_weight("balanced", classes=np.arange(len(counts)), y=np.asarray(dataset["label"])).tolist()
+
+
+def set_loss(
+    model: ClipCaCgForSequenceClassification,
+    arguments: RecipeArguments,
+    model_arguments: ModelArguments,
+    train: datasets.Dataset,
+) -> None:
+    """Put label smoothing and class weights into the model's own loss.
+
+    The Trainer's label smoothing would take the labels away from the model, and the contrastive loss with them.
+    """
+    model.config.label_smoothing, arguments.label_smoothing_factor = arguments.label_smoothing_factor, 0.0
+    if model_arguments.class_weights not in ("none", "balanced"):
+        raise ValueError(f"--class_weights must be none or balanced, not {model_arguments.class_weights!r}.")
+    model.config.class_weights = balanced_weights(train) if model_arguments.class_weights == "balanced" else None
+
+
+class SentimentTrainer(Trainer):
+    """The Trainer with the paper's optimizer and schedule, and a learning rate of their own for the backbones."""
+
+    args: RecipeArguments
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            if self.args.adam:
+                betas = (self.args.adam_beta1, self.args.adam_beta2)
+                optimizer_class = partial(torch.optim.Adam, betas=betas, eps=self.args.adam_epsilon)
+                settings: dict[str, Any] = {"lr": self.args.learning_rate}
+            else:
+                optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(self.parameter_groups(model), **settings)
+        return self.optimizer
+
+    def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        """Backbones and the rest, each with and without weight decay; Adam as in the paper decays everything."""
+        encoders = self.accelerator.unwrap_model(model).backbones().values()
+        in_backbone = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                key = (id(parameter) in in_backbone, self.args.adam or name in decayed)
+                groups.setdefault(key, []).append(parameter)
+        rates = {True: self.args.backbone_learning_rate or self.args.learning_rate, False: self.args.learning_rate}
+        return [
+            {"params": parameters, "lr": rates[backbone], "weight_decay": self.args.weight_decay if decay else 0.0}
+            for (backbone, decay), parameters in groups.items()
+        ]
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.args.step_decay_epochs is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        steps = self.args.step_decay_epochs * math.ceil(len(self.train_dataset) / batch)
+        self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer or self.optimizer, step_size=steps, gamma=0.1)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> torch.utils.data.Sampler:
+        # In their order, however training samples: predictions are written beside the IDs of the posts.
+        return torch.utils.data.SequentialSampler(eval_dataset)
+
+
+def load_metric(regression: bool) -> evaluate.Metric:
+    """Our metric, from the folder beside this file."""
+    return evaluate.load(METRIC, *(["regression"] if regression else []), keep_in_memory=True)
+
+
+def score(logits: np.ndarray, labels: np.ndarray, metric: evaluate.Metric, names: list[str] | None) -> dict[str, Any]:
+    """All that the metric says of logits (posts, labels) against the true labels (posts,)."""
+    values = logits.reshape(-1) if names is None else logits.argmax(axis=-1)
+    labels_named = {} if names is None else {"label_names": names}
+    return metric.compute(predictions=values, references=labels.reshape(-1), **labels_named)
+
+
+def compute_metrics(evaluated: EvalPrediction, metric: evaluate.Metric, names: list[str] | None) -> dict[str, float]:
+    """The numbers among them, which is what the Trainer logs and chooses by."""
+    scores = score(np.asarray(evaluated.predictions), evaluated.label_ids, metric, names)
+    return {name: value for name, value in scores.items() if isinstance(value, float)}
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; the Trainer writes its own state last."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(checkpoint)
+        except (OSError, ValueError):
+            logger.warning("%s was not written to its end and is passed over", checkpoint)
+    return None
+
+
+def where_to_resume(arguments: RecipeArguments) -> str | None:
+    """The checkpoint to go on from, or None to start anew.
+
+    Raises:
+        ValueError: If that would mix this run's checkpoints with those of an earlier one.
+    """
+    last = last_checkpoint(Path(arguments.output_dir))
+    asked = arguments.resume_from_checkpoint
+    if asked and str(asked).lower() in ("true", "last"):
+        if last is None:
+            logger.warning("%s holds no checkpoint to go on from: training starts anew", arguments.output_dir)
+        return last
+    if asked and str(asked).lower() != "false":
+        return str(asked)
+    if last is not None and not arguments.overwrite_output_dir:
+        raise ValueError(
+            f"{arguments.output_dir} holds checkpoints of an earlier run: go on with --resume_from_checkpoint True, "
+            "start anew with --overwrite_output_dir, or name another --output_dir."
+        )
+    if last is not None:
+        remove_checkpoints(arguments)
+    return None
+
+
+def remove_checkpoints(arguments: RecipeArguments) -> None:
+    """Delete an earlier run's checkpoints, which the Trainer would count and choose from as its own."""
+    with arguments.main_process_first(desc="removing an earlier run's checkpoints"):
+        for folder in Path(arguments.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modality: str) -> None:
+    """Settle what depends on the data: without validation nothing can be chosen; a regression wants a small error."""
+    arguments.remove_unused_columns = False  # the collator reads columns that the model does not know
+    arguments.dataloader_pin_memory &= torch.cuda.is_available()
+    arguments.restore_callback_states_from_checkpoint = True  # early stopping goes on counting after a resume
+    if modality == "image" and arguments.train_sampling_strategy == "group_by_length":
+        arguments.train_sampling_strategy = "random"
+    if label_names(posts) is None and arguments.metric_for_best_model in (None, "accuracy"):
+        arguments.metric_for_best_model, arguments.greater_is_better = "mse", False
+    if "validation" not in posts:
+        logger.warning("there is no validation split: nothing is evaluated during training, the last epoch is kept")
+        arguments.eval_strategy, arguments.load_best_model_at_end = "no", False
+        arguments.early_stopping_patience = 0
+
+
+def make_trainer(
+    arguments: RecipeArguments,
+    model: ClipCaCgForSequenceClassification,
+    processor: ClipCaCgProcessor,
+    posts: datasets.DatasetDict,
+) -> SentimentTrainer:
+    """Put the parts together."""
+    names = label_names(posts)
+    collator = PostCollator(processor, model.config)
+    patience = arguments.early_stopping_patience
+    return SentimentTrainer(
+        model=model,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=prepare_training(posts["train"], processor, collator, arguments.augment),
+        eval_dataset=posts.get("validation"),
+        processing_class=processor,
+        compute_metrics=partial(compute_metrics, metric=load_metric(names is None), names=names),
+        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
+    )
+
+
+def evaluate_splits(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> dict[str, dict[str, Any]]:
+    """Score the validation and the test split, as far as they exist, and write what was found.
+
+    Leaves `all_results.json` with the scores, prefixed `eval_` and `test_`, and `predictions.jsonl` of the last split.
+
+    Returns:
+        Split name to the metric's scores.
+    """
+    names, results = label_names(posts), {}
+    metric = load_metric(names is None)
+    for split, prefix in (("validation", "eval"), ("test", "test")):
+        if split not in posts:
+            continue
+        output = trainer.predict(posts[split], metric_key_prefix=prefix)
+        results[split] = score(output.predictions, output.label_ids, metric, names)
+        details = {f"{prefix}_{name}": value for name, value in results[split].items()}
+        trainer.save_metrics(prefix, {**output.metrics, **details})
+        if trainer.is_world_process_zero():
+            scores = torch.from_numpy(output.predictions)
+            lines = [prediction(*post, trainer.model.config) for post in zip(posts[split]["id"], scores, strict=True)]
+            with (Path(trainer.args.output_dir) / "predictions.jsonl").open("w", encoding="utf-8") as file:
+                for line in lines:
+                    write_line(file, line)
+            logger.info("\n%s, %d posts\n%s\n", split, len(posts[split]), results_table(results[split], names))
+    return results
+
+
+def data_kind(arguments: DataArguments, posts: datasets.DatasetDict) -> str:
+    """Which data the model card speaks of."""
+    if arguments.is_sample:
+        return "sample"
+    return f"mvsa-{next(iter(posts.values())).info.config_name}" if arguments.data_dir else "other"
+
+
+def complete_checkpoint(
+    trainer: SentimentTrainer,
+    posts: datasets.DatasetDict,
+    results: dict[str, dict[str, Any]],
+    arguments: tuple[ModelArguments, DataArguments],
+    seconds: float,
+) -> None:
+    """Add the pictures and the model card, and take out what is of no use elsewhere."""
+    folder, (model_arguments, data_arguments) = Path(trainer.args.output_dir), arguments
+    last = list(results.values())[-1:]
+    if last and "confusion_matrix" in last[0]:
+        plot_confusion_matrix(last[0]["confusion_matrix"], label_names(posts), folder / CONFUSION_MATRIX_FILE)
+    plot_curves(trainer.state.log_history, folder / CURVES_FILE)
+    # A pickle of the arguments, with paths of this machine.
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    facts = RunFacts(
+        config=trainer.model.config,
+        data_kind=data_kind(data_arguments, posts),
+        dataset_name=data_arguments.dataset_name or data_arguments.data_dir or "the drawn sample",
+        splits=f"{data_arguments.splits} (seed {data_arguments.split_seed})",
+        num_posts={split: len(dataset) for split, dataset in posts.items()},
+        base_models=base_models(model_arguments),
+        hub_model_id=trainer.args.hub_model_id,
+        training=recipe(trainer.args, model_arguments),
+        seconds=seconds,
+        hardware=hardware_name(trainer.args),
+        validation=results.get("validation"),
+        test=results.get("test"),
+    )
+    write_model_card(folder, facts)
+    logger.info("Checkpoint, results and model card are in %s", folder)
+
+
+def recipe(arguments: RecipeArguments, model_arguments: ModelArguments) -> dict[str, Any]:
+    """The settings that the model card tells, ours included."""
+    values = training_recipe(arguments)
+    if arguments.adam:
+        values["optim"] = "Adam with coupled weight decay"
+    if arguments.step_decay_epochs:
+        values["lr_scheduler_type"] = f"divided by 10 every {arguments.step_decay_epochs} epochs"
+    frozen = [part for part in ("text", "vision", "clip") if getattr(model_arguments, f"freeze_{part}")]
+    ours = {
+        "backbone_learning_rate": arguments.backbone_learning_rate,
+        "early_stopping_patience": arguments.early_stopping_patience,
+        "frozen_backbones": ", ".join(frozen),
+        "class_weights": model_arguments.class_weights.replace("none", ""),
+        "augment": arguments.augment,
+    }
+    return values | {name: value for name, value in ours.items() if value}
+
+
+def base_models(arguments: ModelArguments) -> dict[str, str]:
+    """Part to the pretrained weights it started from; the sample's random ones do not count."""
+    if arguments.model_name_or_path:
+        return {"model": arguments.model_name_or_path}
+    names = {part: getattr(arguments, f"{part}_model") for part in ("text", "vision", "clip")}
+    unused = {"text": "image", "vision": "text"}
+    return {part: name for part, name in names.items() if name and unused.get(part) != arguments.modality}
+
+
+def set_up_logging(is_main: bool) -> None:
+    """Say what happens once, whatever the number of processes."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if is_main else logging.ERROR)
+    for name in ("train", "posts", "mvsa"):
+        logging.getLogger(name).setLevel(logging.INFO if is_main else logging.ERROR)
+
+
+def main(argv: list[str] | None = None) -> None:
+    with one_sentence():
+        model_arguments, data_arguments, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    set_up_logging(arguments.process_index == 0)
+    set_seed(arguments.seed)
+
+    with one_sentence():
+        with arguments.main_process_first(desc="loading the posts"):
+            posts = load_posts(data_arguments, model_arguments.modality)
+        adapt_to_data(arguments, posts, model_arguments.modality)
+        checkpoint = where_to_resume(arguments)
+        model, processor = build(model_arguments, data_arguments.is_sample, label_names(posts))
+        set_loss(model, arguments, model_arguments, posts["train"])
+
+    trainer = make_trainer(arguments, model, processor, posts)
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", trained.metrics)
+    results = evaluate_splits(trainer, posts)
+    if trainer.is_world_process_zero():
+        seconds = trained.metrics["train_runtime"]
+        complete_checkpoint(trainer, posts, results, (model_arguments, data_arguments), seconds)
+
+
+if __name__ == "__main__":
+    main()

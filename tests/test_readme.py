@@ -1,0 +1,103 @@
+"""The README's commands and code do what they say."""
+
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+INSTALLING = [command for command in COMMANDS if command.startswith("pip install")]
+TRAINING = [command for command in COMMANDS if "scripts/train.py" in command and command not in INSTALLING]
+OTHERS = [command for command in COMMANDS if command not in INSTALLING + TRAINING]
+
+
+@pytest.fixture
+def place(posts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, where the README's names exist: MVSA folders, posts.csv, posts.jsonl and post.jpg."""
+    for name, target in (("pictures", posts_folder / "data"), ("scripts", ROOT / "scripts")):
+        (tmp_path / name).symlink_to(target)
+    for name in ("MVSA_Single", "MVSA_Multiple"):
+        (tmp_path / name).symlink_to(posts_folder)
+    rows = [
+        {"picture": f"pictures/{number}.jpg", "tweet": f"post {number}", "mood": ("good", "bad")[number % 2]}
+        for number in range(1, 41)
+    ]
+    table = datasets.Dataset.from_list(rows)
+    table.to_csv(tmp_path / "posts.csv")
+    table.rename_columns({"picture": "image", "tweet": "text"}).to_json(tmp_path / "posts.jsonl")
+    Image.new("RGB", (80, 60), "orange").save(tmp_path / "post.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
+    """Run a command's script in this process: its launcher is not ours to test."""
+    words = shlex.split(command)
+    script = next(number for number, word in enumerate(words) if word.startswith("scripts/"))
+    monkeypatch.setattr(sys, "argv", [*words[script:], *more])
+    importlib.import_module(Path(words[script]).stem).main()
+
+
+def test_there_are_two_commands_to_install_and_ci_runs_both() -> None:
+    run_it, test_it = INSTALLING
+    assert run_it == "pip install -e . && accelerate launch scripts/train.py"
+    assert test_it == 'pip install -e ".[test]" && python -m pytest'
+    ci = (ROOT / ".ci/run").read_text()
+    assert "readme_command 'pip install -e . && accelerate launch scripts/train.py'" in ci
+    assert "readme_command 'python -m pytest'" in ci
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_training(command: str, place: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tiny backbones and for four steps; everything else as it stands."""
+    names = [word for part in ("text", "vision", "clip") for word in (f"--{part}_model", str(backbones / part))]
+    small = ["--hidden_size", "32", "--num_attention_heads", "4", "--max_steps", "4"]
+    run(command, monkeypatch, *names, *small, "--dataloader_num_workers", "0")
+    assert len(list(place.glob("outputs/*/all_results.json"))) == 1
+
+
+def test_the_code_prints_a_probability_a_label(
+    checkpoint: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "outputs").mkdir()
+    (place / "outputs/sample").symlink_to(checkpoint)
+    exec(CODE[0], {})
+    shown = dict(re.findall(r"^(\w+): (\d\.\d+)$", capsys.readouterr().out, re.M))
+    assert shown.keys() == {"negative", "neutral", "positive"}
+    assert sum(map(float, shown.values())) == pytest.approx(1, abs=0.002)
+
+
+def test_the_code_builds_on_backbones(backbones: Path) -> None:
+    code = CODE[1]
+    for name, part in (
+        ("FacebookAI/roberta-base", "text"),
+        ("microsoft/resnet-50", "vision"),
+        ("openai/clip-vit-base-patch32", "clip"),
+    ):
+        assert name in code
+        code = code.replace(name, str(backbones / part))
+    built: dict[str, object] = {}
+    exec(code, built)
+    assert set(built["processor"].model_input_names) >= set(built["model"].model.required_inputs())
+
+
+def test_scoring_predicting_and_preparing(
+    checkpoint: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "outputs").mkdir()
+    (place / "outputs/sample").symlink_to(checkpoint)
+    for command in OTHERS:
+        run(command, monkeypatch, *(["--data_dir", "MVSA_Single"] if "evaluate" in command else []))
+    shown = capsys.readouterr().out
+    assert "Weighted F1" in shown and '"label"' in shown
+    assert (place / "results.json").is_file() and (place / "results.png").is_file()
+    assert len((place / "predictions.jsonl").read_text().splitlines()) == 40
+    assert datasets.load_dataset(str(place / "prepared"))["train"].features["label"].names[0] == "negative"

@@ -1,0 +1,290 @@
+"""Training, from the command line to what it leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import predict
+import train
+from posts import DataArguments, load_posts
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+CODE = {"configuration_clipcacg.py", "modeling_clipcacg.py", "processing_clipcacg.py"}
+FAST = "--hidden_size 32 --num_attention_heads 4 --train_sampling_strategy group_by_length".split()
+
+
+def flags(posts: Path, backbones: Path, output: Path, *more: str) -> list[str]:
+    """The sample's config on a small data set of the same kind, two epochs."""
+    names = {part: str(backbones / part) for part in ("text", "vision", "clip")}
+    return [
+        str(SCRIPTS / "configs" / "sample.yaml"), "--data_dir", str(posts), "--output_dir", str(output),
+        "--text_model", names["text"], "--vision_model", names["vision"], "--clip_model", names["clip"],
+        "--num_train_epochs", "2", "--overwrite_output_dir", "False", "--disable_tqdm", "True", *FAST, *more,
+    ]  # fmt: skip
+
+
+def launch(script: str, arguments: list[str], *options: str) -> list[str]:
+    """The command line of a script under `accelerate launch`."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *options]
+    return [*launcher, str(SCRIPTS / script), *arguments]
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(posts_folder: Path, backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that the script, launched for real, left behind."""
+    output = tmp_path_factory.mktemp("trained") / "model"
+    command = launch("train.py", flags(posts_folder, backbones, output))
+    subprocess.run(command, check=True, cwd=output.parent, capture_output=True, text=True)
+    return output
+
+
+def test_a_run_leaves_scores_predictions_pictures_and_a_whole_checkpoint(trained: Path) -> None:
+    scores = results(trained)
+    for prefix in ("eval", "test"):
+        assert {f"{prefix}_{name}" for name in ("accuracy", "f1", "f1_macro", "per_class", "confusion_matrix")} <= set(
+            scores
+        )
+    lines = [json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()]
+    posts = sum(map(sum, scores["test_confusion_matrix"]))
+    assert len(lines) == posts and set(lines[0]["probabilities"]) == {"negative", "neutral", "positive"}
+    names = {path.name for path in trained.iterdir()}
+    assert CODE | {"model.safetensors", "config.json", "processor_config.json", "README.md"} <= names
+    assert {"confusion_matrix.png", "training_curves.png", "clip_tokenizer"} <= names
+    assert not any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+
+
+def test_predictions_stand_beside_the_ids_of_their_posts(trained: Path, posts_folder: Path, tmp_path: Path) -> None:
+    predict.main([str(trained), "--input", str(posts_folder), "--output", str(tmp_path / "all.jsonl")])
+    everything = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    by_id = {line["id"]: line["probabilities"] for line in everything}
+    for line in map(json.loads, (trained / "predictions.jsonl").read_text().splitlines()):
+        assert line["probabilities"] == pytest.approx(by_id[line["id"]], abs=1e-5)
+
+
+def test_evaluation_of_the_checkpoint_repeats_the_test_scores(trained: Path, posts_folder: Path) -> None:
+    arguments = [str(trained), "--data_dir", str(posts_folder), "--splits", "random", "--output", "scores/found.json"]
+    command = [sys.executable, str(SCRIPTS / "evaluate_checkpoint.py"), *arguments]
+    done = subprocess.run(command, check=True, cwd=trained.parent, capture_output=True, text=True)
+    found = json.loads((trained.parent / "scores/found.json").read_text())
+    expected = results(trained)
+    for name in ("accuracy", "f1", "f1_macro", "confusion_matrix"):
+        assert found[name] == expected[f"test_{name}"]
+    assert "Weighted F1" in done.stdout and (trained.parent / "scores/found.png").is_file()
+
+
+def test_a_killed_run_goes_on_to_the_very_same_result(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    steps = ["--save_strategy", "steps", "--save_steps", "3", "--eval_strategy", "steps", "--eval_steps", "3"]
+    command = {
+        name: launch("train.py", flags(posts_folder, backbones, tmp_path / name, *steps, "--save_total_limit", "9"))
+        for name in ("whole", "killed")
+    }
+    subprocess.run(command["whole"], check=True, cwd=tmp_path, capture_output=True)
+    process = subprocess.Popen(
+        command["killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    # The Trainer writes trainer_state.json last.
+    while not (tmp_path / "killed/checkpoint-3/trainer_state.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/all_results.json").exists()
+    resumed = [*command["killed"], "--resume_from_checkpoint", "True"]
+    subprocess.run(resumed, check=True, cwd=tmp_path, capture_output=True)
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    for name in ("eval_accuracy", "eval_loss", "test_accuracy", "test_f1", "test_loss", "test_confusion_matrix"):
+        assert results(tmp_path / "whole")[name] == results(tmp_path / "killed")[name]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_metrics_of_one(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    """To rounding, where nothing depends on the batch of one process: no dropout, BatchNorm or contrastive loss."""
+    shutil.copytree(backbones, tmp_path / "backbones")
+    config = json.loads((tmp_path / "backbones/text/config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (tmp_path / "backbones/text/config.json").write_text(json.dumps(config))
+    more = ["--dropout", "0", "--freeze_vision", "--clip_mode", "feature", "--contrastive_loss_weight", "0"]
+    for processes, size in ((1, 16), (2, 8)):
+        batch = ["--per_device_train_batch_size", str(size), "--max_train_samples", "80"]
+        arguments = flags(posts_folder, tmp_path / "backbones", tmp_path / str(processes), *more, *batch)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command = [*torchrun, "--standalone", str(SCRIPTS / "train.py"), *arguments, "--use_cpu"]
+        subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    one, two = results(tmp_path / "1"), results(tmp_path / "2")
+    for name in ("eval_accuracy", "test_accuracy", "test_f1", "eval_loss", "test_loss"):
+        assert one[name] == pytest.approx(two[name], abs=1e-4)
+
+
+def test_the_yaml_gives_defaults_and_flags_override_them(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("learning_rate: 0.25\nmodality: text\nuse_gating: false\nfreeze_text: true\n")
+    model, _, arguments = train.parse_arguments([str(config), "--modality", "image", "--output_dir", str(tmp_path)])
+    assert (arguments.learning_rate, model.modality, model.use_gating, model.freeze_text) == (
+        0.25,
+        "image",
+        False,
+        True,
+    )
+    assert train.parse_arguments([])[2].output_dir == "outputs/sample"
+    assert train.parse_arguments(["--data_dir", "somewhere"])[2].adam
+    config.write_text("learning_rat: 0.25\n")
+    with pytest.raises(ValueError, match="learning_rat;"):
+        train.parse_arguments([str(config)])
+
+
+@pytest.mark.parametrize("name", ["mvsa_single", "mvsa_multiple"])
+def test_the_mvsa_configs_are_the_papers_recipe(name: str) -> None:
+    model, _, arguments = train.parse_arguments([str(SCRIPTS / f"configs/{name}.yaml")])
+    assert (model.text_model, model.vision_model) == ("FacebookAI/roberta-base", "microsoft/resnet-50")
+    assert (model.clip_model, model.clip_mode, model.dropout) == ("openai/clip-vit-base-patch32", "encoder", 0.3)
+    assert (arguments.adam, arguments.learning_rate, arguments.weight_decay) == (True, 1e-4, 1e-5)
+    assert (arguments.step_decay_epochs, arguments.num_train_epochs) == (10, 100)
+    assert arguments.per_device_train_batch_size == {"mvsa_single": 64, "mvsa_multiple": 128}[name]
+
+
+def test_the_papers_optimizer_and_schedule(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    more = ["--adam", "--step_decay_epochs", "1", "--backbone_learning_rate", "0.0002", "--freeze_vision"]
+    trainer = build_trainer(flags(posts_folder, backbones, tmp_path, *more))
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is torch.optim.Adam
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == [0.0002, 0.001]
+    in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    vision = trainer.model.backbones()["vision"]
+    assert not any(id(p) in in_optimizer for p in vision.parameters())
+    assert in_optimizer == {id(p) for p in trainer.model.parameters() if p.requires_grad}
+    steps = len(trainer.get_train_dataloader())
+    scheduler = trainer.create_scheduler(2 * steps, optimizer)
+    for _ in range(steps):
+        assert max(scheduler.get_last_lr()) == 0.001
+        optimizer.step()
+        scheduler.step()
+    assert max(scheduler.get_last_lr()) == pytest.approx(0.0001)
+
+
+def build_trainer(argv: list[str]) -> train.SentimentTrainer:
+    model_arguments, data_arguments, arguments = train.parse_arguments(argv)
+    posts = load_posts(data_arguments)
+    train.adapt_to_data(arguments, posts, model_arguments.modality)
+    model, processor = train.build(model_arguments, data_arguments.is_sample, train.label_names(posts))
+    train.set_loss(model, arguments, model_arguments, posts["train"])
+    return train.make_trainer(arguments, model, processor, posts)
+
+
+def test_smoothing_and_class_weights_reach_the_models_own_loss(
+    posts_folder: Path, backbones: Path, tmp_path: Path
+) -> None:
+    more = ["--label_smoothing_factor", "0.1", "--class_weights", "balanced"]
+    trainer = build_trainer(flags(posts_folder, backbones, tmp_path, *more))
+    assert trainer.label_smoother is None and trainer.model.config.label_smoothing == 0.1
+    counts = torch.bincount(torch.tensor(trainer.train_dataset["label"]))
+    weights = torch.tensor(trainer.model.config.class_weights)
+    assert torch.allclose(weights * counts, torch.full((3,), counts.sum() / 3))
+
+
+def test_an_occupied_output_folder_is_refused(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7/trainer_state.json").write_text("{}")
+    with pytest.raises(SystemExit, match="--resume_from_checkpoint True"):
+        train.main(flags(posts_folder, backbones, tmp_path))
+    assert (tmp_path / "checkpoint-7").is_dir()
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for number, state in ((20, "{}"), (100, '{"epo'), (120, None)):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{number}/trainer_state.json").write_text(state)
+    assert train.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+
+
+def table_of_pictures(folder: Path, label: Any) -> list[dict[str, Any]]:
+    """Forty posts with a red or a blue picture each; `label` is a function of that."""
+    rows = []
+    for number in range(40):
+        colour = ("red", "blue")[number % 2]
+        Image.new("RGB", (40, 30), colour).save(folder / f"{number}.png")
+        rows.append({"picture": f"{number}.png", "tweet": f"a {colour} day {number}", "mood": label(number % 2)})
+    return rows
+
+
+COLUMNS = ["--image_column", "picture", "--text_column", "tweet", "--label_column", "mood"]
+
+
+def any_dataset(name: Path, posts: Path, backbones: Path, output: Path, *more: str) -> list[str]:
+    arguments = flags(posts, backbones, output, "--dataset_name", str(name), *more)
+    where = arguments.index("--data_dir")
+    return arguments[:where] + arguments[where + 2 :]
+
+
+def test_a_csv_with_labels_in_words(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    rows = table_of_pictures(tmp_path, lambda number: ("sad, very", "glad")[number])
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "posts.csv")
+    output = tmp_path / "model"
+    train.main(any_dataset(tmp_path / "posts.csv", posts_folder, backbones, output, *COLUMNS, "--augment"))
+    config = json.loads((output / "config.json").read_text())
+    assert config["id2label"] == {"0": "glad", "1": "sad, very"}
+    assert results(output)["test_per_class"].keys() == {"glad", "sad, very"}
+
+
+def test_json_lines_with_floats_are_a_regression(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    rows = table_of_pictures(tmp_path, lambda number: 0.5 - number)
+    datasets.Dataset.from_list(rows).to_json(tmp_path / "posts.jsonl")
+    output = tmp_path / "model"
+    train.main(any_dataset(tmp_path / "posts.jsonl", posts_folder, backbones, output, *COLUMNS))
+    config = json.loads((output / "config.json").read_text())
+    assert config["problem_type"] == "regression" and results(output)["test_mse"] < 1
+    assert "value" in json.loads((output / "predictions.jsonl").read_text().splitlines()[0])
+
+
+def test_an_imagefolder_with_metadata(tmp_path: Path) -> None:
+    for split, size in (("train", 30), ("test", 10)):
+        folder = tmp_path / split
+        folder.mkdir()
+        rows = table_of_pictures(folder, int)[:size]
+        rows = [{"file_name": row["picture"], "text": row["tweet"], "label": row["mood"]} for row in rows]
+        datasets.Dataset.from_list(rows).to_json(folder / "metadata.jsonl")
+    posts = load_posts(DataArguments(dataset_name=str(tmp_path)))
+    assert {split: len(dataset) for split, dataset in posts.items()} == {"train": 26, "test": 10, "validation": 4}
+    assert posts["train"].features["label"].names == ["0", "1"]
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(table_of_pictures(tmp_path, int)).to_csv(tmp_path / "posts.csv")
+    with pytest.raises(ValueError, match="no column label, text, image; it has picture, tweet, mood"):
+        load_posts(DataArguments(dataset_name=str(tmp_path / "posts.csv")))
+
+
+def test_no_validation_split_keeps_the_last_epoch(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    ids = [path.stem for path in (posts_folder / "data").glob("*.txt")]
+    (tmp_path / "split.json").write_text(json.dumps({"train": ids[:60], "test": ids[60:90]}))
+    more = ["--splits", str(tmp_path / "split.json"), "--modality", "image", "--max_train_samples", "20"]
+    train.main(flags(posts_folder, backbones, tmp_path / "model", *more))
+    scores = results(tmp_path / "model")
+    assert "test_accuracy" in scores and "eval_accuracy" not in scores
+    assert json.loads((tmp_path / "model/config.json").read_text())["modality"] == "image"
+
+
+def test_training_goes_on_from_a_checkpoint_of_ours(
+    trained: Path, posts_folder: Path, backbones: Path, tmp_path: Path
+) -> None:
+    # Frozen, or training would move its BatchNorm statistics at any learning rate.
+    more = ["--model_name_or_path", str(trained), "--learning_rate", "0", "--num_train_epochs", "1", "--freeze_vision"]
+    train.main(flags(posts_folder, backbones, tmp_path / "model", *more))
+    assert results(tmp_path / "model")["test_confusion_matrix"] == results(trained)["test_confusion_matrix"]
