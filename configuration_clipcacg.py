@@ -1,0 +1,221 @@
+"""Configuration of CLIP-CA-CG, an image-text sentiment model.
+
+Source: Lu, Ni and Ding, "Cross-Modal Sentiment Analysis Based on CLIP Image-Text Attention Interaction".
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+LABELS = ("negative", "neutral", "positive")
+CLIP_MODES = ("encoder", "feature", "none")
+MODALITIES = ("both", "image", "text")
+
+# Every checkpoint names all four classes, whichever of them wrote it; see `ClipCaCgConfig.save_pretrained`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_clipcacg.ClipCaCgConfig",
+    "AutoModel": "modeling_clipcacg.ClipCaCgModel",
+    "AutoModelForSequenceClassification": "modeling_clipcacg.ClipCaCgForSequenceClassification",
+    "AutoProcessor": "processing_clipcacg.ClipCaCgProcessor",
+}
+
+CUSTOM_PIPELINES = {
+    "image-text-sentiment": {
+        "impl": "pipeline_clipcacg.ImageTextSentimentPipeline",
+        "pt": ["AutoModelForSequenceClassification"],
+    }
+}
+
+# The published weights that the defaults must fit. `RobertaConfig()` alone does not fit roberta-base.
+ROBERTA_BASE = {
+    "model_type": "roberta",
+    "vocab_size": 50265,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+}
+RESNET_50 = {"model_type": "resnet"}
+CLIP_VIT_B_32 = {"model_type": "clip"}
+
+
+class ClipCaCgConfig(PreTrainedConfig):
+    """Everything that fixes the shape and the loss of a CLIP-CA-CG model.
+
+    Args:
+        text_config: Config object or dict of any text encoder that `AutoConfig` knows. Default: roberta-base.
+        vision_config: Config object or dict of any encoder whose `AutoModel` returns a `last_hidden_state` of shape
+            (batch, channels, height, width), timm's included. Default: resnet-50.
+        clip_config: Config object or dict of a CLIP model, or None for none. Default: clip-vit-base-patch32. Only
+            `clip_mode="encoder"` builds it.
+        hidden_size: Width d of the fusion.
+        num_attention_heads: Heads of each cross-attention; must divide `hidden_size`.
+        dropout: Dropout probability of the fusion, in [0, 1). The paper's value is 0.3.
+        projection_dim: Width c of the shared space of `clip_mode="feature"`. With `"encoder"` it is CLIP's own.
+        clip_mode: How equation 5 is read. `"encoder"`: CLIP's pretrained towers read the raw picture and text;
+            `"feature"`: CLIP-style projections of the model's own features; `"none"`: the ablation w/o Clip.
+        use_cross_attention: False is the ablation w/o CA (equations 6-10 are skipped).
+        use_gating: False is the ablation w/o CG (concatenation and an MLP replace equations 12-15).
+        modality: `"both"`, or one of the ablations `"image"` (V only) and `"text"` (T only).
+        contrastive_loss_weight: Weight of the symmetric contrastive loss of `clip_mode="feature"`, the only mode
+            that has one: CLIP's own towers are trained already. Our choice: 0.1.
+        logit_scale_init_value: Logarithm of the inverse temperature of that loss at the start; CLIP's ln(1 / 0.07).
+        class_weights: Weight of each class in the cross-entropy, one number a label, or None for equal weights.
+        label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
+        **kwargs: What every transformers config takes: `num_labels`, `id2label`, `problem_type`, `dtype`, ...
+            Three labels without names are 0 negative, 1 neutral, 2 positive, and that is also the default.
+
+    Raises:
+        ValueError: For a combination that cannot be built; the message prints the values.
+
+    Source:
+        Section III of the paper; the defaults are Table II and section IV.B, or named above as our choice.
+    """
+
+    model_type = "clipcacg"
+    # The vision encoder is left out on purpose: an attention implementation is handed to every config named here, and
+    # convolutional networks refuse it.
+    sub_configs = {"text_config": AutoConfig, "clip_config": AutoConfig}
+    # The Trainer would otherwise keep every one of these for every post that it evaluates.
+    keys_to_ignore_at_inference = [
+        "fused_embeds",
+        "image_embeds",
+        "text_embeds",
+        "gate",
+        "image_attentions",
+        "text_attentions",
+        "image_hidden_states",
+        "text_hidden_states",
+    ]
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vision_config: PreTrainedConfig | dict[str, Any] | None = None,
+        clip_config: PreTrainedConfig | dict[str, Any] | None = CLIP_VIT_B_32,
+        hidden_size: int = 768,
+        num_attention_heads: int = 8,
+        dropout: float = 0.3,
+        projection_dim: int = 512,
+        clip_mode: str = "encoder",
+        use_cross_attention: bool = True,
+        use_gating: bool = True,
+        modality: str = "both",
+        contrastive_loss_weight: float = 0.1,
+        logit_scale_init_value: float = 2.6592,
+        class_weights: list[float] | None = None,
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = _sub_config(text_config or ROBERTA_BASE, "roberta")
+        self.vision_config = _sub_config(vision_config or RESNET_50, "resnet")
+        self.clip_config = None if clip_config is None else _sub_config(clip_config, "clip")
+        self.hidden_size = hidden_size
+        self.num_attention_heads = num_attention_heads
+        self.dropout = dropout
+        self.projection_dim = projection_dim
+        self.clip_mode = clip_mode
+        self.use_cross_attention = use_cross_attention
+        self.use_gating = use_gating
+        self.modality = modality
+        self.contrastive_loss_weight = contrastive_loss_weight
+        self.logit_scale_init_value = logit_scale_init_value
+        self.class_weights = class_weights
+        self.label_smoothing = label_smoothing
+        if kwargs.get("id2label") is None and kwargs.get("num_labels") in (None, len(LABELS)):
+            kwargs |= {
+                "id2label": dict(enumerate(LABELS)),
+                "label2id": {label: index for index, label in enumerate(LABELS)},
+            }
+        super().__init__(**kwargs)
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Refuse what cannot be built.
+
+        Raises:
+            ValueError: If a mode is unknown, a number is out of its range, or two values contradict each other.
+        """
+        for name, choices in (("clip_mode", CLIP_MODES), ("modality", MODALITIES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
+        if self.modality == "both" and self.clip_mode == "encoder" and self.clip_config is None:
+            raise ValueError(
+                "clip_mode='encoder' reads the post with CLIP's own towers and needs a clip_config, but clip_config "
+                "is None; give one (to from_backbones a clip_model), or take clip_mode='feature' or 'none'."
+            )
+        for name in ("hidden_size", "num_attention_heads", "projection_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, but {self.hidden_size} is not a multiple of "
+                f"{self.num_attention_heads}."
+            )
+        for name in ("dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}.")
+        if self.class_weights is not None and len(self.class_weights) != self.num_labels:
+            raise ValueError(
+                f"class_weights needs one number a label: {self.num_labels} numbers, not {len(self.class_weights)}."
+            )
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `config.json` holds. transformers leaves out two labels without names, its own default but not ours."""
+        fields = super().to_diff_dict() | {"id2label": self.id2label, "label2id": self.label2id}
+        for name in ("text_config", "vision_config", "clip_config"):
+            (fields[name] or {}).pop("_name_or_path", None)  # the folder on this machine that the backbone came from
+        return fields
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `config.json` and, beside it, the code that `trust_remote_code=True` runs.
+
+        Every way to a checkpoint passes here (`model.save_pretrained`, the Trainer, a model that was itself loaded
+        with remote code), so this is the one place that makes it complete: the full `auto_map`, without the name of
+        the repository that the code came from, the pipeline, and the code files.
+
+        Args:
+            save_directory: Folder to write to; made if it does not exist.
+            push_to_hub: Also upload the folder.
+            **kwargs: As in `PreTrainedConfig.save_pretrained`.
+        """
+        self.auto_map = dict(AUTO_MAP)
+        # Anew each time: `pipeline` puts classes, which no JSON file takes, in the place of their names.
+        self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for source in _code_files():
+            target = Path(save_directory) / source.name
+            if not (target.exists() and target.samefile(source)):
+                shutil.copyfile(source, target)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _sub_config(config: PreTrainedConfig | dict[str, Any], default_model_type: str) -> PreTrainedConfig:
+    """A config object of our own from the caller's object or dict, which stays as it was."""
+    config = copy.deepcopy(config)
+    if isinstance(config, PreTrainedConfig):
+        return config
+    return AutoConfig.for_model(**{"model_type": default_model_type, **config})
+
+
+def _code_files() -> list[Path]:
+    """The four Python files of the model.
+
+    The imports stand here because those modules import this one. They are also what brings all four files along when
+    the Hub loader fetches one: it follows relative imports wherever they stand.
+    """
+    from .modeling_clipcacg import __file__ as modeling
+    from .pipeline_clipcacg import __file__ as pipeline
+    from .processing_clipcacg import __file__ as processing
+
+    return [Path(file) for file in (__file__, modeling, pipeline, processing)]
+
+
+AutoConfig.register(ClipCaCgConfig.model_type, ClipCaCgConfig, exist_ok=True)
+
+__all__ = ["ClipCaCgConfig"]
