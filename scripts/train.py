@@ -3,6 +3,7 @@
     accelerate launch scripts/train.py      # the drawn sample, in a minute or two
     accelerate launch scripts/train.py scripts/configs/mvsa_single.yaml --data_dir MVSA_Single
     accelerate launch scripts/train.py --dataset_name posts.csv --text_column tweet --output_dir outputs/mine
+    accelerate launch scripts/train.py --push_to_hub --hub_model_id USER/NAME
 
 A YAML file gives defaults that flags override. Without one it is `sample.yaml`, or the paper's recipe
 `mvsa_single.yaml` if data is named. `--help` lists the flags: those below and every one of `TrainingArguments`.
@@ -10,10 +11,8 @@ A YAML file gives defaults that flags override. Without one it is `sample.yaml`,
 
 import json
 import logging
-import math
 import shutil
 import sys
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-import yaml
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2
-from transformers import EarlyStoppingCallback, EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, EvalPrediction, set_seed
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
@@ -41,82 +39,13 @@ from posts import (
     prediction,
     write_line,
 )
+from push_to_hub import check_repo_id, push_checkpoint
+from recipe import ModelArguments, RecipeArguments, SentimentTrainer, parse_arguments
 from report import CONFUSION_MATRIX_FILE, CURVES_FILE, plot_confusion_matrix, plot_curves, results_table
 
 logger = logging.getLogger("train")
 
-CONFIGS = Path(__file__).parent / "configs"
 METRIC = str(Path(__file__).parent / "sentiment_metrics")
-
-
-@dataclass
-class ModelArguments:
-    """What is trained: a checkpoint of ours, or backbones and the fields of `ClipCaCgConfig`."""
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Go on from this CLIP-CA-CG checkpoint."})
-    text_model: str | None = field(default=None, metadata={"help": "Text encoder; default: the sample's tiny one."})
-    vision_model: str | None = field(default=None, metadata={"help": "Vision encoder; default: likewise."})
-    clip_model: str | None = field(default=None, metadata={"help": "For --clip_mode encoder; default: likewise."})
-    clip_mode: str = field(default="encoder", metadata={"help": "encoder, feature or none (w/o Clip)."})
-    modality: str = field(default="both", metadata={"help": "both, image (V only) or text (T only)."})
-    use_cross_attention: bool = field(default=True, metadata={"help": "False: w/o CA."})
-    use_gating: bool = field(default=True, metadata={"help": "False: w/o CG."})
-    hidden_size: int = field(default=768, metadata={"help": "Width of the fusion."})
-    num_attention_heads: int = field(default=8, metadata={"help": "Heads of the cross-attention."})
-    projection_dim: int = field(default=512, metadata={"help": "Width of the shared space of --clip_mode feature."})
-    dropout: float = field(default=0.3, metadata={"help": "Dropout of the fusion."})
-    contrastive_loss_weight: float = field(default=0.1, metadata={"help": "For --clip_mode feature."})
-    freeze_text: bool = field(default=False, metadata={"help": "Do not train the text encoder."})
-    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision encoder."})
-    freeze_clip: bool = field(default=False, metadata={"help": "Do not train the CLIP towers."})
-    class_weights: str = field(default="none", metadata={"help": "none, or balanced: by inverse frequency."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens to keep of a text; stays in the checkpoint."}
-    )
-
-    def config_fields(self) -> dict[str, Any]:
-        names = "clip_mode modality use_cross_attention use_gating hidden_size num_attention_heads projection_dim"
-        return {name: getattr(self, name) for name in f"{names} dropout contrastive_loss_weight".split()}
-
-
-@dataclass
-class RecipeArguments(TrainingArguments):
-    """Every flag of `TrainingArguments`, and what the paper's recipe needs beside them."""
-
-    output_dir: str = field(default="outputs/sample", metadata={"help": "Where the checkpoint and the results go."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew where an earlier run left checkpoints, and delete those."}
-    )
-    adam: bool = field(default=False, metadata={"help": "Adam with coupled weight decay instead of --optim."})
-    backbone_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the backbones; default: --learning_rate."}
-    )
-    step_decay_epochs: int | None = field(
-        default=None, metadata={"help": "Divide the learning rate by 10 every so many epochs; no --lr_scheduler_type."}
-    )
-    early_stopping_patience: int = field(
-        default=0, metadata={"help": "Stop after so many evaluations without a better one; 0: never."}
-    )
-    augment: bool = field(default=False, metadata={"help": "Crop, flip and colour training pictures at random."})
-
-
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, RecipeArguments]:
-    """Read a YAML file of defaults, if the first word names one, and the flags that override it.
-
-    Raises:
-        ValueError: If the file holds a key that is no flag.
-    """
-    parser = HfArgumentParser((ModelArguments, DataArguments, RecipeArguments), description=__doc__.split("\n")[0])
-    has_data = any(word.startswith(("--data_dir", "--dataset_name")) for word in argv)
-    config = CONFIGS / ("mvsa_single.yaml" if has_data else "sample.yaml")
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        config, argv = Path(argv[0]), argv[1:]
-    defaults = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-    unknown = defaults.keys() - {action.dest for action in parser._actions}
-    if unknown:
-        raise ValueError(f"{config}: no flag is called {', '.join(sorted(unknown))}; --help lists them all.")
-    parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses(argv)
 
 
 def build(
@@ -221,55 +150,6 @@ def set_loss(
     model.config.class_weights = balanced_weights(train) if model_arguments.class_weights == "balanced" else None
 
 
-class SentimentTrainer(Trainer):
-    """The Trainer with the paper's optimizer and schedule, and a learning rate of their own for the backbones."""
-
-    args: RecipeArguments
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        model = self.model if model is None else model
-        if self.optimizer is None:
-            if self.args.adam:
-                betas = (self.args.adam_beta1, self.args.adam_beta2)
-                optimizer_class = partial(torch.optim.Adam, betas=betas, eps=self.args.adam_epsilon)
-                settings: dict[str, Any] = {"lr": self.args.learning_rate}
-            else:
-                optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(self.parameter_groups(model), **settings)
-        return self.optimizer
-
-    def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """Backbones and the rest, each with and without weight decay; Adam as in the paper decays everything."""
-        encoders = self.accelerator.unwrap_model(model).backbones().values()
-        in_backbone = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
-        decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                key = (id(parameter) in in_backbone, self.args.adam or name in decayed)
-                groups.setdefault(key, []).append(parameter)
-        rates = {True: self.args.backbone_learning_rate or self.args.learning_rate, False: self.args.learning_rate}
-        return [
-            {"params": parameters, "lr": rates[backbone], "weight_decay": self.args.weight_decay if decay else 0.0}
-            for (backbone, decay), parameters in groups.items()
-        ]
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        if self.args.step_decay_epochs is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        steps = self.args.step_decay_epochs * math.ceil(len(self.train_dataset) / batch)
-        self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer or self.optimizer, step_size=steps, gamma=0.1)
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> torch.utils.data.Sampler:
-        # In their order, however training samples: predictions are written beside the IDs of the posts.
-        return torch.utils.data.SequentialSampler(eval_dataset)
-
-
 def load_metric(regression: bool) -> evaluate.Metric:
     """Our metric, from the folder beside this file."""
     return evaluate.load(METRIC, *(["regression"] if regression else []), keep_in_memory=True)
@@ -286,6 +166,24 @@ def compute_metrics(evaluated: EvalPrediction, metric: evaluate.Metric, names: l
     """The numbers among them, which is what the Trainer logs and chooses by."""
     scores = score(np.asarray(evaluated.predictions), evaluated.label_ids, metric, names)
     return {name: value for name, value in scores.items() if isinstance(value, float)}
+
+
+def take_over_push(arguments: RecipeArguments) -> bool:
+    """Whether to push at the end. The Trainer's own push, of its checkpoints and arguments too, is switched off.
+
+    Raises:
+        ValueError: If there is no name to push to.
+    """
+    asked, arguments.push_to_hub = arguments.push_to_hub, False
+    if asked:
+        check_repo_id(arguments.hub_model_id, "--hub_model_id")
+    return asked
+
+
+def push(arguments: RecipeArguments) -> None:
+    """Push what the run left behind, as `push_to_hub.py` does."""
+    private, revision, token = bool(arguments.hub_private_repo), arguments.hub_revision, arguments.hub_token
+    push_checkpoint(arguments.output_dir, arguments.hub_model_id, private, revision, token)
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -464,17 +362,20 @@ def base_models(arguments: ModelArguments) -> dict[str, str]:
 def set_up_logging(is_main: bool) -> None:
     """Say what happens once, whatever the number of processes."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING if is_main else logging.ERROR)
-    for name in ("train", "posts", "mvsa"):
+    for name in ("train", "posts", "mvsa", "push_to_hub"):
         logging.getLogger(name).setLevel(logging.INFO if is_main else logging.ERROR)
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence():
-        model_arguments, data_arguments, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        model_arguments, data_arguments, arguments = parse_arguments(
+            sys.argv[1:] if argv is None else argv, __doc__.split("\n")[0]
+        )
     set_up_logging(arguments.process_index == 0)
     set_seed(arguments.seed)
 
     with one_sentence():
+        pushes = take_over_push(arguments)
         with arguments.main_process_first(desc="loading the posts"):
             posts = load_posts(data_arguments, model_arguments.modality)
         adapt_to_data(arguments, posts, model_arguments.modality)
@@ -491,6 +392,9 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         seconds = trained.metrics["train_runtime"]
         complete_checkpoint(trainer, posts, results, (model_arguments, data_arguments), seconds)
+        if pushes:
+            with one_sentence():
+                push(arguments)
 
 
 if __name__ == "__main__":

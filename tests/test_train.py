@@ -21,7 +21,7 @@ import train
 from posts import DataArguments, load_posts
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-CODE = {"configuration_clipcacg.py", "modeling_clipcacg.py", "processing_clipcacg.py"}
+CODE = {f"{part}_clipcacg.py" for part in ("configuration", "modeling", "pipeline", "processing")}
 FAST = "--hidden_size 32 --num_attention_heads 4 --train_sampling_strategy group_by_length".split()
 
 

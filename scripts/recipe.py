@@ -1,0 +1,141 @@
+"""The recipe of a training run: its flags, and the Trainer that follows those which transformers does not have."""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+from posts import DataArguments
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: a checkpoint of ours, or backbones and the fields of `ClipCaCgConfig`."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Go on from this CLIP-CA-CG checkpoint."})
+    text_model: str | None = field(default=None, metadata={"help": "Text encoder; default: the sample's tiny one."})
+    vision_model: str | None = field(default=None, metadata={"help": "Vision encoder; default: likewise."})
+    clip_model: str | None = field(default=None, metadata={"help": "For --clip_mode encoder; default: likewise."})
+    clip_mode: str = field(default="encoder", metadata={"help": "encoder, feature or none (w/o Clip)."})
+    modality: str = field(default="both", metadata={"help": "both, image (V only) or text (T only)."})
+    use_cross_attention: bool = field(default=True, metadata={"help": "False: w/o CA."})
+    use_gating: bool = field(default=True, metadata={"help": "False: w/o CG."})
+    hidden_size: int = field(default=768, metadata={"help": "Width of the fusion."})
+    num_attention_heads: int = field(default=8, metadata={"help": "Heads of the cross-attention."})
+    projection_dim: int = field(default=512, metadata={"help": "Width of the shared space of --clip_mode feature."})
+    dropout: float = field(default=0.3, metadata={"help": "Dropout of the fusion."})
+    contrastive_loss_weight: float = field(default=0.1, metadata={"help": "For --clip_mode feature."})
+    freeze_text: bool = field(default=False, metadata={"help": "Do not train the text encoder."})
+    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision encoder."})
+    freeze_clip: bool = field(default=False, metadata={"help": "Do not train the CLIP towers."})
+    class_weights: str = field(default="none", metadata={"help": "none, or balanced: by inverse frequency."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens to keep of a text; stays in the checkpoint."}
+    )
+
+    def config_fields(self) -> dict[str, Any]:
+        names = "clip_mode modality use_cross_attention use_gating hidden_size num_attention_heads projection_dim"
+        return {name: getattr(self, name) for name in f"{names} dropout contrastive_loss_weight".split()}
+
+
+@dataclass
+class RecipeArguments(TrainingArguments):
+    """Every flag of `TrainingArguments`, and what the paper's recipe needs beside them."""
+
+    output_dir: str = field(default="outputs/sample", metadata={"help": "Where the checkpoint and the results go."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew where an earlier run left checkpoints, and delete those."}
+    )
+    adam: bool = field(default=False, metadata={"help": "Adam with coupled weight decay instead of --optim."})
+    backbone_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the backbones; default: --learning_rate."}
+    )
+    step_decay_epochs: int | None = field(
+        default=None, metadata={"help": "Divide the learning rate by 10 every so many epochs; no --lr_scheduler_type."}
+    )
+    early_stopping_patience: int = field(
+        default=0, metadata={"help": "Stop after so many evaluations without a better one; 0: never."}
+    )
+    augment: bool = field(default=False, metadata={"help": "Crop, flip and colour training pictures at random."})
+
+
+def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArguments, DataArguments, RecipeArguments]:
+    """Read a YAML file of defaults, if the first word names one, and the flags that override it.
+
+    Without a file the defaults are those of `sample.yaml`, or of `mvsa_single.yaml` if data is named.
+
+    Raises:
+        ValueError: If the file holds a key that is no flag.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, RecipeArguments),
+        usage="%(prog)s [CONFIG.yaml] [flags]",
+        description=description,
+    )
+    has_data = any(word.startswith(("--data_dir", "--dataset_name")) for word in argv)
+    config = CONFIGS / ("mvsa_single.yaml" if has_data else "sample.yaml")
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        config, argv = Path(argv[0]), argv[1:]
+    defaults = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    unknown = defaults.keys() - {action.dest for action in parser._actions}
+    if unknown:
+        raise ValueError(f"{config}: no flag is called {', '.join(sorted(unknown))}; --help lists them all.")
+    parser.set_defaults(**defaults)
+    return parser.parse_args_into_dataclasses(argv)
+
+
+class SentimentTrainer(Trainer):
+    """The Trainer with the paper's optimizer and schedule, and a learning rate of their own for the backbones."""
+
+    args: RecipeArguments
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            if self.args.adam:
+                betas = (self.args.adam_beta1, self.args.adam_beta2)
+                optimizer_class = partial(torch.optim.Adam, betas=betas, eps=self.args.adam_epsilon)
+                settings: dict[str, Any] = {"lr": self.args.learning_rate}
+            else:
+                optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(self.parameter_groups(model), **settings)
+        return self.optimizer
+
+    def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        """Backbones and the rest, each with and without weight decay; Adam as in the paper decays everything."""
+        encoders = self.accelerator.unwrap_model(model).backbones().values()
+        in_backbone = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                key = (id(parameter) in in_backbone, self.args.adam or name in decayed)
+                groups.setdefault(key, []).append(parameter)
+        rates = {True: self.args.backbone_learning_rate or self.args.learning_rate, False: self.args.learning_rate}
+        return [
+            {"params": parameters, "lr": rates[backbone], "weight_decay": self.args.weight_decay if decay else 0.0}
+            for (backbone, decay), parameters in groups.items()
+        ]
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.args.step_decay_epochs is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        steps = self.args.step_decay_epochs * math.ceil(len(self.train_dataset) / batch)
+        self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer or self.optimizer, step_size=steps, gamma=0.1)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> torch.utils.data.Sampler:
+        # In their order, however training samples: predictions are written beside the IDs of the posts.
+        return torch.utils.data.SequentialSampler(eval_dataset)
