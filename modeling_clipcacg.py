@@ -554,8 +554,8 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    # Modules that use a parameter of their own beside their children, or tensors of several children at once.
-    _no_split_modules = ["BiGru", "ClipEncoderInteraction", "FeatureInteraction", "CrossAttention", "GatedFusion"]
+    # Modules that put the outputs of several children together, which must therefore lie on one device.
+    _no_split_modules = ["BiGru", "CrossModalFusion"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from conftest import CLIP_MODES, TRANSFORMER, make_inputs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_clip_mode = pytest.mark.parametrize("variant", CLIP_MODES)
 both_attentions = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 LABELS = torch.tensor([0, 1, 2])
+# A softmax does not feel what is added to all its scores: the gradients of these are rounding errors.
+KEY_BIASES = ("k_proj.bias", "key.bias")
 
 TEXT_ENCODERS = {
     "bert": {"vocab_size": 60, "max_position_embeddings": 40, **TRANSFORMER},
@@ -129,7 +132,7 @@ def test_a_batch_of_one_of_any_length(build: Build, variant: str, length: int, c
 @every_variant
 def test_gradients_reach_every_parameter(build: Build, inputs: Inputs, variant: str) -> None:
     for name, gradient in gradients(build(variant), inputs).items():
-        assert gradient is not None and gradient.abs().sum() > 0, name
+        assert gradient is not None and (gradient.abs().sum() > 0 or name.endswith(KEY_BIASES)), name
 
 
 @pytest.mark.parametrize("family", VISION_ENCODERS)
@@ -191,7 +194,8 @@ def test_a_frozen_backbone_stays_as_it_is(build: Build, inputs: Inputs, part: st
     assert not any(module.training for encoder in frozen for module in encoder.modules())  # dropout is off too
     assert model.training and len(frozen) == (2 if part == "clip" else 1)
     for name, value in model.state_dict(keep_vars=True).items():
-        assert torch.equal(value, before[name]) == (id(value) in weights), name
+        if id(value) in weights or not name.endswith(KEY_BIASES):
+            assert torch.equal(value, before[name]) == (id(value) in weights), name
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -213,21 +217,30 @@ def test_autocast(build: Build, inputs: Inputs, variant: str) -> None:
 
 
 @every_clip_mode
-def test_eager_and_sdpa_agree(build: Build, inputs: Inputs, variant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("choice", "fusion", "text", "clip"),
+    [
+        ("sdpa", "sdpa", "sdpa", "sdpa"),
+        ("eager", "eager", "eager", "eager"),
+        ({"": "eager"}, "eager", "sdpa", "sdpa"),
+        ({"text_config": "eager", "clip_config": "eager"}, "sdpa", "eager", "eager"),
+        ({"clip_config": {"text_config": "eager"}}, "sdpa", "sdpa", "eager"),
+    ],
+    ids=["sdpa", "eager", "fusion", "encoders", "nested"],
+)
+def test_eager_and_sdpa_agree(
+    build: Build, inputs: Inputs, variant: str, choice: str | dict, fusion: str, text: str, clip: str, tmp_path: Path
+) -> None:
     model = build(variant)
-    logits = model(**inputs).logits
-    parts = {"text_config": "eager", "clip_config": "eager"}
-    for choice in ("sdpa", "eager", {"": "eager"}, parts, {"clip_config": {"text_config": "eager"}}):
-        at_load = reload(model, tmp_path, attn_implementation=choice)
-        switched = reload(model, tmp_path)
-        switched.set_attn_implementation(choice)
-        for changed in (at_load, switched):
-            assert_close(changed(**inputs).logits, logits, rtol=0, atol=1e-5)
-            own = choice if isinstance(choice, str) else choice.get("", "sdpa")
-            text = choice if isinstance(choice, str) else choice.get("text_config", "sdpa")
-            assert changed.base_model.fusion.image_attention.config._attn_implementation == own
-            assert changed.backbones()["text"].config._attn_implementation == text
-            assert changed.base_model.image_branch.encoder is not None
+    at_load = reload(model, tmp_path, attn_implementation=choice)
+    switched = reload(model, tmp_path)
+    switched.set_attn_implementation(choice)
+    for changed in (at_load, switched):
+        assert_close(changed(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-5)
+        parts = {"fusion": changed.base_model.fusion.image_attention, **changed.backbones()}
+        used = {name: part.config._attn_implementation for name, part in parts.items()}
+        assert used | {"fusion": fusion, "text": text} == used
+        assert used.get("clip.text", clip) == clip
 
 
 def test_cross_attention_goes_through_transformers_interface(build: Build, inputs: Inputs) -> None:
@@ -276,7 +289,8 @@ def test_attentions_hidden_states_and_their_gradients(build: Build, inputs: Inpu
     assert model(**inputs).image_attentions is None and model(**inputs).text_hidden_states is None
 
 
-def test_compiled_without_a_break_once_dynamo_admits_gru(build: Build, inputs: Inputs) -> None:
+def test_compiled_without_a_break_once_dynamo_admits_grus(build: Build, inputs: Inputs) -> None:
+    torch._dynamo.reset()
     model = build("feature", text_config={"model_type": "distilbert", **TEXT_ENCODERS["distilbert"]})
     with torch._dynamo.config.patch(allow_rnn=True):
         compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -284,9 +298,9 @@ def test_compiled_without_a_break_once_dynamo_admits_gru(build: Build, inputs: I
 
 
 @pytest.mark.slow
-@every_variant
-def test_compiled(build: Build, inputs: Inputs, variant: str) -> None:
-    model = build(variant)
+def test_compiled_with_breaks_at_the_grus(build: Build, inputs: Inputs) -> None:
+    torch._dynamo.reset()  # after some recompilations it would silently run the model as it is
+    model = build("encoder")
     compiled = torch.compile(model, backend="aot_eager")
     for batch in (inputs, make_inputs([12, 3], [5, 6])):
         assert_close(compiled(**batch).logits, model(**batch).logits)
@@ -370,6 +384,18 @@ def test_device_maps(build: Build, inputs: Inputs, variant: str, tmp_path: Path)
         loaded = type(model).from_pretrained(tmp_path, **limits)
         assert "disk" in loaded.hf_device_map.values()
         assert_close(loaded(**inputs).logits, logits)
+
+
+@every_variant
+def test_what_works_on_one_device_is_never_split(build: Build, variant: str) -> None:
+    model = build(variant)
+    size = sum(4 * value.numel() for value in model.parameters())
+    whole = [name for name, module in model.named_modules() if type(module).__name__ in ("BiGru", "CrossModalFusion")]
+    for percent in range(4, 100, 3):
+        limits = {0: percent * size // 100, 1: size, "cpu": size}
+        device_map = infer_auto_device_map(model, limits, no_split_module_classes=list(model._no_split_modules))
+        assert not [key for key in device_map if key.startswith(tuple(f"{name}." for name in whole))]
+        assert not [key for key in device_map if ".layer.0." in key]  # the text encoder's own rule
 
 
 @every_variant
