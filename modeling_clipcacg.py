@@ -42,9 +42,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_clipcacg import ClipCaCgConfig
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -545,6 +547,26 @@ class SingleModality(nn.Module):
         )
 
 
+def load_backbone(encoder: PreTrainedModel, source: str | Path) -> None:
+    """Copy pretrained weights into an encoder, and warn of those that the source lacks.
+
+    transformers would report every head, pooler and other tower that this model has no use for.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        pretrained, report = type(encoder).from_pretrained(
+            source, config=encoder.config, dtype=encoder.dtype, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    used = encoder.state_dict().keys()
+    missing = sorted(used & set(report["missing_keys"]))
+    if missing:
+        logger.warning(f"{source} lacks {', '.join(missing)}: these weights start at random.")
+    encoder.load_state_dict({key: value for key, value in pretrained.state_dict().items() if key in used})
+
+
 class ClipCaCgPreTrainedModel(PreTrainedModel):
     """Initialisation, loading of pretrained backbones, and freezing, for both models below."""
 
@@ -629,9 +651,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         model = cls._from_config(built)
         for name, encoder in model.backbones().items():
             source = names[f"{name.partition('.')[0]}_model"]
-            pretrained = type(encoder).from_pretrained(source, config=encoder.config, dtype=model.dtype)
-            read = encoder.state_dict().keys()  # without poolers
-            encoder.load_state_dict({key: value for key, value in pretrained.state_dict().items() if key in read})
+            load_backbone(encoder, source)
         return model.eval()
 
     def backbones(self) -> dict[str, PreTrainedModel]:

@@ -1,5 +1,6 @@
 """What transformers asks of a model, and what ours promises, for every mode and ablation."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -470,6 +471,34 @@ def test_from_backbones(
             assert torch.equal(value, source[key].to(value.dtype)), (name, key)
     loaded = reload(model, tmp_path / "saved", dtype="auto")
     assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_backbones_load_in_silence_unless_weights_are_missing(
+    tiny_config: Callable[..., ClipCaCgConfig], tmp_path: Path
+) -> None:
+    clip = save_backbone("clip", tiny_config().clip_config.to_dict(), tmp_path / "clip")
+    named = {
+        "text_model": save_backbone("bert", TEXT_ENCODERS["bert"], tmp_path / "text"),
+        "vision_model": save_backbone("resnet", VISION_ENCODERS["resnet"], tmp_path / "vision"),
+        "clip_model": clip,
+    }
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    for name in ("transformers", "clipcacg"):
+        logging.getLogger(name).addHandler(handler)
+    try:
+        ClipCaCgModel.from_backbones(**named, hidden_size=16)
+        assert not [record for record in records if record.levelno >= logging.WARNING]
+        weights = load_file(clip / "model.safetensors")
+        del weights["visual_projection.weight"]
+        save_file(weights, clip / "model.safetensors", metadata={"format": "pt"})
+        ClipCaCgModel.from_backbones(**named, hidden_size=16)
+    finally:
+        for name in ("transformers", "clipcacg"):
+            logging.getLogger(name).removeHandler(handler)
+    (told,) = [record.getMessage() for record in records if record.levelno >= logging.WARNING]
+    assert "lacks visual_projection.weight" in told
 
 
 @pytest.mark.parametrize(
