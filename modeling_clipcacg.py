@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -197,7 +198,7 @@ class ImageBranch(nn.Module):
 def drop_unused_pooler(encoder: PreTrainedModel) -> None:
     """Remove a text encoder's pooler, which nothing reads: no gradient reaches it, and many checkpoints lack it."""
     if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None
+        encoder.pooler = NoBranch()  # not None: some encoders call it without asking
 
 
 def dry_run(vision_config: Any) -> tuple[int, list[str]]:
@@ -228,7 +229,7 @@ def dry_run(vision_config: Any) -> tuple[int, list[str]]:
 
 
 class NoBranch(nn.Module):
-    """Stands where V only and T only have no branch."""
+    """Stands where something has been left out: the other branch of V only and T only, a pooler."""
 
     def forward(self, *inputs: Any) -> None:
         return None
@@ -685,9 +686,12 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         """
         super().train(mode)
         for encoder in self.backbones().values():
+            if not any(parameter.requires_grad for parameter in encoder.parameters()):
+                encoder.eval()
+                continue
             for module in encoder.modules():
-                parameters = list(module.parameters())
-                if parameters and not any(parameter.requires_grad for parameter in parameters):
+                weight = getattr(module, "weight", None)
+                if isinstance(module, _BatchNorm) and weight is not None and not weight.requires_grad:
                     module.eval()
         return self
 

@@ -8,7 +8,6 @@ prints a table, and writes the scores to `--output` and the confusion matrix to 
 """
 
 import json
-import logging
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -21,11 +20,9 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from posts import DataArguments, PostCollator, label_names, load_posts, one_sentence
+from posts import DataArguments, PostCollator, is_regression, label_names, load_posts, one_sentence
 from report import plot_confusion_matrix, results_table
 from train import load_metric, score, set_up_logging
-
-logger = logging.getLogger("train")
 
 
 @dataclass
@@ -40,7 +37,7 @@ class EvaluationArguments:
 def parse_arguments(argv: list[str]) -> tuple[str, DataArguments, EvaluationArguments]:
     parser = HfArgumentParser((DataArguments, EvaluationArguments), description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="Folder or Hub name of a trained model.")
-    if any(word.startswith("--data_dir") for word in argv):
+    if any(word.startswith(("--data_dir", "--dataset_name")) for word in argv):
         parser.set_defaults(splits=None)
     data_arguments, arguments, rest = parser.parse_args_into_dataclasses(argv)
     return rest.checkpoint, data_arguments, arguments
@@ -58,7 +55,9 @@ def labelled_posts(
     if split not in posts:
         raise ValueError(f"There is no post in the split {split!r}; there are some in {', '.join(posts)}.")
     names, known = label_names(posts), [model.config.id2label[index] for index in range(model.config.num_labels)]
-    if names is not None and sorted(names) != sorted(known):
+    if (names is None) != is_regression(model.config):
+        raise ValueError("The model and the data do not go together: one has classes, the other numbers.")
+    if names is not None and not set(names) <= set(known):
         raise ValueError(f"The data has the labels {', '.join(names)}, the model {', '.join(known)}.")
     if names is None or names == known:
         return posts[split]

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoProcessor, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-N_STEPS = 24  # points on the path of integrated gradients
+N_STEPS = 32  # points on the path of integrated gradients
 STEPS_AT_ONCE = 8  # what keeps the memory of base-size models below a few GB
 MAX_BARS = 20
 ENCODERS = {"pixel_values": "the vision encoder", "clip_pixel_values": "CLIP"}
@@ -66,7 +66,8 @@ class Attention:
 
     Args:
         regions: The weights of the picture's positions.
-        words: (words,), the weights of the text's positions, those of a word added up.
+        words: (words,), the weights of the text's positions, the mean over the pieces of a word: added up they would
+            make any rare word look important.
         shares: Who gets how much; adds up to 1. "first token" is CLIP(I) * CLIP(T), "markers" are tokens that stand
             for no word, such as `<s>`.
     """
@@ -253,8 +254,9 @@ def read_attention(
     for side, weights in sides.items():
         mean = weights.float().mean(dim=(0, 1)).cpu().double().numpy()  # (joint_len,)
         regions, tokens = mean[first : len(mean) - len(token_owners)], mean[len(mean) - len(token_owners) :]
-        words = add_up(tokens, token_owners, count)
-        shares = {"picture": regions.sum(), "words": words.sum(), "markers": tokens[token_owners < 0].sum()}
+        words = add_up(tokens, token_owners, count) / add_up(np.ones_like(tokens), token_owners, count).clip(1)
+        within, markers = tokens[token_owners >= 0].sum(), tokens[token_owners < 0].sum()
+        shares = {"picture": regions.sum(), "words": within, "markers": markers}
         shares |= {"first token": mean[0]} if first else {}
         grid = regions.reshape(grid_shape(len(regions), picture))
         attention[side] = Attention(HeatMap(picture, grid), words, {name: float(s) for name, s in shares.items()})
@@ -476,6 +478,7 @@ def draw_words(axes: Axes, words: list[str], weights: np.ndarray, title: str, co
     axes.set_yticks(range(len(kept)), [readable(words[index]) for index in kept], fontsize=9, parse_math=False)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
+    axes.locator_params(axis="x", nbins=5)
     if len(kept) < len(words):
         axes.set_xlabel(f"the {len(kept)} strongest of {len(words)} words", fontsize=9)
     axes.set_title(title, fontsize=10, parse_math=False)

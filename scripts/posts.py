@@ -23,7 +23,7 @@ from mvsa import load_mvsa, split_mvsa
 logger = logging.getLogger(__name__)
 
 SAMPLE_FOLDER = Path(HF_HOME) / "clipcacg" / "sample"  # beside what the Hub's libraries cache
-SPLIT_NAMES = ("train", "validation", "test")
+SPLIT_NAMES = {"dev": "validation", "val": "validation", "valid": "validation"}  # as data sets also call them
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def load_posts(arguments: DataArguments, modality: str = "both") -> datasets.Dat
     """Load posts in the form that everything here expects.
 
     Args:
-        arguments: Where from. `splits=None` takes a whole MVSA folder as the test split.
+        arguments: Where from. `splits=None` takes what comes in one piece as the test split, whole.
         modality: "both", "image" or "text": which columns are needed.
 
     Returns:
@@ -96,12 +96,18 @@ def load_posts(arguments: DataArguments, modality: str = "both") -> datasets.Dat
 
 def load_any(arguments: DataArguments, modality: str) -> datasets.DatasetDict:
     """Load `--dataset_name` and bring its columns to the names and types we use."""
-    path = Path(arguments.dataset_name)
+    path = Path(arguments.dataset_name).expanduser()
     builder = {".csv": "csv", ".json": "json", ".jsonl": "json"}.get(path.suffix)
     if builder:
         posts = datasets.load_dataset(builder, data_files=str(path))
     else:
         posts = datasets.load_dataset(arguments.dataset_name)
+    posts = datasets.DatasetDict({SPLIT_NAMES.get(name, name): dataset for name, dataset in posts.items()})
+    for split in posts.keys() - {"train", "validation", "test"}:
+        logger.warning("the split %s of %s is not used", split, arguments.dataset_name)
+        del posts[split]
+    if not posts:
+        raise ValueError(f"{arguments.dataset_name} has none of the splits train, validation and test.")
     wanted = {arguments.label_column: "label"}
     wanted |= {arguments.text_column: "text"} if modality != "image" else {}
     wanted |= {arguments.image_column: "image"} if modality != "text" else {}
@@ -119,15 +125,24 @@ def load_any(arguments: DataArguments, modality: str) -> datasets.DatasetDict:
         else:
             posts[split] = posts[split].add_column("id", [f"{split}-{row}" for row in range(len(posts[split]))])
         if isinstance(posts[split].features.get("image"), datasets.Value):
-            posts[split] = with_pictures(posts[split], path.parent)
+            posts[split] = with_pictures(posts[split], path if path.is_dir() else path.parent)
     return with_labels(posts)
 
 
 def with_pictures(dataset: datasets.Dataset, folder: Path) -> datasets.Dataset:
     """Turn a column of paths, relative to the file that names them, into pictures."""
-    paths = [str(folder / path) for path in dataset["image"]]
+    paths = [locate_picture(path, folder) for path in dataset["image"]]
+    if None in paths:
+        raise ValueError(f"Row {paths.index(None) + 1} names no picture.")
     dataset = dataset.remove_columns("image").add_column("image", paths)
     return dataset.cast_column("image", datasets.Image(decode=False))
+
+
+def locate_picture(name: Any, folder: Path) -> str | None:
+    """The path of a picture that a file in `folder` names; a URL stays as it is, and what is no text is None."""
+    if not isinstance(name, str):
+        return None
+    return name if "://" in name else str(folder / name)
 
 
 def with_labels(posts: datasets.DatasetDict) -> datasets.DatasetDict:
@@ -135,7 +150,13 @@ def with_labels(posts: datasets.DatasetDict) -> datasets.DatasetDict:
     label = next(iter(posts.values())).features["label"]
     if isinstance(label, datasets.ClassLabel) or label.dtype.startswith("float"):
         return posts
-    values = sorted({value for dataset in posts.values() for value in dataset.unique("label")})
+    values = {value for dataset in posts.values() for value in dataset.unique("label")}
+    if None in values:
+        raise ValueError("There are posts without a label: leave them out, or give them one.")
+    values = sorted(values)
+    if isinstance(values[0], bool):
+        posts = posts.cast_column("label", datasets.Value("int8"))
+        values = [int(value) for value in values]
     classes = datasets.ClassLabel(names=[str(value) for value in values])
     return datasets.DatasetDict(
         {
@@ -150,6 +171,8 @@ def complete_splits(posts: datasets.DatasetDict, arguments: DataArguments) -> da
     label = next(iter(posts.values())).features["label"]
     stratify = "label" if isinstance(label, datasets.ClassLabel) else None
     settings = {"seed": arguments.split_seed, "stratify_by_column": stratify}
+    if len(posts) == 1 and (arguments.splits is None or "test" in posts):
+        return datasets.DatasetDict(test=next(iter(posts.values())))
     if len(posts) == 1:
         pieces = next(iter(posts.values())).train_test_split(test_size=0.1, **settings)
         posts = datasets.DatasetDict(train=pieces["train"], test=pieces["test"])
@@ -163,6 +186,8 @@ def cap(posts: datasets.DatasetDict, arguments: DataArguments) -> datasets.Datas
     """Keep a random part of each split where a cap is set."""
     for split, dataset in posts.items():
         limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
+        if limit is not None and limit < 1:
+            raise ValueError(f"A cap of {limit} leaves no posts: it must be at least 1.")
         if limit is not None and limit < len(dataset):
             posts[split] = dataset.shuffle(seed=arguments.split_seed).select(range(limit))
     return posts
@@ -208,7 +233,7 @@ class PostCollator:
         """
         columns: dict[str, Any] = {}
         if self.config.modality != "image":
-            columns["text"] = [row["text"] for row in rows]
+            columns["text"] = [row["text"] or "" for row in rows]  # an empty cell of a table is None
         if self.config.modality != "text":
             columns["images"] = [picture(row["image"]) for row in rows]
         batch = dict(self.processor(**columns, return_tensors="pt"))

@@ -10,6 +10,7 @@ broken off goes on where it stopped.
 """
 
 import csv
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from transformers import HfArgumentParser
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from mvsa import Fault, read_text
-from posts import PostCollator, one_sentence, prediction, write_line
+from posts import PostCollator, locate_picture, one_sentence, prediction, write_line
 
 
 @dataclass
@@ -56,15 +57,18 @@ def read_rows(source: Path) -> Iterator[dict[str, Any]]:
     if source.is_dir():
         yield from read_folder(source / "data" if (source / "data").is_dir() else source)
     elif source.suffix == ".csv":
-        with source.open(encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(sys.maxsize)
+        with source.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             for number, row in enumerate(csv.DictReader(file), start=1):
-                yield locate_picture({"id": str(number), **row}, source.parent)
+                yield as_post(row, number, source.parent)
     elif source.suffix == ".jsonl":
-        with source.open(encoding="utf-8-sig") as file:
+        with source.open(encoding="utf-8-sig", errors="replace") as file:
             for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
                 try:
-                    yield locate_picture({"id": str(number), **json.loads(line)}, source.parent)
-                except (TypeError, ValueError) as error:
+                    yield as_post(json.loads(line), number, source.parent)
+                except (AttributeError, ValueError) as error:
                     yield {"id": str(number), "error": f"line {number} is not a JSON object: {error}"}
     else:
         raise ValueError(f"{source} is neither a folder nor a .csv or .jsonl file.")
@@ -84,12 +88,11 @@ def read_folder(folder: Path) -> Iterator[dict[str, Any]]:
             yield {"id": post_id, "error": ": ".join(fault.args)}
 
 
-def locate_picture(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The row with its picture's path relative to the file that names it; a URL stays."""
-    image = row.get("image")
-    if isinstance(image, str) and "://" not in image:
-        row["image"] = str(folder / image)
-    return row
+def as_post(row: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
+    """What we read of a row, whatever else it holds; a row without an ID is called by its number."""
+    post_id = row.get("id")
+    image = locate_picture(row.get("image") or None, folder)
+    return {"id": str(number if post_id is None else post_id), "text": row.get("text"), "image": image}
 
 
 @dataclass
@@ -150,28 +153,43 @@ def unreadable(row: dict[str, Any], collator: PostCollator) -> dict[str, str]:
     return {}
 
 
-def lines_done(output: Path) -> tuple[int, str | None]:
-    """How many posts an earlier run finished, and the last one's ID; a line that was broken off is cut away."""
-    count, last, end = 0, None, 0
-    if output.is_file():
-        with output.open("r+b") as file:
-            for line in file:
-                if line.endswith(b"\n"):
-                    count, last, end = count + 1, line, end + len(line)
-            file.truncate(end)
-    return count, None if last is None else json.loads(last)["id"]
-
-
-def check_same_input(source: Path, output: Path, done: int, last_id: str | None) -> None:
-    """Refuse to go on with predictions of something else.
+def lines_done(output: Path) -> int:
+    """How many posts an earlier run finished; a last line that was broken off is cut away.
 
     Raises:
-        ValueError: If the output's last line is not of the post where it should have stopped.
+        ValueError: If the file holds anything but lines of ours.
     """
-    if done:
-        row = next(islice(read_rows(source), done - 1, None), None)
-        if row is None or str(row["id"]) != last_id:
-            raise ValueError(f"{output} does not belong to {source}: name another --output, or --overwrite it.")
+    count, end = 0, 0
+    with output.open("r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                json.loads(line)["id"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{output} is not a file of predictions: name another --output.") from error
+            count, end = count + 1, end + len(line)
+        file.truncate(end)
+    return count
+
+
+def check_origin(output: Path, origin: dict[str, str]) -> int:
+    """The number of posts that are done, if the output comes from this model and this input.
+
+    A hidden file beside the output tells where it comes from.
+
+    Raises:
+        ValueError: If it comes from others, so that going on would mix two sets of predictions.
+    """
+    note = output.with_name(f".{output.name}.origin")
+    if output.is_file() and output.stat().st_size:
+        if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != origin:
+            raise ValueError(
+                f"{output} does not belong to this model and {origin['input']}: name another --output, or --overwrite."
+            )
+        return lines_done(output)
+    note.write_text(json.dumps(origin), encoding="utf-8")
+    return 0
 
 
 @torch.inference_mode()
@@ -200,14 +218,19 @@ def predict_file(
     if not source.exists():
         raise FileNotFoundError(f"There is no {source}.")
     output.parent.mkdir(parents=True, exist_ok=True)
+    if output.exists() and output.samefile(source):
+        raise ValueError(f"{source} is both input and output: name another --output.")
     if arguments.overwrite:
         output.unlink(missing_ok=True)
-    done, last_id = lines_done(output)
-    check_same_input(source, output, done, last_id)
+    weights = model.classifier.weight.detach().float().cpu().numpy().tobytes()
+    done = check_origin(output, {"input": str(source.resolve()), "model": hashlib.sha256(weights).hexdigest()})
     collator = PostCollator(processor, model.config)
     batches = PreparedBatches(source, done, arguments.batch_size, collator)
     loader = DataLoader(batches, batch_size=None, num_workers=arguments.num_workers)
-    with output.open("a", encoding="utf-8") as file, tqdm(initial=done, unit=" posts") as bar:
+    with (
+        output.open("a", encoding="utf-8", errors="backslashreplace") as file,
+        tqdm(initial=done, unit=" posts") as bar,
+    ):
         for rows, inputs in loader:
             for line in predict_rows(model, rows, inputs):
                 write_line(file, line)

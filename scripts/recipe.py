@@ -88,6 +88,8 @@ def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArgume
     unknown = defaults.keys() - {action.dest for action in parser._actions}
     if unknown:
         raise ValueError(f"{config}: no flag is called {', '.join(sorted(unknown))}; --help lists them all.")
+    if config.name == "sample.yaml" and any(word.startswith("--output_dir") for word in argv):
+        defaults["overwrite_output_dir"] = False  # said of the sample's own folder only
     parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)
 
@@ -119,7 +121,8 @@ class SentimentTrainer(Trainer):
             if parameter.requires_grad:
                 key = (id(parameter) in in_backbone, self.args.adam or name in decayed)
                 groups.setdefault(key, []).append(parameter)
-        rates = {True: self.args.backbone_learning_rate or self.args.learning_rate, False: self.args.learning_rate}
+        own = self.args.backbone_learning_rate
+        rates = {True: self.args.learning_rate if own is None else own, False: self.args.learning_rate}
         return [
             {"params": parameters, "lr": rates[backbone], "weight_decay": self.args.weight_decay if decay else 0.0}
             for (backbone, decay), parameters in groups.items()

@@ -25,6 +25,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2
 from transformers import EarlyStoppingCallback, EvalPrediction, set_seed
 
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from make_sample import make_tiny_backbones
@@ -65,10 +66,11 @@ def build(
         labels = {"num_labels": 1, "problem_type": "regression"}
     else:
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+        labels["problem_type"] = "single_label_classification" if len(names) > 1 else None
     if arguments.model_name_or_path:
         source = arguments.model_name_or_path
         model = ClipCaCgForSequenceClassification.from_pretrained(
-            source, dtype=torch.float32, ignore_mismatched_sizes=True, **labels
+            source, dtype=torch.float32, ignore_mismatched_sizes=True, class_weights=None, **labels
         )
         processor = ClipCaCgProcessor.from_pretrained(source)
     else:
@@ -147,6 +149,8 @@ def set_loss(
     model.config.label_smoothing, arguments.label_smoothing_factor = arguments.label_smoothing_factor, 0.0
     if model_arguments.class_weights not in ("none", "balanced"):
         raise ValueError(f"--class_weights must be none or balanced, not {model_arguments.class_weights!r}.")
+    if model_arguments.class_weights == "balanced" and not isinstance(train.features["label"], datasets.ClassLabel):
+        raise ValueError("--class_weights balanced is for classes, and these labels are numbers.")
     model.config.class_weights = balanced_weights(train) if model_arguments.class_weights == "balanced" else None
 
 
@@ -186,9 +190,15 @@ def push(arguments: RecipeArguments) -> None:
     push_checkpoint(arguments.output_dir, arguments.hub_model_id, private, revision, token)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The Trainer's checkpoints in a folder, the newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end; the Trainer writes its own state last."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for checkpoint in checkpoints(folder):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             return str(checkpoint)
@@ -216,16 +226,11 @@ def where_to_resume(arguments: RecipeArguments) -> str | None:
             f"{arguments.output_dir} holds checkpoints of an earlier run: go on with --resume_from_checkpoint True, "
             "start anew with --overwrite_output_dir, or name another --output_dir."
         )
-    if last is not None:
-        remove_checkpoints(arguments)
+    for folder in checkpoints(Path(arguments.output_dir)):
+        # The Trainer would count them, and choose from them, as its own.
+        logger.warning("deleting %s of an earlier run", folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return None
-
-
-def remove_checkpoints(arguments: RecipeArguments) -> None:
-    """Delete an earlier run's checkpoints, which the Trainer would count and choose from as its own."""
-    with arguments.main_process_first(desc="removing an earlier run's checkpoints"):
-        for folder in Path(arguments.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modality: str) -> None:
@@ -320,7 +325,7 @@ def complete_checkpoint(
         dataset_name=data_arguments.dataset_name or data_arguments.data_dir or "the drawn sample",
         splits=f"{data_arguments.splits} (seed {data_arguments.split_seed})",
         num_posts={split: len(dataset) for split, dataset in posts.items()},
-        base_models=base_models(model_arguments),
+        base_models=base_models(model_arguments, trainer.model),
         hub_model_id=trainer.args.hub_model_id,
         training=recipe(trainer.args, model_arguments),
         seconds=seconds,
@@ -350,13 +355,12 @@ def recipe(arguments: RecipeArguments, model_arguments: ModelArguments) -> dict[
     return values | {name: value for name, value in ours.items() if value}
 
 
-def base_models(arguments: ModelArguments) -> dict[str, str]:
+def base_models(arguments: ModelArguments, model: ClipCaCgForSequenceClassification) -> dict[str, str]:
     """Part to the pretrained weights it started from; the sample's random ones do not count."""
     if arguments.model_name_or_path:
         return {"model": arguments.model_name_or_path}
-    names = {part: getattr(arguments, f"{part}_model") for part in ("text", "vision", "clip")}
-    unused = {"text": "image", "vision": "text"}
-    return {part: name for part, name in names.items() if name and unused.get(part) != arguments.modality}
+    parts = {name.partition(".")[0]: None for name in model.backbones()}
+    return {part: name for part in parts if (name := getattr(arguments, f"{part}_model"))}
 
 
 def set_up_logging(is_main: bool) -> None:
@@ -376,10 +380,14 @@ def main(argv: list[str] | None = None) -> None:
 
     with one_sentence():
         pushes = take_over_push(arguments)
+        if model_arguments.model_name_or_path:
+            source = ClipCaCgConfig.from_pretrained(model_arguments.model_name_or_path)
+            model_arguments.modality = source.modality  # a checkpoint brings its own
         with arguments.main_process_first(desc="loading the posts"):
             posts = load_posts(data_arguments, model_arguments.modality)
         adapt_to_data(arguments, posts, model_arguments.modality)
-        checkpoint = where_to_resume(arguments)
+        with arguments.main_process_first(desc="looking for checkpoints"):  # the first one may delete some
+            checkpoint = where_to_resume(arguments)
         model, processor = build(model_arguments, data_arguments.is_sample, label_names(posts))
         set_loss(model, arguments, model_arguments, posts["train"])
 

@@ -110,3 +110,24 @@ def test_what_cannot_be_asked_is_said(checkpoint: Path, tmp_path: Path) -> None:
         predict.main([str(checkpoint), "--input", str(tmp_path / "nothing.csv")])
     with pytest.raises(SystemExit, match="needs image"):
         predict.main([str(checkpoint), "--text", "alone"])
+
+
+def test_a_run_never_touches_a_file_that_is_not_its_own(checkpoint: Path, faulty: Path) -> None:
+    notes, before = faulty.with_name("notes.txt"), faulty.read_bytes()
+    notes.write_text("mine\nand no line break")
+    for output in (notes, faulty):
+        with pytest.raises(SystemExit, match="does not belong to|both input and output"):
+            predict.main([str(checkpoint), "--input", str(faulty), "--output", str(output)])
+    assert notes.read_text() == "mine\nand no line break" and faulty.read_bytes() == before
+
+
+def test_odd_rows_cost_a_line_each(checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
+    rows = [b"text,image,error", b"caf\xe9,red.png,", b'"' + b"x" * 200_000 + b'",red.png,', b"fine,red.png,none"]
+    (tmp_path / "posts.csv").write_bytes(b"\n".join(rows) + b"\n")
+    predict.main([str(checkpoint), "--input", str(tmp_path / "posts.csv"), "--output", str(tmp_path / "out.jsonl")])
+    assert ["label" in line for line in lines(tmp_path / "out.jsonl")] == [True, True, True]
+    table = b'{"id": "\\ud800", "text": "a", "image": "red.png"}\n\n{"text": "b", "image": "red.png"}\n'
+    (tmp_path / "posts.jsonl").write_bytes(table)
+    predict.main([str(checkpoint), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "two.jsonl")])
+    assert [line["id"] for line in lines(tmp_path / "two.jsonl")] == ["\ud800", "3"]

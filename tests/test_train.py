@@ -121,6 +121,7 @@ def test_two_processes_give_the_metrics_of_one(posts_folder: Path, backbones: Pa
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (tmp_path / "backbones/text/config.json").write_text(json.dumps(config))
     more = ["--dropout", "0", "--freeze_vision", "--clip_mode", "feature", "--contrastive_loss_weight", "0"]
+    more += ["--train_sampling_strategy", "random"]  # grouping by length goes by the batch of one process
     for processes, size in ((1, 16), (2, 8)):
         batch = ["--per_device_train_batch_size", str(size), "--max_train_samples", "80"]
         arguments = flags(posts_folder, tmp_path / "backbones", tmp_path / str(processes), *more, *batch)
@@ -288,3 +289,18 @@ def test_training_goes_on_from_a_checkpoint_of_ours(
     more = ["--model_name_or_path", str(trained), "--learning_rate", "0", "--num_train_epochs", "1", "--freeze_vision"]
     train.main(flags(posts_folder, backbones, tmp_path / "model", *more))
     assert results(tmp_path / "model")["test_confusion_matrix"] == results(trained)["test_confusion_matrix"]
+
+
+def test_splits_by_other_names_and_data_in_one_piece(tmp_path: Path) -> None:
+    rows = table_of_pictures(tmp_path, lambda number: bool(number))
+    columns = {"image_column": "picture", "text_column": "tweet", "label_column": "mood"}
+    for split, part in (("train", rows[:20]), ("dev", rows[20:30]), ("test", rows[30:])):
+        (tmp_path / "three").mkdir(exist_ok=True)
+        named = [{**row, "picture": f"../{row['picture']}"} for row in part]
+        datasets.Dataset.from_list(named).to_csv(tmp_path / "three" / f"{split}.csv")
+    posts = load_posts(DataArguments(dataset_name=str(tmp_path / "three"), **columns))
+    assert {split: len(dataset) for split, dataset in posts.items()} == {"train": 20, "validation": 10, "test": 10}
+    assert all(Path(value["path"]).is_file() for value in posts["test"]["image"])
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "whole.csv")
+    posts = load_posts(DataArguments(dataset_name=str(tmp_path / "whole.csv"), splits=None, **columns))
+    assert {split: len(dataset) for split, dataset in posts.items()} == {"test": 40}
