@@ -6,7 +6,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ CLIP_MODES = ["encoder", "feature", "none"]
 def seed() -> None:
     """Every test starts from the same random numbers, in whatever order they run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def quiet_loggers() -> Iterator[None]:
+    """Scripts that a test runs in this process set the levels of their loggers; the next test starts without."""
+    yield
+    for name in ("train", "posts", "mvsa", "push_to_hub"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -332,10 +332,12 @@ def test_with_the_keyboard_alone(page: Any, posts: Path, tmp_path: Path) -> None
 
     tab_to("element.ariaLabel?.includes('upload')")
     choosers: list[Any] = []
-    page.on("filechooser", choosers.append)
-    while not choosers:  # right after loading a key may come too soon; a test that hangs here is stopped
+    page.on("filechooser", lambda chooser: choosers.append(chooser))
+    for _ in range(20):  # right after loading a key may come too soon
         page.keyboard.press("Enter")
         page.wait_for_timeout(1000)
+        if choosers:
+            break
     choosers[0].set_files(posts / "good.jpg")
     page.locator("img[src*='/file=']").wait_for()
     tab_to("element.tagName == 'TEXTAREA'")

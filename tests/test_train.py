@@ -121,7 +121,8 @@ def test_two_processes_give_the_metrics_of_one(posts_folder: Path, backbones: Pa
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (tmp_path / "backbones/text/config.json").write_text(json.dumps(config))
     more = ["--dropout", "0", "--freeze_vision", "--clip_mode", "feature", "--contrastive_loss_weight", "0"]
-    more += ["--train_sampling_strategy", "random"]  # grouping by length goes by the batch of one process
+    # Grouping by length goes by the batch of one process; 12 posts to validate fill three batches of 2 x 2.
+    more += ["--train_sampling_strategy", "random", "--per_device_eval_batch_size", "2"]
     for processes, size in ((1, 16), (2, 8)):
         batch = ["--per_device_train_batch_size", str(size), "--max_train_samples", "80"]
         arguments = flags(posts_folder, tmp_path / "backbones", tmp_path / str(processes), *more, *batch)
