@@ -40,6 +40,7 @@ class PredictionArguments:
     input: str | None = field(default=None, metadata={"help": "Or: a .csv or .jsonl file, or a folder like MVSA's."})
     output: str = field(default="predictions.jsonl", metadata={"help": "JSON lines, for --input."})
     overwrite: bool = field(default=False, metadata={"help": "Start anew instead of going on with the output."})
+    max_samples: int | None = field(default=None, metadata={"help": "Predict the first so many posts only."})
     batch_size: int = field(default=32, metadata={"help": "Posts at a time."})
     num_workers: int = field(default=1, metadata={"help": "Processes that prepare posts; 0: none beside this one."})
 
@@ -104,13 +105,14 @@ class PreparedBatches(IterableDataset):
 
     source: Path
     start: int
+    stop: int | None
     batch_size: int
     collator: PostCollator
 
     def __iter__(self) -> Iterator[tuple[list[dict[str, Any]], dict[str, torch.Tensor] | None]]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        rows = islice(read_rows(self.source), self.start, None)
+        rows = islice(read_rows(self.source), self.start, self.stop)
         turn = 0
         while batch := list(islice(rows, self.batch_size)):
             if turn % count == number:
@@ -225,7 +227,7 @@ def predict_file(
     weights = model.classifier.weight.detach().float().cpu().numpy().tobytes()
     done = check_origin(output, {"input": str(source.resolve()), "model": hashlib.sha256(weights).hexdigest()})
     collator = PostCollator(processor, model.config)
-    batches = PreparedBatches(source, done, arguments.batch_size, collator)
+    batches = PreparedBatches(source, done, arguments.max_samples, arguments.batch_size, collator)
     loader = DataLoader(batches, batch_size=None, num_workers=arguments.num_workers)
     with (
         output.open("a", encoding="utf-8", errors="backslashreplace") as file,

@@ -81,6 +81,8 @@ def lines_of_single(checkpoint: Path, image: Path, text: str) -> dict[str, float
 def test_a_run_that_was_broken_off_goes_on(checkpoint: Path, faulty: Path) -> None:
     output = faulty.with_name("out.jsonl")
     arguments = [str(checkpoint), "--input", str(faulty), "--output", str(output)]
+    predict.main([*arguments, "--max_samples", "2"])
+    assert [line["id"] for line in lines(output)] == ["post 1", "post 2"]
     predict.main(arguments)
     whole = output.read_text()
     output.write_text(whole[: whole.index("post 4") + 3])  # in the middle of the fourth line
