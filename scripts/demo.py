@@ -173,8 +173,9 @@ def signed_words(words: list[str], weights: np.ndarray) -> list[tuple[str, float
 
 
 def graded_words(words: list[str], weights: np.ndarray) -> list[tuple[str, str]]:
-    """Words with one of the names in `GRADES`, by thirds of the strongest weight."""
-    grades = np.ceil(3 * weights / (weights.max(initial=0) or 1)).clip(1, 3).astype(int) - 1
+    """Words with one of the names in `GRADES`, by thirds of what `light_up` takes for full light."""
+    full = max(weights.max(initial=0), 2 * weights.mean()) if words else 1
+    grades = np.ceil(3 * weights / full).clip(1, 3).astype(int) - 1
     return [(word, list(GRADES)[grade]) for word, grade in zip(words, grades, strict=True)]
 
 
@@ -204,14 +205,12 @@ def build_panels(config: Any) -> dict[str, gr.components.Component]:
     """The panels that a model with this config can fill, by name."""
     both = config.modality == "both"
     shown: dict[str, gr.components.Component] = {"label": gr.Label(label="Sentiment")}
-    gr.Markdown("## What moved the score: attribution")
+    gr.Markdown("## What moved the score: attribution\nRed speaks for this answer, blue or purple against it.")
     if config.modality != "image":
-        shown["words"] = gr.HighlightedText(label="Words: red for this answer, purple against it")
+        shown["words"] = gr.HighlightedText(label="Words")
     with gr.Row():
         if config.modality != "text":
-            shown["regions, the vision encoder"] = picture_panel(
-                "Red for, blue against", "what its regions add to the score"
-            )
+            shown["regions, the vision encoder"] = picture_panel("Regions", "what its regions add to the score")
         if both and config.clip_mode == "encoder":
             shown["regions, CLIP"] = picture_panel("Through CLIP", "what its regions add to the score through CLIP")
     if both and config.use_cross_attention:

@@ -177,6 +177,13 @@ def test_what_is_missing_gets_one_sentence(server: str, posts: Path) -> None:
     assert ask(server, picture, TEXT) == "The picture was deleted meanwhile: please add it again."
 
 
+def test_graded_words() -> None:
+    grades = [grade for _, grade in demo.graded_words(["a", "b", "c"], np.array([0.1, 0.3, 0.6]))]
+    assert grades == ["little", "some", "much"]
+    assert {grade for _, grade in demo.graded_words(["a", "b"], np.array([0.3, 0.31]))} == {"some"}
+    assert demo.graded_words([], np.zeros(0)) == demo.signed_words([], np.zeros(0)) == []
+
+
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "MPO", "PNG", "WEBP"])
 def test_kinds_of_pictures(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
