@@ -61,7 +61,7 @@ ABSOLUTE_PATH = re.compile(r"(?<![\w.~<>/\\-])(?:/|[A-Za-z]:[\\/])[^\s\"'`<>()\[
 LOCAL_HINT = re.compile(r" ?Run the code beside the model's folder, or give the path of that folder\.")
 
 SPACE_CODE = ("demo.py", "explain.py", "sample_posts.py")
-SPACE_REQUIREMENTS = "torch>=2.6 torchvision>=0.21 transformers>=5.23 pillow>=11 matplotlib>=3.9 captum>=0.8".split()
+SPACE_REQUIREMENTS = "torch>=2.6 torchvision>=0.21 transformers>=5.23 pillow>=11 matplotlib>=3.9 captum>=0.9".split()
 SPACE_APP = """from demo import build_demo
 
 build_demo("{repo_id}").launch()
