@@ -120,6 +120,8 @@ def test_a_run_never_touches_a_file_that_is_not_its_own(checkpoint: Path, faulty
     for output in (notes, faulty):
         with pytest.raises(SystemExit, match="does not belong to|both input and output"):
             predict.main([str(checkpoint), "--input", str(faulty), "--output", str(output)])
+    with pytest.raises(SystemExit, match="both input and output"):
+        predict.main([str(checkpoint), "--input", str(faulty), "--output", str(faulty), "--overwrite"])
     assert notes.read_text() == "mine\nand no line break" and faulty.read_bytes() == before
 
 
