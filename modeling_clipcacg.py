@@ -115,9 +115,11 @@ def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
     return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
-def as_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor:
-    """The bool mask (batch, text_len) of a text; a left-out mask means no padding."""
-    return torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+def as_mask(attention_mask: Tensor | None, tokens: Tensor) -> Tensor:
+    """The bool mask (batch, text_len) of token ids or features (batch, text_len, ...); left out: no padding."""
+    if attention_mask is None:
+        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    return attention_mask.bool()
 
 
 def encoder_mask(mask: Tensor) -> Tensor:
@@ -172,10 +174,17 @@ class TextBranch(nn.Module):
         drop_unused_pooler(self.encoder)
         self.bi_gru = BiGru(config.text_config.hidden_size, config.hidden_size)
 
-    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids and a bool mask, both (batch, text_len), to F_T (batch, text_len, hidden)."""
-        token_states = self.encoder(input_ids=input_ids, attention_mask=encoder_mask(mask)).last_hidden_state
-        return self.bi_gru(token_states, mask)
+    def forward(self, input_ids: Tensor | None, mask: Tensor, features: Tensor | None = None) -> Tensor:
+        """Token ids and a bool mask, both (batch, text_len), to F_T (batch, text_len, hidden).
+
+        `features`, what `encode` has returned before, spare the encoder.
+        """
+        features = self.encode(input_ids, mask) if features is None else features
+        return self.bi_gru(features.to(self.bi_gru.forward_gru.weight_ih_l0.dtype), mask)
+
+    def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Equation 1: (batch, text_len) to the encoder's last hidden state (batch, text_len, width)."""
+        return self.encoder(input_ids=input_ids, attention_mask=encoder_mask(mask)).last_hidden_state
 
 
 class ImageBranch(nn.Module):
@@ -189,10 +198,17 @@ class ImageBranch(nn.Module):
             self.encoder.set_submodule(name, nn.Identity())
         self.projection = nn.Linear(channels, config.hidden_size)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Picture (batch, channels, height, width), normalised, to F_I (batch, regions, hidden)."""
-        feature_map = self.encoder(pixel_values.to(self.encoder.dtype)).last_hidden_state
-        return self.projection(feature_map.flatten(2).transpose(1, 2))
+    def forward(self, pixel_values: Tensor | None, features: Tensor | None = None) -> Tensor:
+        """Picture (batch, channels, height, width), normalised, to F_I (batch, regions, hidden).
+
+        `features`, what `encode` has returned before, spare the encoder.
+        """
+        features = self.encode(pixel_values) if features is None else features
+        return self.projection(features.flatten(2).transpose(1, 2).to(self.projection.weight.dtype))
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """The encoder's last feature map (batch, width, rows, columns)."""
+        return self.encoder(pixel_values.to(self.encoder.dtype)).last_hidden_state
 
 
 def drop_unused_pooler(encoder: PreTrainedModel) -> None:
@@ -294,23 +310,40 @@ class ClipEncoderInteraction(nn.Module):
         image_states: Tensor,
         text_states: Tensor,
         text_mask: Tensor,
-        clip_input_ids: Tensor,
+        clip_input_ids: Tensor | None,
         clip_attention_mask: Tensor | None,
-        clip_pixel_values: Tensor,
+        clip_pixel_values: Tensor | None,
+        clip_text_features: Tensor | None = None,
+        clip_image_features: Tensor | None = None,
     ) -> Joint:
-        """The CLIP inputs to F_IT; the features of the other encoders are not used in this mode."""
-        vision = self.vision_model(clip_pixel_values)
-        patches = self.vision_model.vision_model.post_layernorm(vision.last_hidden_state[:, 1:])
-        patches = F.normalize(self.vision_model.visual_projection(patches), dim=-1)
-        image = F.normalize(vision.image_embeds, dim=-1)
+        """The CLIP inputs to F_IT; the features of the other encoders are not used in this mode.
 
-        word_mask = as_mask(clip_attention_mask, clip_input_ids)
-        language = self.text_model(clip_input_ids, attention_mask=encoder_mask(word_mask))
-        words = F.normalize(self.text_model.text_projection(language.last_hidden_state), dim=-1)
-        text = F.normalize(language.text_embeds, dim=-1)
+        `clip_text_features` and `clip_image_features`, what the two methods below have returned before, spare CLIP.
+        """
+        dtype = self.projection.weight.dtype
+        if clip_image_features is None:
+            clip_image_features = self.encode_image(clip_pixel_values)
+        image, patches = clip_image_features[:, 0].to(dtype), clip_image_features[:, 1:].to(dtype)
+        if clip_text_features is None:
+            clip_text_features = self.encode_text(clip_input_ids, as_mask(clip_attention_mask, clip_input_ids))
+        text, words = clip_text_features[:, 0].to(dtype), clip_text_features[:, 1:].to(dtype)
 
         states = self.projection(joint_sequence(image, patches, text, words))
-        return Joint(states, joint_mask(1 + patches.shape[1], word_mask), states[:, 0], image, text)
+        mask = joint_mask(1 + patches.shape[1], as_mask(clip_attention_mask, words))
+        return Joint(states, mask, states[:, 0], image, text)
+
+    def encode_image(self, clip_pixel_values: Tensor) -> Tensor:
+        """v and v_patch, (batch, 1 + patches, projection), unit length."""
+        vision = self.vision_model(clip_pixel_values)
+        patches = self.vision_model.vision_model.post_layernorm(vision.last_hidden_state[:, 1:])
+        patches = self.vision_model.visual_projection(patches)
+        return F.normalize(torch.cat([vision.image_embeds.unsqueeze(1), patches], dim=1), dim=-1)
+
+    def encode_text(self, clip_input_ids: Tensor, mask: Tensor) -> Tensor:
+        """t and t_word, (batch, 1 + clip_text_len, projection), unit length."""
+        language = self.text_model(clip_input_ids, attention_mask=encoder_mask(mask))
+        words = self.text_model.text_projection(language.last_hidden_state)
+        return F.normalize(torch.cat([language.text_embeds.unsqueeze(1), words], dim=1), dim=-1)
 
 
 class FeatureInteraction(nn.Module):
@@ -667,6 +700,28 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
             encoders |= {"clip.text": interaction.text_model, "clip.vision": interaction.vision_model}
         return {name: encoder for name, encoder in encoders.items() if encoder is not None}
 
+    def encode(self, backbone: str, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The output of one backbone alone, which `forward` takes in place of the raw input.
+
+        Frozen backbones return the same for the same post, so that training can do with computing it once.
+
+        Args:
+            backbone: One of the names of `backbones()`.
+            inputs: (batch, text_len) token ids, or (batch, channels, height, width), as in `forward`.
+            attention_mask: (batch, text_len), for a text.
+
+        Returns:
+            `text_features`, `image_features`, `clip_text_features` or `clip_image_features`; see `forward`.
+        """
+        base = self.base_model
+        if backbone == "text":
+            return base.text_branch.encode(inputs, as_mask(attention_mask, inputs))
+        if backbone == "vision":
+            return base.image_branch.encode(inputs)
+        if backbone == "clip.text":
+            return base.fusion.interaction.encode_text(inputs, as_mask(attention_mask, inputs))
+        return base.fusion.interaction.encode_image(inputs)
+
     def freeze_backbones(self, text: bool = False, vision: bool = False, clip: bool = False) -> None:
         """Exclude backbones from training: their weights, their dropout and their BatchNorm statistics.
 
@@ -751,6 +806,10 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
         clip_input_ids: Tensor | None = None,
         clip_attention_mask: Tensor | None = None,
         clip_pixel_values: Tensor | None = None,
+        text_features: Tensor | None = None,
+        image_features: Tensor | None = None,
+        clip_text_features: Tensor | None = None,
+        clip_image_features: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -765,6 +824,12 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
             clip_input_ids: (batch, clip_text_len), CLIP's token ids, padded on the right as CLIP needs it.
             clip_attention_mask: (batch, clip_text_len), likewise.
             clip_pixel_values: (batch, channels, height, width), the picture as CLIP wants it.
+            text_features: (batch, text_len, width), what `encode("text", ...)` returned, in place of `input_ids`.
+            image_features: (batch, width, rows, columns), of `encode("vision", ...)`, in place of `pixel_values`.
+            clip_text_features: (batch, 1 + clip_text_len, projection), of `encode("clip.text", ...)`, in place of
+                `clip_input_ids`.
+            clip_image_features: (batch, 1 + patches, projection), of `encode("clip.vision", ...)`, in place of
+                `clip_pixel_values`.
             output_attentions: Return the cross-attention weights.
             output_hidden_states: Return F_I, F_T and their attended forms.
             return_dict: False returns a tuple of the fields that are not None.
@@ -780,14 +845,16 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        given = {"input_ids": input_ids, "pixel_values": pixel_values}
-        given |= {"clip_input_ids": clip_input_ids, "clip_pixel_values": clip_pixel_values}
+        tokens = input_ids if text_features is None else text_features
+        given = {"input_ids": tokens, "pixel_values": pixel_values if image_features is None else image_features}
+        given["clip_input_ids"] = clip_input_ids if clip_text_features is None else clip_text_features
+        given["clip_pixel_values"] = clip_pixel_values if clip_image_features is None else clip_image_features
         self._check_inputs(given)
 
-        text_mask = None if input_ids is None else as_mask(attention_mask, input_ids)
-        text_states = self.text_branch(input_ids, text_mask)  # eq. 1-3
-        image_states = self.image_branch(pixel_values)  # eq. 4
-        clip_inputs = (clip_input_ids, clip_attention_mask, clip_pixel_values)
+        text_mask = None if tokens is None else as_mask(attention_mask, tokens)
+        text_states = self.text_branch(input_ids, text_mask, text_features)  # eq. 1-3
+        image_states = self.image_branch(pixel_values, image_features)  # eq. 4
+        clip_inputs = (clip_input_ids, clip_attention_mask, clip_pixel_values, clip_text_features, clip_image_features)
         output = self.fusion(
             image_states, text_states, text_mask, clip_inputs, output_attentions, output_hidden_states
         )  # eq. 5-15
@@ -833,6 +900,10 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
         clip_input_ids: Tensor | None = None,
         clip_attention_mask: Tensor | None = None,
         clip_pixel_values: Tensor | None = None,
+        text_features: Tensor | None = None,
+        image_features: Tensor | None = None,
+        clip_text_features: Tensor | None = None,
+        clip_image_features: Tensor | None = None,
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -858,6 +929,10 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
             clip_input_ids=clip_input_ids,
             clip_attention_mask=clip_attention_mask,
             clip_pixel_values=clip_pixel_values,
+            text_features=text_features,
+            image_features=image_features,
+            clip_text_features=clip_text_features,
+            clip_image_features=clip_image_features,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,

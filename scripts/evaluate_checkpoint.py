@@ -20,7 +20,8 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from posts import DataArguments, PostCollator, is_regression, label_names, load_posts, one_sentence
+from collator import PostCollator
+from posts import DataArguments, is_regression, label_names, load_posts, one_sentence
 from report import plot_confusion_matrix, results_table
 from train import load_metric, score, set_up_logging
 

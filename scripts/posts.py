@@ -1,10 +1,10 @@
-"""Posts from anywhere to the inputs of a model, and its outputs to lines that a person or a program reads."""
+"""Posts from anywhere in one form, and a model's outputs as lines that a person or a program reads."""
 
 import io
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,6 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from make_sample import make_sample
 from mvsa import load_mvsa, split_mvsa
 
@@ -211,35 +210,6 @@ def picture(value: Any) -> Any:
         raise ValueError(f"{value['path'] or 'A picture'} is not a picture that can be read: {error}") from error
     image.filename = value["path"] or ""
     return image
-
-
-@dataclass
-class PostCollator:
-    """Rows of posts to a padded batch, decoding the pictures on the way.
-
-    Args:
-        processor: Makes the inputs.
-        config: Its `modality` says which columns to read.
-    """
-
-    processor: ClipCaCgProcessor
-    config: ClipCaCgConfig
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Rows with text, image and, if there is one, label, to tensors; see `ClipCaCgModel.forward`.
-
-        Raises:
-            ValueError: If a picture is broken; the message names it.
-        """
-        columns: dict[str, Any] = {}
-        if self.config.modality != "image":
-            columns["text"] = [row["text"] or "" for row in rows]  # an empty cell of a table is None
-        if self.config.modality != "text":
-            columns["images"] = [picture(row["image"]) for row in rows]
-        batch = dict(self.processor(**columns, return_tensors="pt"))
-        if "label" in rows[0]:
-            batch["labels"] = torch.tensor([row["label"] for row in rows])
-        return batch
 
 
 def prediction(post_id: str, scores: torch.Tensor, config: ClipCaCgConfig) -> dict[str, Any]:

@@ -27,8 +27,9 @@ from transformers import HfArgumentParser
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from collator import PostCollator
 from mvsa import Fault, read_text
-from posts import PostCollator, locate_picture, one_sentence, prediction, write_line
+from posts import locate_picture, one_sentence, prediction, write_line
 
 
 @dataclass

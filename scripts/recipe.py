@@ -37,6 +37,10 @@ class ModelArguments:
     freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision encoder."})
     freeze_clip: bool = field(default=False, metadata={"help": "Do not train the CLIP towers."})
     class_weights: str = field(default="none", metadata={"help": "none, or balanced: by inverse frequency."})
+    cache_features: bool = field(
+        default=False, metadata={"help": "Compute the outputs of frozen backbones once, and keep them on disk."}
+    )
+    cache_dtype: str = field(default="float32", metadata={"help": "Of these: float32, or float16 for half the space."})
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens to keep of a text; stays in the checkpoint."}
     )

@@ -28,12 +28,13 @@ from transformers import EarlyStoppingCallback, EvalPrediction, set_seed
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from collator import PostCollator
+from feature_cache import FeatureStore, cache_features
 from make_sample import make_tiny_backbones
 from model_card import RunFacts, hardware_name, training_recipe, write_model_card
 from posts import (
     SAMPLE_FOLDER,
     DataArguments,
-    PostCollator,
     label_names,
     load_posts,
     one_sentence,
@@ -248,15 +249,40 @@ def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modal
         arguments.early_stopping_patience = 0
 
 
+def compute_features(
+    arguments: RecipeArguments,
+    model_arguments: ModelArguments,
+    model: ClipCaCgForSequenceClassification,
+    processor: ClipCaCgProcessor,
+    posts: datasets.DatasetDict,
+) -> tuple[datasets.DatasetDict, dict[str, FeatureStore]]:
+    """See `cache_features`.
+
+    Raises:
+        ValueError: If pictures are to change from epoch to epoch.
+    """
+    if arguments.augment and (model_arguments.freeze_vision or model_arguments.freeze_clip):
+        raise ValueError("--augment changes every picture in every epoch, and --cache_features keeps it: choose one.")
+    return cache_features(
+        model,
+        processor,
+        posts,
+        dtype=model_arguments.cache_dtype,
+        device=arguments.device,
+        num_workers=arguments.dataloader_num_workers,
+    )
+
+
 def make_trainer(
     arguments: RecipeArguments,
     model: ClipCaCgForSequenceClassification,
     processor: ClipCaCgProcessor,
     posts: datasets.DatasetDict,
+    features: dict[str, FeatureStore] | None = None,
 ) -> SentimentTrainer:
-    """Put the parts together."""
+    """Put the parts together; `features` are those of `compute_features`."""
     names = label_names(posts)
-    collator = PostCollator(processor, model.config)
+    collator = PostCollator(processor, model.config, features or {})
     patience = arguments.early_stopping_patience
     return SentimentTrainer(
         model=model,
@@ -366,7 +392,7 @@ def base_models(arguments: ModelArguments, model: ClipCaCgForSequenceClassificat
 def set_up_logging(is_main: bool) -> None:
     """Say what happens once, whatever the number of processes."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING if is_main else logging.ERROR)
-    for name in ("train", "posts", "mvsa", "push_to_hub"):
+    for name in ("train", "posts", "mvsa", "feature_cache", "push_to_hub"):
         logging.getLogger(name).setLevel(logging.INFO if is_main else logging.ERROR)
 
 
@@ -390,8 +416,12 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint = where_to_resume(arguments)
         model, processor = build(model_arguments, data_arguments.is_sample, label_names(posts))
         set_loss(model, arguments, model_arguments, posts["train"])
+        features = None
+        if model_arguments.cache_features:
+            with arguments.main_process_first(desc="computing features"):
+                posts, features = compute_features(arguments, model_arguments, model, processor, posts)
 
-    trainer = make_trainer(arguments, model, processor, posts)
+    trainer = make_trainer(arguments, model, processor, posts, features)
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
