@@ -1,0 +1,72 @@
+"""Adjective-noun pairs as concepts of a picture: CLIP's similarity to each phrase, without any training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, CLIPConfig, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+from clipcacg.modeling_clipcacg import ClipEncoderInteraction
+
+NUMBERS = re.compile(r"\[(sentiment|#imgs):\s*([-+]?[\d.]+)\]")
+LOGIT_SCALE = 100.0  # CLIP's own
+
+
+def read_phrases(path: str | Path, count: int = 1200, least_sentiment: float = 0.5) -> list[tuple[str, float]]:
+    """The adjective-noun pairs of a list such as the Visual Sentiment Ontology's, the most photographed first.
+
+    Args:
+        path: A line a pair, `happy dog [sentiment: 1.4] [#imgs: 812]`; a line without brackets counts as a neutral
+            pair, and is kept.
+        count: How many to keep.
+        least_sentiment: Pairs with a sentiment nearer to zero are left out.
+    """
+    found = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        phrase = line.partition("[")[0].replace("_", " ").strip()
+        numbers = {name: float(value) for name, value in NUMBERS.findall(line)}
+        if phrase and abs(numbers.get("sentiment", least_sentiment)) >= least_sentiment:
+            found.append((numbers.get("#imgs", 0.0), phrase, numbers.get("sentiment", 0.0)))
+    found.sort(key=lambda entry: -entry[0])
+    return [(phrase, sentiment) for _, phrase, sentiment in found[:count]]
+
+
+class ClipConcepts(nn.Module):
+    """Similarities of a picture to the phrases, and their sentiments weighted by the softmax over the phrases.
+
+    Args:
+        clip: Config of the CLIP model.
+        phrases: (phrase, sentiment) of each adjective-noun pair.
+    """
+
+    encode_image = ClipEncoderInteraction.encode_image
+
+    def __init__(self, clip: CLIPConfig, phrases: Sequence[Sequence[Any]]) -> None:
+        super().__init__()
+        dtype = torch.get_default_dtype()
+        clip.vision_config.projection_dim = clip.projection_dim
+        self.vision_model = CLIPVisionModelWithProjection._from_config(clip.vision_config, dtype=dtype)
+        self.register_buffer("phrase_embeds", torch.zeros(len(phrases), clip.projection_dim))
+        self.register_buffer("sentiments", torch.tensor([sentiment for _, sentiment in phrases]))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """CLIP's picture (batch, projection), unit length, to (batch, phrases + 1)."""
+        cosine = image @ self.phrase_embeds.T
+        sentiment = (LOGIT_SCALE * cosine).softmax(dim=-1) @ self.sentiments.to(cosine.dtype)
+        return torch.cat([cosine, sentiment.unsqueeze(-1)], dim=-1)
+
+    @torch.no_grad()
+    def read_phrases(self, clip_model: str | Path, phrases: Sequence[Sequence[Any]]) -> None:
+        """Put the phrases through CLIP's text tower, which is of no use afterwards."""
+        tokenizer = AutoTokenizer.from_pretrained(clip_model)
+        tower = CLIPTextModelWithProjection.from_pretrained(clip_model, dtype=torch.float32).eval()
+        for row, (phrase, _) in enumerate(phrases):
+            tokens = tokenizer(f"a photo of a {phrase}", return_tensors="pt", truncation=True)
+            embeds = tower(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).text_embeds
+            self.phrase_embeds[row] = F.normalize(embeds[0], dim=-1)

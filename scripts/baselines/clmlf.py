@@ -1,0 +1,193 @@
+"""CLMLF: a Transformer over words and picture cells, and two contrastive losses.
+
+Source: Li, Xu, Zhu and Zhao, "CLMLF: A Contrastive Learning and Multi-Layer Fusion Method for Multimodal Sentiment
+Detection", Findings of NAACL 2022; architecture and losses follow the authors' public code [V].
+
+The text encoder is trained, the ResNet-50 frozen; its cells and its pooled vector go through a Transformer of their
+own, then words and picture through the fusion layers, and an attention pools them. Beside the cross-entropy there are
+
+- DBCL, on the data: each post against the second views of its batch;
+- LBCL, on the labels: posts of the same label. The code divides by the temperature after the log-softmax and counts
+  each post as its own partner. That is the default here; `self_pairs=False` is supervised contrastion as usually
+  written, with the temperature inside and without those pairs.
+
+Both are for training only. The second view of a post is what `input_ids_augmented`, `attention_mask_augmented` and
+`pixel_values_augmented` hold (or `text_features_augmented` and `image_features_augmented`); without them it is the
+same post under another draw of dropout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipcacg.modeling_clipcacg import ClipCaCgClassifierOutput
+
+from .layers import masked_softmax, regions_of
+from .shared import BaselineConfig, BaselineForSequenceClassification, Scores
+
+SUFFIX = "_augmented"
+
+
+class ClmlfConfig(BaselineConfig):
+    """
+    Args:
+        image_layers: Transformer layers over the picture alone.
+        fusion_layers: Transformer layers over words and picture; 3 for MVSA-Single, 4 for MVSA-Multiple.
+        data_loss_weight, label_loss_weight: Weights of DBCL and LBCL.
+        contrastive_temperature: Of both. (`temperature` is a word of transformers' own for generation.)
+        self_pairs: LBCL as in the authors' code, see above.
+        official_reshape: Cut the feature map into cells as the authors' code does, without turning the axes, which
+            mixes channels and positions.
+    """
+
+    model_type = "clmlf"
+
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        num_attention_heads: int = 12,
+        dropout: float = 0.1,
+        image_layers: int = 2,
+        fusion_layers: int = 3,
+        data_loss_weight: float = 1.0,
+        label_loss_weight: float = 1.0,
+        contrastive_temperature: float = 0.07,
+        self_pairs: bool = True,
+        official_reshape: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.image_layers = image_layers
+        self.fusion_layers = fusion_layers
+        self.data_loss_weight = data_loss_weight
+        self.label_loss_weight = label_loss_weight
+        self.contrastive_temperature = contrastive_temperature
+        self.self_pairs = self_pairs
+        self.official_reshape = official_reshape
+        sizes = {"hidden_size": hidden_size, "num_attention_heads": num_attention_heads, "dropout": dropout}
+        super().__init__(**sizes, **kwargs)
+
+    def check_values(self) -> None:
+        super().check_values()
+        self.at_least_one("image_layers", "fusion_layers")
+        if self.contrastive_temperature <= 0:
+            raise ValueError(f"contrastive_temperature must be above 0, not {self.contrastive_temperature}.")
+
+
+def data_contrastive_loss(views: Tensor, second_views: Tensor, temperature: float) -> Tensor:
+    """DBCL: cross-entropy of (batch, batch) scores against the diagonal; both inputs are (batch, width)."""
+    scores = views.float() @ second_views.float().T / temperature
+    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
+
+
+def label_contrastive_loss(views: Tensor, labels: Tensor, temperature: float, self_pairs: bool = True) -> Tensor:
+    """LBCL: mean over all pairs of one label; views are (batch, width), labels (batch,)."""
+    scores = views.float() @ views.float().T
+    pairs = labels.unsqueeze(0) == labels.unsqueeze(1)  # (batch, batch)
+    if self_pairs:
+        log_p = scores.log_softmax(dim=-1) / temperature
+    else:
+        itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        pairs = pairs & ~itself
+        log_p = (scores / temperature).masked_fill(itself, torch.finfo(scores.dtype).min).log_softmax(dim=-1)
+    return -log_p.masked_fill(~pairs, 0).sum() / pairs.sum().clamp(min=1)
+
+
+def projection(size: int) -> nn.Sequential:
+    """A head of the contrastive losses."""
+    return nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, size))
+
+
+class Layers(nn.Module):
+    """Transformer layers of BERT's kind: the norm comes after the residual, and there are no positions."""
+
+    def __init__(self, config: ClmlfConfig, count: int) -> None:
+        super().__init__()
+        shape = {"dropout": config.dropout, "activation": "gelu", "batch_first": True}
+        size, heads = config.hidden_size, config.num_attention_heads
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(size, heads, 4 * size, **shape) for _ in range(count))
+
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            states = layer(states, src_key_padding_mask=None if mask is None else ~mask)
+        return states
+
+
+class Clmlf(BaselineForSequenceClassification):
+    """Multi-layer fusion, attention pooling and an MLP."""
+
+    config_class = ClmlfConfig
+    label = "CLMLF (re-impl., no back-translation)"
+    fidelity = "A"
+    substitutions = (
+        "no back-translation: the second view is another draw of dropout, unless augmented inputs are given",
+        "one stage: the text encoder is trained from the start, not from epoch 20 on",
+        "cells of the feature map cut with their axes turned, unless official_reshape is set",
+        "loss not divided by the batch size once more, which Adam does not feel",
+    )
+    published = {"mvsa_single": (75.33, 73.46), "mvsa_multiple": (72.00, 69.83)}
+
+    def __init__(self, config: ClmlfConfig) -> None:
+        super().__init__(config)
+        size, channels = config.hidden_size, self.image_branch.channels
+        self.text_projection = nn.Sequential(nn.Linear(config.text_config.hidden_size, size), nn.GELU())
+        self.cell_projection = nn.Sequential(nn.Linear(channels, size), nn.GELU())
+        self.picture_projection = nn.Sequential(nn.Linear(channels, size), nn.GELU())
+        self.image_layers = Layers(config, config.image_layers)
+        self.fusion_layers = Layers(config, config.fusion_layers)
+        # Without a bias in the end, which the softmax would not see.
+        self.pooling = nn.Sequential(nn.Linear(size, size // 2), nn.GELU(), nn.Linear(size // 2, 1, bias=False))
+        self.classifier = nn.Sequential(
+            nn.Dropout(config.dropout), nn.Linear(size, size // 2), nn.GELU(), nn.Linear(size // 2, config.num_labels)
+        )
+        if config.data_loss_weight or config.label_loss_weight:
+            self.first_view = projection(size)
+        if config.data_loss_weight:
+            self.second_view = projection(size)
+        self.post_init()
+
+    def score(self, words: Tensor, mask: Tensor, feature_map: Tensor, **extras: Any) -> Scores:
+        cells = regions_of(feature_map)
+        if self.config.official_reshape:
+            cells = feature_map.reshape(cells.shape)
+        picture = self.picture_projection(feature_map.mean(dim=(2, 3))).unsqueeze(1)
+        image = self.image_layers(torch.cat([picture, self.cell_projection(cells)], dim=1))
+        mask = F.pad(mask, (0, image.shape[1]), value=True)
+        joint = self.fusion_layers(torch.cat([self.text_projection(words), image], dim=1), mask)
+        weights = masked_softmax(self.pooling(joint).squeeze(-1), mask)  # (batch, text_len + 1 + cells)
+        fused = (weights.unsqueeze(1) @ joint).squeeze(1)
+        return Scores(self.classifier(fused), fused)
+
+    def forward(
+        self, *args: Any, labels: Tensor | None = None, return_dict: bool | None = None, **inputs: Any
+    ) -> ClipCaCgClassifierOutput | tuple[Any, ...]:
+        """As in the base class; in training with labels the contrastive losses are added."""
+        second = {name.removesuffix(SUFFIX): value for name, value in inputs.items() if name.endswith(SUFFIX)}
+        first = {name: value for name, value in inputs.items() if not name.endswith(SUFFIX)}
+        output = super().forward(*args, labels=labels, return_dict=True, **first)
+        if labels is not None and self.training:
+            views = self.second_views(args, first, second) if self.config.data_loss_weight else None
+            output.loss = output.loss + self.contrastive_losses(output.fused_embeds, views, labels)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def second_views(self, args: tuple[Any, ...], first: dict[str, Any], second: dict[str, Any]) -> Tensor:
+        """The fused vectors of the second views; what `second` lacks is taken from the first ones."""
+        for raw, cached in (("input_ids", "text_features"), ("pixel_values", "image_features")):
+            if raw in second or cached in second:
+                first = {name: value for name, value in first.items() if name not in (raw, cached)}
+        return super().forward(*args, return_dict=True, **{**first, **second}).fused_embeds
+
+    def contrastive_losses(self, fused: Tensor, second_fused: Tensor | None, labels: Tensor) -> Tensor:
+        """DBCL and LBCL, weighted; a weight of 0 leaves its loss out."""
+        config, loss = self.config, fused.new_zeros(())
+        temperature = config.contrastive_temperature
+        if config.data_loss_weight:
+            pair = self.first_view(fused), self.second_view(second_fused)
+            loss = loss + config.data_loss_weight * data_contrastive_loss(*pair, temperature)
+        if config.label_loss_weight:
+            pulled = label_contrastive_loss(self.first_view(fused), labels, temperature, config.self_pairs)
+            loss = loss + config.label_loss_weight * pulled
+        return loss

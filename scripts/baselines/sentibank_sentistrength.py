@@ -1,0 +1,197 @@
+"""SentiBank & SentiStrength, by proxy: concepts of the picture and a lexicon's scores of the text, under one Linear.
+
+Source: Borth, Ji, Chen, Breuel and Chang, "Large-scale Visual Sentiment Ontology and Detectors Using Adjective Noun
+Pairs", ACM Multimedia 2013; Thelwall, Buckley and Paltoglou, "Sentiment strength detection for the social web", JASIST
+2012.
+
+- [V] 1,200 detectors of adjective-noun pairs give the picture's features, SentiStrength a score of the text, and a
+  linear model combines them.
+- [A] How the three-class row of Table III was trained; here it is a multinomial logistic regression.
+
+Neither part can be had: the detectors are not published as a package, and SentiStrength is no free software. In their
+place stand VADER's four scores (positive, negative, neutral, compound) and, for the picture, either of
+
+- the pooled feature map of the vision encoder;
+- with `phrases`, the cosine similarity of CLIP's picture to the phrase "a photo of a ..." of each adjective-noun pair,
+  and the pairs' sentiments weighted by the softmax over all (`clip_pixel_values`; needs a CLIP model).
+
+Neither is SentiBank, and both see more than it did. The encoders are never trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .clip_concepts import ClipConcepts
+from .shared import BaselineConfig, BaselineForSequenceClassification, Scores
+
+LEXICON_SCORES = ("pos", "neg", "neu", "compound")
+
+
+class SentiBankSentiStrengthConfig(BaselineConfig):
+    """
+    Args:
+        phrases: (phrase, sentiment) of each adjective-noun pair, as `clip_concepts.read_phrases` gives them; without
+            any the picture's features are those of the vision encoder.
+    """
+
+    model_type = "sentibank-sentistrength"
+
+    def __init__(self, phrases: Sequence[Sequence[Any]] = (), **kwargs: Any) -> None:
+        self.phrases = [[phrase, float(sentiment)] for phrase, sentiment in phrases]
+        super().__init__(**kwargs)
+
+    def check_values(self) -> None:
+        super().check_values()
+        if self.phrases and self.clip_config is None:
+            raise ValueError("phrases are compared with the picture by CLIP: give a clip_config, or a clip_model.")
+
+
+@cache
+def _analyzer() -> Any:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()
+
+
+def lexicon_scores(texts: Sequence[str]) -> Tensor:
+    """VADER's scores (batch, 4) of texts: three shares in [0, 1], and the compound in [-1, 1]."""
+    scored = [_analyzer().polarity_scores(text) for text in texts]
+    return torch.tensor([[scores[name] for name in LEXICON_SCORES] for scores in scored])
+
+
+class LexiconCollator:
+    """Another collator's batch with `lexicon_scores` of the rows' texts."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        return {**self.collator(rows), "lexicon_scores": lexicon_scores([row["text"] or "" for row in rows])}
+
+
+class Standardise(nn.Module):
+    """Each feature to mean 0 and variance 1 by all that was seen in training; one that never varies becomes 0."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+
+    @torch.no_grad()
+    def take_in(self, features: Tensor) -> None:
+        """Add a batch (batch, size) to the mean and variance of all before it."""
+        count, mean = self.count + len(features), features.mean(dim=0)
+        share, shift = len(features) / count, mean - self.mean
+        variance = features.var(dim=0, correction=0)
+        self.variance += share * (variance - self.variance) + share * (1 - share) * shift**2
+        self.mean += share * shift
+        self.count.copy_(count)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.training:
+            self.take_in(features)
+        return (features - self.mean) / self.variance.clamp(min=1e-8).sqrt()
+
+
+class SentiBankSentiStrength(BaselineForSequenceClassification):
+    """y = W standardised([concepts of the picture ; scores of the text]) + b."""
+
+    config_class = SentiBankSentiStrengthConfig
+    label = "SentiBank&SentiStrength-proxy (image features + VADER, LR)"
+    fidelity = "C"
+    substitutions = (
+        "VADER for SentiStrength",
+        "pooled features of the vision encoder, or CLIP's similarity to adjective-noun phrases, for SentiBank",
+        "logistic regression by gradient descent; standardised by running means",
+    )
+    published = {"mvsa_single": (52.05, 50.08), "mvsa_multiple": (65.62, 55.36)}
+
+    def __init__(self, config: SentiBankSentiStrengthConfig) -> None:
+        super().__init__(config)
+        if config.phrases:
+            self.label = "SentiBank&SentiStrength-proxy (CLIP-ANP + VADER, LR)"
+            self.concepts = ClipConcepts(config.clip_config, config.phrases)
+        width = len(config.phrases) + 1 if config.phrases else self.image_branch.channels
+        self.standardise = Standardise(width + len(LEXICON_SCORES))
+        self.classifier = nn.Linear(width + len(LEXICON_SCORES), config.num_labels)
+        self.post_init()
+        self.train(self.training)
+
+    @staticmethod
+    def encoders(config: SentiBankSentiStrengthConfig) -> tuple[str, ...]:
+        return ("clip",) if config.phrases else ("vision",)
+
+    def backbones(self) -> dict[str, PreTrainedModel]:
+        concepts = getattr(self, "concepts", None)
+        return super().backbones() | ({} if concepts is None else {"clip.vision": concepts.vision_model})
+
+    def encode(self, backbone: str, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if backbone == "clip.vision":
+            return self.concepts.encode_image(inputs)
+        return super().encode(backbone, inputs, attention_mask)
+
+    def train(self, mode: bool = True) -> SentiBankSentiStrength:
+        """Switch to training or evaluation mode; the encoders are frozen in both, after a reload as well."""
+        for encoder in self.backbones().values():
+            encoder.requires_grad_(False)
+        return super().train(mode)
+
+    @classmethod
+    def from_backbones(cls, *args: Any, **kwargs: Any) -> SentiBankSentiStrength:
+        model = super().from_backbones(*args, **kwargs)
+        if model.config.phrases:
+            clip_model = args[2] if len(args) > 2 else kwargs["clip_model"]
+            model.concepts.read_phrases(clip_model, model.config.phrases)
+        return model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Standardise):
+            init.zeros_(module.count)
+            init.zeros_(module.mean)
+            init.ones_(module.variance)
+        elif isinstance(module, ClipConcepts):
+            init.zeros_(module.phrase_embeds)
+            init.copy_(module.sentiments, torch.tensor([sentiment for _, sentiment in self.config.phrases]))
+
+    def score(
+        self,
+        words: None,
+        mask: None,
+        feature_map: Tensor | None,
+        lexicon_scores: Tensor | None = None,
+        clip_pixel_values: Tensor | None = None,
+        clip_image_features: Tensor | None = None,
+        **extras: Any,
+    ) -> Scores:
+        """
+        Args:
+            lexicon_scores: (batch, 4), from the function of that name.
+            clip_pixel_values, clip_image_features: With phrases, one of them; the second is what
+                `encode("clip.vision", ...)` returned before.
+        """
+        if lexicon_scores is None:
+            raise ValueError("This system reads lexicon_scores, which the function of that name makes of texts.")
+        if self.config.phrases:
+            concepts = self.concepts(self.clip_picture(clip_pixel_values, clip_image_features))
+        else:
+            concepts = feature_map.mean(dim=(2, 3))
+        fused = self.standardise(torch.cat([concepts, lexicon_scores.to(concepts.dtype)], dim=-1))
+        return Scores(self.classifier(fused), fused)
+
+    def clip_picture(self, clip_pixel_values: Tensor | None, clip_image_features: Tensor | None) -> Tensor:
+        if clip_image_features is None and clip_pixel_values is None:
+            raise ValueError("With phrases this system reads pictures by CLIP: give clip_pixel_values.")
+        if clip_image_features is None:
+            clip_image_features = self.concepts.encode_image(clip_pixel_values)
+        return clip_image_features[:, 0].to(self.classifier.weight.dtype)

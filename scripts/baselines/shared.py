@@ -1,0 +1,263 @@
+"""What the other systems of the paper's Table III share: the config, the two encoders and the loss.
+
+A system is a subclass of `BaselineForSequenceClassification` that turns the encoders' states into `Scores`; its
+`label`, `fidelity`, `substitutions` and `published` say what stands in a table beside its results:
+
+    fidelity    A: follows official code; B: structure known, sizes assumed; C: a proxy
+    published   accuracy and F1 of the paper's Table III in percent, copied: mixed splits, and mixed kinds of F1
+
+In the docstrings [V] marks what was read in a public source, [R] what is commonly said of the system and could not be
+confirmed, [A] our assumption. Axis names and masks are those of `modeling_clipcacg.py`. The originals mostly have no
+padding masks; here padding is masked everywhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.modeling_clipcacg import (
+    ClipCaCgClassifierOutput,
+    ClipCaCgForSequenceClassification,
+    ClipCaCgPreTrainedModel,
+    NoBranch,
+    as_mask,
+    drop_unused_pooler,
+    dry_run,
+    encoder_mask,
+    load_backbone,
+)
+
+from . import word_vectors  # noqa: F401  the Auto classes are to know word vectors as a text encoder
+
+
+class BaselineConfig(ClipCaCgConfig):
+    """The fields that every system has; each adds its own.
+
+    Args:
+        hidden_size: Width of the system's own layers.
+        num_attention_heads: For systems with several; must divide `hidden_size`.
+        dropout: Dropout probability of the system's own layers, in [0, 1).
+        **kwargs: The encoders and the loss, as in `ClipCaCgConfig`. CLIP is left out unless a system asks for it.
+    """
+
+    model_type = "clipcacg-baseline"
+
+    def __init__(
+        self,
+        hidden_size: int = 512,
+        num_attention_heads: int = 1,
+        dropout: float = 0.5,
+        clip_config: PreTrainedConfig | dict[str, Any] | None = None,
+        clip_mode: str = "none",
+        **kwargs: Any,
+    ) -> None:
+        sizes = {"hidden_size": hidden_size, "num_attention_heads": num_attention_heads, "dropout": dropout}
+        super().__init__(clip_config=clip_config, clip_mode=clip_mode, **sizes, **kwargs)
+
+    def at_least_one(self, *names: str) -> None:
+        """Refuse a count below 1.
+
+        Raises:
+            ValueError: The message names the field.
+        """
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `config.json` alone: the code that a CLIP-CA-CG checkpoint carries is not the code of this system."""
+        PreTrainedConfig.save_pretrained(self, save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+class Scores(NamedTuple):
+    """What a system makes of a batch.
+
+    Args:
+        logits: (batch, labels), the decision.
+        fused: (batch, width), what the decision was made from.
+        branches: Logits, of the same shape, that single branches give on their own.
+    """
+
+    logits: Tensor
+    fused: Tensor
+    branches: tuple[Tensor, ...] = ()
+
+
+class TextEncoder(nn.Module):
+    """The states of any text encoder, word vectors included, or those that a cache kept."""
+
+    def __init__(self, config: BaselineConfig) -> None:
+        super().__init__()
+        self.encoder = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
+        drop_unused_pooler(self.encoder)
+
+    def forward(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, text_features: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """To the states (batch, text_len, width) and the bool mask (batch, text_len)."""
+        if text_features is not None:
+            return text_features.to(self.encoder.dtype), as_mask(attention_mask, text_features[..., 0])
+        if input_ids is None:
+            raise ValueError("This system reads texts: give input_ids or text_features.")
+        mask = as_mask(attention_mask, input_ids)
+        return self.encode(input_ids, mask), mask
+
+    def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """(batch, text_len) to the encoder's last hidden state, which a cache may keep."""
+        return self.encoder(input_ids=input_ids, attention_mask=encoder_mask(mask)).last_hidden_state
+
+
+class ImageEncoder(nn.Module):
+    """The feature map of any vision encoder, or the one that a cache kept."""
+
+    def __init__(self, config: BaselineConfig) -> None:
+        super().__init__()
+        self.encoder = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
+        self.channels, unused = dry_run(config.vision_config)
+        for name in unused:
+            self.encoder.set_submodule(name, nn.Identity())
+
+    def forward(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
+        """To the feature map (batch, channels, height, width)."""
+        if image_features is not None:
+            return image_features.to(self.encoder.dtype)
+        if pixel_values is None:
+            raise ValueError("This system reads pictures: give pixel_values or image_features.")
+        return self.encode(pixel_values)
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """A picture to the encoder's last feature map, which a cache may keep."""
+        return self.encoder(pixel_values.to(self.encoder.dtype)).last_hidden_state
+
+
+class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
+    """A system of Table III: the encoders, what the subclass makes of their states, and the loss of our own model."""
+
+    config: BaselineConfig
+    config_class = BaselineConfig
+    accepts_loss_kwargs = False
+    _no_split_modules = None
+
+    label: str
+    fidelity: str
+    substitutions: tuple[str, ...] = ()
+    published: dict[str, tuple[float, float]] = {}
+
+    task_loss = ClipCaCgForSequenceClassification.task_loss
+
+    def __init__(self, config: BaselineConfig) -> None:
+        super().__init__(config)
+        config.check_values()
+        self.num_labels = config.num_labels
+        needed = self.encoders(config)
+        self.text_branch = TextEncoder(config) if "text" in needed else NoBranch()
+        self.image_branch = ImageEncoder(config) if "vision" in needed else NoBranch()
+
+    @staticmethod
+    def encoders(config: BaselineConfig) -> tuple[str, ...]:
+        """The encoders that a system with this config is built on: some of "text", "vision", "clip"."""
+        return ("text", "vision")
+
+    def backbones(self) -> dict[str, PreTrainedModel]:
+        branches = {"text": self.text_branch, "vision": self.image_branch}
+        encoders = {name: getattr(branch, "encoder", None) for name, branch in branches.items()}
+        return {name: encoder for name, encoder in encoders.items() if encoder is not None}
+
+    @classmethod
+    def from_backbones(
+        cls,
+        text_model: str | Path | None = None,
+        vision_model: str | Path | None = None,
+        clip_model: str | Path | None = None,
+        **config: Any,
+    ) -> BaselineForSequenceClassification:
+        """Build the system on pretrained encoders; arguments as in `ClipCaCgPreTrainedModel.from_backbones`.
+
+        One that the system has no use for may be named all the same: every system takes the same call.
+
+        Raises:
+            ValueError: If one that it needs is not named.
+        """
+        names = {"text": text_model, "vision": vision_model, "clip": clip_model}
+        for part, name in names.items():
+            if name is not None:
+                config[f"{part}_config"] = AutoConfig.from_pretrained(name)
+        built = cls.config_class(**config)
+        missing = [f"{part}_model" for part in cls.encoders(built) if names[part] is None]
+        if missing:
+            raise ValueError(f"{cls.__name__}.from_backbones needs {', '.join(missing)}, a Hub name or a folder.")
+        model = cls._from_config(built)
+        for part, encoder in model.backbones().items():
+            load_backbone(encoder, names[part.partition(".")[0]])
+        return model.eval()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            for parameter in module.parameters():
+                init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.MultiheadAttention):
+            init.xavier_uniform_(module.in_proj_weight)
+            init.zeros_(module.in_proj_bias)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        text_features: Tensor | None = None,
+        image_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **extras: Any,
+    ) -> ClipCaCgClassifierOutput | tuple[Any, ...]:
+        """Classify posts.
+
+        Args:
+            input_ids: (batch, text_len), token ids of the text encoder.
+            attention_mask: (batch, text_len), 1 for a real token, 0 for padding; left out: no padding.
+            pixel_values: (batch, channels, height, width), the picture as the vision encoder wants it.
+            text_features: (batch, text_len, width), the text encoder's last hidden state. It stands for `input_ids`,
+                and the encoder is not run.
+            image_features: (batch, channels, height, width), the vision encoder's; likewise for `pixel_values`.
+            labels: (batch,) class indices.
+            return_dict: False returns a tuple of the fields that are not None.
+            **extras: What a single system takes beside these, named at its `score`; it ignores the others.
+
+        Returns:
+            `ClipCaCgClassifierOutput`, of which loss, logits and `fused_embeds` are filled.
+
+        Raises:
+            ValueError: If an input that the system reads is missing.
+        """
+        words, mask = self.text_branch(input_ids, attention_mask, text_features) or (None, None)
+        feature_map = self.image_branch(pixel_values, image_features)
+        scores = self.score(words, mask, feature_map, **extras)
+        loss = None if labels is None else self.training_loss(scores, labels)
+        output = ClipCaCgClassifierOutput(loss=loss, logits=scores.logits, fused_embeds=scores.fused)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def score(self, words: Tensor | None, mask: Tensor | None, feature_map: Tensor | None, **extras: Any) -> Scores:
+        """The system's own equations.
+
+        Args:
+            words: (batch, text_len, width), or None for a system without a text encoder.
+            mask: (batch, text_len), bool, likewise.
+            feature_map: (batch, channels, height, width), or None for a system without a vision encoder.
+        """
+        raise NotImplementedError
+
+    def training_loss(self, scores: Scores, labels: Tensor) -> Tensor:
+        """The loss of the task on the decision, unless a system trains its branches."""
+        return self.task_loss(scores.logits, labels)
