@@ -20,8 +20,10 @@ import torch
 import transformers as hf
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
+from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 
+from clipcacg import processing_clipcacg
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from make_sample import make_tiny_backbones
 
@@ -387,3 +389,40 @@ def test_a_timm_encoder(backbones: Path, tmp_path: Path):
     assert isinstance(processor.image_processor, hf.BitImageProcessor)
     pixels = processor(images=RGB, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels, stock, atol=0.02, rtol=0)  # a byte, which two resizing codes round apart
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """A real photograph, repeated until it is large enough."""
+    tile = load_sample_images().images[0]
+    return Image.fromarray(np.tile(tile, (height // 427 + 1, width // 640 + 1, 1))[:height, :width])
+
+
+SIZES = [(640, 400, 2), (1280, 768, 4), (641, 400, 1), (250, 240, 1)]
+
+
+@pytest.mark.parametrize(("width", "height", "decoded"), SIZES)
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(
+    processor: ClipCaCgProcessor,
+    width: int,
+    height: int,
+    decoded: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    photograph(width, height).save(tmp_path / "photo.jpg", quality=90)
+    sizes, original = [], processing_clipcacg._pil_to_rgb
+    monkeypatch.setattr(processing_clipcacg, "_pil_to_rgb", lambda image: sizes.append(image.size) or original(image))
+    keywords = {"size": {"shortest_edge": 80}, "do_normalize": False, "return_tensors": "pt"}
+    reduced = processor(images=tmp_path / "photo.jpg", **keywords)
+    assert sizes == [(width // decoded, height // decoded)]
+    with Image.open(tmp_path / "photo.jpg") as image:
+        image.load()
+        whole = processor(images=image, **keywords)
+    for view in ("pixel_values", "clip_pixel_values"):
+        assert (reduced[view] - whole[view]).abs().mean() <= 1 / 255
+
+
+def test_a_jpeg_that_is_not_resized_is_decoded_whole(processor: ClipCaCgProcessor, tmp_path: Path) -> None:
+    photograph(640, 480).save(tmp_path / "photo.jpg")
+    keywords = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+    assert processor(images=tmp_path / "photo.jpg", **keywords)["pixel_values"].shape[-2:] == (480, 640)
