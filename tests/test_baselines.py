@@ -24,6 +24,10 @@ Inputs = dict[str, Tensor]
 
 LABELS = torch.tensor([0, 2, 0])
 SIZES = {"hidden_size": 24, "dropout": 0.1}
+TRAINED_SIZES = {
+    "clmlf": {"hidden_size": 48, "image_layers": 1, "fusion_layers": 1},
+    "cnn_multi": {"hidden_size": 64},
+}
 PRESETS = Path(__file__).parent.parent / "scripts" / "baselines" / "presets"
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SYSTEMS}
@@ -223,24 +227,26 @@ def test_presets_are_flags_and_fields(system: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_the_trainer_beats_the_largest_class(backbones: Path, posts_folder: Path, tmp_path: Path, system: str) -> None:
+def test_the_trainer_beats_the_largest_class_of_its_posts(
+    backbones: Path, posts_folder: Path, tmp_path: Path, system: str
+) -> None:
     names = {f"{part}_model": backbones / part for part in ("text", "vision")}
-    sizes = {} if system == "concatenation" else {"hidden_size": 48}
-    model = SYSTEMS[system].from_backbones(**names, **sizes)
+    model = SYSTEMS[system].from_backbones(**names, **SIZES | TRAINED_SIZES.get(system, {}))
     posts = load_posts(DataArguments(data_dir=str(posts_folder)))
     collator = PostCollator(ClipCaCgProcessor.from_backbones(**names), model.config)
+    if system == "sentibank_sentistrength":
+        pytest.importorskip("vaderSentiment")
+        collator = LexiconCollator(collator)
     arguments = RecipeArguments(
-        output_dir=str(tmp_path), num_train_epochs=15, learning_rate=0.003, backbone_learning_rate=0.001,
+        output_dir=str(tmp_path), num_train_epochs=12, backbone_learning_rate=0.0005,
+        learning_rate=0.0005 if system == "clmlf" else 0.003,  # norms after the residual want a small one
         per_device_train_batch_size=16, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
         remove_unused_columns=False, label_names=["labels"], dataloader_pin_memory=False,
     )  # fmt: skip
-    trainer = SentimentTrainer(
-        model=model, args=arguments, data_collator=LexiconCollator(collator), train_dataset=posts["train"]
-    )
+    trainer = SentimentTrainer(model=model, args=arguments, data_collator=collator, train_dataset=posts["train"])
     trainer.train()
     output = trainer.predict(posts["train"])
     labels = torch.tensor(output.label_ids)
     largest = labels.bincount().max() / len(labels)
-    predicted = torch.tensor(output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions)
-    accuracy = (predicted.argmax(-1) == labels).float().mean()
+    accuracy = (torch.tensor(output.predictions).argmax(-1) == labels).float().mean()
     assert accuracy > largest + 0.1
