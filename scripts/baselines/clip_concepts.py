@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPConfig, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+)
 
-from clipcacg.modeling_clipcacg import ClipEncoderInteraction
+from clipcacg.modeling_clipcacg import ClipEncoderInteraction, load_backbone
 
 NUMBERS = re.compile(r"\[(sentiment|#imgs):\s*([-+]?[\d.]+)\]")
 LOGIT_SCALE = 100.0  # CLIP's own
@@ -64,8 +70,10 @@ class ClipConcepts(nn.Module):
     @torch.no_grad()
     def read_phrases(self, clip_model: str | Path, phrases: Sequence[Sequence[Any]]) -> None:
         """Put the phrases through CLIP's text tower, which is of no use afterwards."""
-        tokenizer = AutoTokenizer.from_pretrained(clip_model)
-        tower = CLIPTextModelWithProjection.from_pretrained(clip_model, dtype=torch.float32).eval()
+        tokenizer, config = AutoTokenizer.from_pretrained(clip_model), AutoConfig.from_pretrained(clip_model)
+        config.text_config.projection_dim = config.projection_dim
+        tower = CLIPTextModelWithProjection._from_config(config.text_config, dtype=torch.float32).eval()
+        load_backbone(tower, clip_model)
         for row, (phrase, _) in enumerate(phrases):
             tokens = tokenizer(f"a photo of a {phrase}", return_tensors="pt", truncation=True)
             embeds = tower(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).text_embeds

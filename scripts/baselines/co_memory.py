@@ -82,6 +82,7 @@ class CoMemory(BaselineForSequenceClassification):
         "feature map of the chosen vision encoder in place of the unnamed CNN",
         "padding masked; dropout before the classifier",
     )
+    # Another public table has 68.92 and 68.83 for MVSA-Multiple; which of the two slipped by a point is not known.
     published = {"mvsa_single": (70.51, 70.01), "mvsa_multiple": (69.92, 69.83)}
 
     def __init__(self, config: CoMemoryConfig) -> None:

@@ -64,7 +64,7 @@ class ItinConfig(BaselineConfig):
             raise ValueError(f"image_weight must be from 0 to 1, not {self.image_weight}.")
 
 
-class Attention(nn.Module):
+class Alignment(nn.Module):
     """softmax(X W_q (Y W_k)' / sqrt(d)) Y."""
 
     def __init__(self, size: int) -> None:
@@ -83,8 +83,8 @@ class Side(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.cross_attention = Attention(size)
-        self.self_attention = Attention(size)
+        self.cross_attention = Alignment(size)
+        self.self_attention = Alignment(size)
         self.fusion = nn.Linear(2 * size, size, bias=False)
         # A bias of the last Linear would move all positions alike, and the softmax does not see that.
         self.summary = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, SUMMARIES, bias=False))
