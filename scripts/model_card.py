@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -179,7 +180,7 @@ def commonest(scores: Mapping[str, Any], label_names: Sequence[str] | None) -> t
 
 
 def readable(name: str, value: Any) -> str:
-    """The value of a training setting as a person would write it."""
+    """The value of a setting as a person would write it."""
     if name == "warmup_steps" and 0 < value < 1:
         return f"{value:.0%} of all steps"
     if name == "max_grad_norm" and not value:
@@ -188,7 +189,7 @@ def readable(name: str, value: Any) -> str:
         return f"AdamW ({value})"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else public_name(str(value))
+    return np.format_float_positional(value, trim="-") if isinstance(value, float) else public_name(str(value))
 
 
 def parts(facts: RunFacts) -> list[tuple[str, Any]]:
@@ -215,7 +216,7 @@ def parts(facts: RunFacts) -> list[tuple[str, Any]]:
         switches += ["clip_mode", "use_cross_attention", "use_gating"]
         switches += ["num_attention_heads"] if config.use_cross_attention else []
         switches += ["projection_dim", "contrastive_loss_weight"] if config.clip_mode == "feature" else []
-    return [*rows, *((name, getattr(config, name)) for name in switches)]
+    return [*rows, *((name, readable(name, getattr(config, name))) for name in switches)]
 
 
 def architecture(config: PretrainedConfig) -> str:

@@ -28,7 +28,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, set_seed
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import NO_LIMIT, ClipCaCgProcessor
-from make_sample import make_tiny_backbones
+from make_sample import MARKER, make_tiny_backbones
 from model_card import write_model_card
 from posts import (
     SAMPLE_FOLDER,
@@ -300,8 +300,8 @@ def evaluate_splits(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> d
 
 
 def data_kind(arguments: DataArguments, posts: datasets.DatasetDict) -> str:
-    """Which data the model card speaks of."""
-    if arguments.is_sample:
+    """Which data the model card speaks of; a folder that `make_sample.py` made is no MVSA, though it looks like it."""
+    if arguments.is_sample or (arguments.data_dir and (Path(arguments.data_dir) / MARKER).is_file()):
         return "sample"
     return f"mvsa-{next(iter(posts.values())).info.config_name}" if arguments.data_dir else "other"
 

@@ -235,15 +235,15 @@ def test_variant(tmp_path: Path, config: dict, words: str) -> None:
 
 
 def test_recipe_and_hardware(tmp_path: Path) -> None:
-    settings = {"learning_rate": 0.002, "warmup_steps": 0.1, "max_grad_norm": 0.0, "seed": 7}
+    settings = {"learning_rate": 0.00002, "warmup_steps": 0.1, "max_grad_norm": 0.0, "seed": 7}
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
     recipe = training_recipe(args)
-    assert recipe["learning_rate"] == 0.002 and recipe["lr_scheduler_type"] == "linear" and "max_steps" not in recipe
+    assert recipe["learning_rate"] == 0.00002 and recipe["lr_scheduler_type"] == "linear" and "max_steps" not in recipe
     card = read(tmp_path, facts(training=recipe, seconds=3723.4, hardware=hardware_name(args)))
     rows = dict(re.findall(r"^\| (\w+) +\| (.*?) +\|$", card.text, re.MULTILINE))
-    told = {"num_train_epochs": "3", "learning_rate": "0.002", "warmup_steps": "10% of all steps"}
+    told = {"num_train_epochs": "3", "learning_rate": "0.00002", "warmup_steps": "10% of all steps"}
     assert rows.items() >= {**told, "max_grad_norm": "off", "optim": "AdamW (adamw_torch_fused)"}.items()
-    assert "bf16" not in rows and "one run, with seed 7." in flat(card)
+    assert rows["use_gating"] == "yes" and "bf16" not in rows and "one run, with seed 7." in flat(card)
     text = flat(card)
     assert "Training time: 1:02:03 (h:mm:ss), with any evaluation in between." in text
     assert re.search(r"Hardware: CPU with \d+ cores, 1 process\.", text)

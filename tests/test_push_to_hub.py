@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from hub_server import HubServer
-from huggingface_hub import RepoCard, constants
+from huggingface_hub import ModelCard, RepoCard, constants
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 
@@ -201,12 +201,12 @@ def test_the_card_loads_the_model_by_its_name(hub: HubServer, runs: dict, tmp_pa
             facts = dataclasses.replace(facts, hub_model_id=name)
         (tmp_path / name.split("/")[-1]).mkdir()
         write_model_card(tmp_path / name.split("/")[-1], facts).rename(card)
-        pushed = RepoCard(push_to_hub.card_on_hub(card, "user/1.0").decode())
+        pushed = ModelCard(push_to_hub.card_on_hub(card, "user/1.0").decode())
         assert pushed.data.model_name == "1.0" and "\n# 1.0\n" in pushed.text
         assert pushed.text.count('name = "user/1.0"') == 2 and name not in pushed.content
         assert "beside the model's folder" not in pushed.content
         expected = write_model_card(tmp_path, dataclasses.replace(facts, hub_model_id="user/1.0")).read_text()
-        assert pushed.text == RepoCard(expected).text
+        assert pushed.text == ModelCard(expected).text
 
 
 def test_a_title_that_somebody_wrote_stays(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_the_card_tells_which_weights_were_kept(trained: Path) -> None:
     assert f'went through 2 epochs. The weights are those after epoch {best:g}, the best by "Accuracy"' in card(
         trained
     )
+    assert "**This model is a demonstration.**" in card(trained) and "MVSA" not in card(trained)
     assert "random 8:1:1 (seed 42)" in card(trained) and "cut after 128 tokens" in card(trained)
     assert re.search(r"\| Parameters +\| 0\.\d million", (trained / "README.md").read_text())
 
