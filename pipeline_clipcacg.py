@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +39,7 @@ class ImageTextSentimentPipeline(Pipeline):
 
         Args:
             inputs: See above. A data set, or a generator, gives an iterator, so that memory does not grow with it.
-            top_k: Return only the k likeliest labels.
+            top_k: Return only the k likeliest labels; 1 or more.
             batch_size: Posts that go through the model at once.
 
         Returns:
@@ -46,13 +47,30 @@ class ImageTextSentimentPipeline(Pipeline):
             regression has one entry, whose score is the predicted value.
 
         Raises:
-            ValueError: If a post lacks what the model reads, or its picture is broken.
+            TypeError: If a post's text is no string, or its picture nothing that can be read: a list, for instance.
+            ValueError: If a post lacks what the model reads, its picture is broken, or `top_k` is less than 1.
         """
         if hasattr(inputs, "column_names"):
             inputs = (row for row in inputs)
+        elif isinstance(inputs, (list, tuple)):
+            inputs = list(inputs)
+            if not inputs:
+                return []
         return super().__call__(inputs, **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save model, code and processor as training does; transformers would leave the processor out.
+
+        Args:
+            save_directory: Folder to write to; made if it does not exist.
+            **kwargs: As in `PreTrainedModel.save_pretrained`.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
     def _sanitize_parameters(self, top_k: int | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {top_k}.")
         return kwargs, {}, {} if top_k is None else {"top_k": top_k}
 
     def preprocess(self, inputs: dict[str, Any], **kwargs: Any) -> BatchFeature:
@@ -62,11 +80,14 @@ class ImageTextSentimentPipeline(Pipeline):
         missing = [name for name in needed if post.get(name) is None]
         if missing:
             raise ValueError(
-                f"This model reads {' and '.join(needed)} of a post, but {' and '.join(missing)} is missing: give "
+                f"This model reads {' and '.join(needed)} of a post, but {' and '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} missing: give "
                 '{"image": ..., "text": ...}.'
             )
         columns = {"image": "images", "text": "text"}
-        return self.processor(**{columns[name]: post[name] for name in needed}, return_tensors="pt", **kwargs)
+        # In lists of one, or the processor would take a list of texts or pictures for so many posts.
+        parts = {columns[name]: [post[name]] for name in needed}
+        return self.processor(**parts, return_tensors="pt", **kwargs)
 
     def _forward(self, model_inputs: BatchFeature) -> ModelOutput:
         return ModelOutput(logits=self.model(**model_inputs).logits)

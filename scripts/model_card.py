@@ -1,119 +1,52 @@
 """The model card of a run, made from facts: what was not measured does not appear, and no path of this machine does.
 
-The sentences stand in `model_card_template.md`, a Jinja template; this file fills it.
+The sentences stand in `model_card_template.md`, a Jinja template, and the facts in `run_facts.py`; this file puts the
+facts into words.
 """
 
 import json
-import os
-import platform
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PretrainedConfig, TrainingArguments
+from transformers import PretrainedConfig
 
-from report import CONFUSION_MATRIX_FILE, CURVES_FILE, SCORES, escape_markdown, markdown_table, results_table
+from report import (
+    CONFUSION_MATRIX_FILE,
+    CURVES_FILE,
+    SCORES,
+    escape_markdown,
+    markdown_table,
+    results_table,
+    wrap_markdown,
+)
+from run_facts import RunFacts, uses_timm
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-DATA_KINDS = ("mvsa-single", "mvsa-multiple", "sample", "other")
-LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "huggingface_hub")
-RECIPE = (
-    "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps optim learning_rate "
-    "lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay max_grad_norm bf16 fp16 seed"
-).split()
+DATA_TITLES = {"mvsa-single": "MVSA-Single", "mvsa-multiple": "MVSA-Multiple", "sample": "the drawn sample"}
+# What a checkpoint needs to be loaded; timm as well where its vision encoder is one of timm.
+REQUIREMENTS = ("torch>=2.6", "torchvision>=0.21", "transformers>=5.23", "pillow>=11")
+TIMM = "timm>=1.0"
+PARTS = {"text": "Text encoder", "vision": "Vision encoder", "clip": "CLIP"}
+SIZES = {
+    "num_hidden_layers": "{} layers",
+    "depths": "{} blocks",
+    "hidden_size": "width {}",
+    "hidden_sizes": "widths {}",
+}
 READS = {
     "both": "the picture and the text of a post",
     "image": "the picture of a post",
     "text": "the text of a post",
 }
+POST = {"image": '"post.jpg"', "text": '"What a lovely morning!"'}
 INPUTS = {"image": 'images=Image.open("post.jpg")', "text": 'text="What a lovely morning!"'}
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide about a result."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-
-
-def hardware_name(args: TrainingArguments) -> str:
-    """Class of machine that a Trainer runs on: "2 x NVIDIA A100-SXM4-40GB", or "CPU with 8 cores, 2 processes"."""
-    count = args.world_size * max(1, args.n_gpu)
-    if args.device.type == "cuda":
-        return f"{count} x {torch.cuda.get_device_name(args.device)}"
-    return f"{args.device.type.upper()} with {os.cpu_count()} cores, {count} process{'es' if count > 1 else ''}"
-
-
-def training_recipe(args: TrainingArguments) -> dict[str, Any]:
-    """The settings that someone who repeats a run needs; those that are off (None or -1) are left out."""
-    values = args.to_dict()  # turns enumerations into plain strings
-    return {name: values[name] for name in RECIPE if values.get(name) not in (None, -1)}
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What the model card tells about a run.
-
-    Args:
-        config: the model's config; its `id2label` names the classes.
-        data_kind: one of `DATA_KINDS`: decides which data section, limits and data terms the card has.
-        dataset_name: name, Hub id or folder of the data.
-        splits: how the data was split, in words, such as "random 8:1:1 (seed 42)".
-        num_posts: posts of each split that were used.
-        base_models: part that the model has -> pretrained weights that it started from, a Hub id or a folder.
-        hub_model_id: "user/name" if the model goes to the Hub; without it the card calls the model by its folder.
-        training: hyper-parameters, see `training_recipe`.
-        seconds: training time.
-        hardware: class of machine, see `hardware_name`.
-        versions: library -> version.
-        validation: what our metric returned on the validation split, None if it was not measured.
-        test: the same on the test split.
-
-    Raises:
-        ValueError: an unknown `data_kind`.
-    """
-
-    config: PretrainedConfig
-    data_kind: str
-    dataset_name: str
-    splits: str
-    num_posts: Mapping[str, int]
-    base_models: Mapping[str, str] = field(default_factory=dict)
-    hub_model_id: str | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
-    hardware: str | None = None
-    versions: Mapping[str, str] = field(default_factory=library_versions)
-    validation: Mapping[str, Any] | None = None
-    test: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse a data kind for which there are no sentences."""
-        if self.data_kind not in DATA_KINDS:
-            raise ValueError(f"Unknown data_kind {self.data_kind!r}: expected one of {', '.join(DATA_KINDS)}.")
-
-    @property
-    def regression(self) -> bool:
-        """Whether the model predicts a number instead of a class, by the model's own rule."""
-        return self.config.problem_type == "regression" or (
-            self.config.problem_type is None and self.config.num_labels == 1
-        )
-
-    @property
-    def label_names(self) -> list[str]:
-        """Names of the classes in the order of their indices."""
-        return [self.config.id2label[index] for index in range(self.config.num_labels)]
-
-    @property
-    def results(self) -> dict[str, Mapping[str, Any]]:
-        """Split -> scores, for the splits that were measured."""
-        return {name: scores for name in ("test", "validation") if (scores := getattr(self, name))}
 
 
 def write_model_card(folder: str | Path, facts: RunFacts) -> Path:
@@ -138,7 +71,7 @@ def write_model_card(folder: str | Path, facts: RunFacts) -> Path:
         **card_text(facts, model_id),
         **{name: file if (folder / file).is_file() else None for name, file in pictures.items()},
     )
-    card.text += "\n"  # Jinja drops the last line break
+    card.text = f"\n{wrap_markdown(card.text)}\n"
     card.save(folder / "README.md")
     return folder / "README.md"
 
@@ -171,7 +104,7 @@ def hub_task(facts: RunFacts) -> str:
 
 def eval_results(facts: RunFacts) -> list[EvalResult]:
     """Every overall score that was measured, with its split, for the `model-index` of the front matter."""
-    name = public_name(facts.dataset_name)
+    name = data_title(facts)
     return [
         EvalResult(
             task_type=hub_task(facts),
@@ -179,7 +112,7 @@ def eval_results(facts: RunFacts) -> list[EvalResult]:
             dataset_type=name if is_hub_dataset(name) else re.sub(r"\W+", "-", name.lower()).strip("-"),
             dataset_name=name,
             dataset_split=split,
-            dataset_args={"splits": public_name(facts.splits)},
+            dataset_args={"splits": public_name(facts.splits), **facts.split_settings},
             metric_type=score.removesuffix("_macro"),  # the Hub knows one f1; the title tells the mean over classes
             metric_name=title,
             metric_value=round(float(scores[score]), 4),
@@ -192,20 +125,24 @@ def eval_results(facts: RunFacts) -> list[EvalResult]:
 
 def card_text(facts: RunFacts, model_id: str) -> dict[str, Any]:
     """The values of the template's variables; names that come from outside are escaped."""
-    recipe = [(name, public_name(str(value))) for name, value in facts.training.items()]
+    recipe = [(name, readable(name, value)) for name, value in facts.training.items()]
     label_names = None if facts.regression else facts.label_names
     return {
+        "facts": facts,
         "config": facts.config,
         "kind": facts.data_kind,
         "regression": facts.regression,
         "title": escape_markdown(model_id.split("/")[-1]),
         "reads": READS[facts.config.modality],
-        "variant": variant(facts.config),
-        "labels": ", ".join(map(escape_markdown, label_names or [])),
+        "lacks": lacks(facts.config),
+        "labels": listed([escape_markdown(name) for name in label_names or []]),
         "parts_table": markdown_table(parts(facts)),
+        "requirements": [*REQUIREMENTS, *([TIMM] if uses_timm(facts.config) else [])],
         "on_hub": facts.hub_model_id is not None,
+        "hub_task": hub_task(facts),
+        "pipeline_usage": pipeline_usage(facts, model_id),
         "usage": usage(facts, model_id),
-        "dataset": escape_markdown(public_name(facts.dataset_name)),
+        "dataset": escape_markdown(data_title(facts)),
         "splits": escape_markdown(public_name(facts.splits)),
         "posts_table": markdown_table([("Split", "Posts"), *facts.num_posts.items()]),
         "recipe_table": markdown_table([("Setting", "Value"), *recipe]) if recipe else None,
@@ -213,33 +150,102 @@ def card_text(facts: RunFacts, model_id: str) -> dict[str, Any]:
         "duration": None if facts.seconds is None else timedelta(seconds=round(facts.seconds)),
         "versions": ", ".join(f"{name} {number}" for name, number in facts.versions.items()),
         "results": {split: results_table(scores, label_names) for split, scores in facts.results.items()},
+        "commonest": {split: commonest(scores, label_names) for split, scores in facts.results.items()},
     }
 
 
-def variant(config: PretrainedConfig) -> str:
-    """The model's name and, if it is one of the paper's ablations, which one."""
+def lacks(config: PretrainedConfig) -> str:
+    """What one of the paper's ablations leaves out; nothing, if it is none."""
     if config.modality != "both":
-        return f"the {config.modality}-only ablation of CLIP-CA-CG"
+        return "the text" if config.modality == "image" else "the picture"
     is_there = {
         "CLIP features": config.clip_mode != "none",
         "cross-attention": config.use_cross_attention,
         "the gate": config.use_gating,
     }
-    missing = " and ".join(part for part, there in is_there.items() if not there)
-    return f"the ablation without {missing} of CLIP-CA-CG" if missing else "CLIP-CA-CG"
+    return " and ".join(part for part, there in is_there.items() if not there)
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words as a sentence lists them: "negative, neutral or positive"."""
+    return " or ".join([", ".join(words[:-1]), *words[-1:]] if len(words) > 1 else words)
+
+
+def commonest(scores: Mapping[str, Any], label_names: Sequence[str] | None) -> tuple[str, str] | None:
+    """The commonest class of the posts that were scored, and its share of them: what always answering it scores."""
+    supports = [row["support"] for row in scores.get("per_class", {}).values()]
+    if not supports or not label_names:
+        return None
+    return escape_markdown(label_names[supports.index(max(supports))]), f"{max(supports) / sum(supports):.4f}"
+
+
+def readable(name: str, value: Any) -> str:
+    """The value of a setting as a person would write it."""
+    if name == "warmup_steps" and 0 < value < 1:
+        return f"{value:.0%} of all steps"
+    if name == "max_grad_norm" and not value:
+        return "off"
+    if name == "optim" and str(value).startswith("adamw"):
+        return f"AdamW ({value})"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return np.format_float_positional(value, trim="-") if isinstance(value, float) else public_name(str(value))
 
 
 def parts(facts: RunFacts) -> list[tuple[str, Any]]:
-    """Rows of the table of the model's parts and switches, without the switches that one modality alone ignores."""
+    """Rows of the table of the model's parts and switches, without those that its mode ignores."""
+    config, both = facts.config, facts.config.modality == "both"
+    encoders = {
+        "text": None if config.modality == "image" else config.text_config,
+        "vision": None if config.modality == "text" else config.vision_config,
+        "clip": config.clip_config if both and config.clip_mode == "encoder" else None,
+    }
+    rows: list[tuple[str, Any]] = [("Part", "Setting")]
+    if facts.base_models.get("model"):
+        rows.append(("Started from", public_name(facts.base_models["model"])))
+    for part, encoder in encoders.items():
+        if encoder is not None:
+            built, name = architecture(encoder), facts.base_models.get(part)
+            rows.append((PARTS[part], f"{public_name(name)} ({built})" if name else built))
+    if facts.num_parameters:
+        rows.append(("Parameters", f"{facts.num_parameters / 1e6:.1f} million"))
+    if facts.max_tokens and config.modality != "image":
+        rows.append(("max_length", f"{facts.max_tokens} tokens"))
     switches = ["modality", "hidden_size", "dropout"]
-    if facts.config.modality == "both":
+    if both:
         switches += ["clip_mode", "use_cross_attention", "use_gating"]
-    started_from = [(part, public_name(name)) for part, name in facts.base_models.items() if name]
-    return [("Part", "Setting"), *started_from, *((name, getattr(facts.config, name)) for name in switches)]
+        switches += ["num_attention_heads"] if config.use_cross_attention else []
+        switches += ["projection_dim", "contrastive_loss_weight"] if config.clip_mode == "feature" else []
+    return [*rows, *((name, readable(name, getattr(config, name))) for name in switches)]
+
+
+def architecture(config: PretrainedConfig) -> str:
+    """A backbone in words: "roberta, 12 layers, width 768"."""
+    if config.model_type == "timm_wrapper":
+        return f"{config.architecture} of timm"
+    if config.model_type == "clip":
+        towers = {"text": config.text_config, "picture": config.vision_config}
+        return "; ".join(f"{side}: {architecture(tower).partition(', ')[2]}" for side, tower in towers.items())
+    sizes = {words: getattr(config, name, None) for name, words in SIZES.items()}
+    told = [
+        words.format("-".join(map(str, s)) if isinstance(s, (list, tuple)) else s) for words, s in sizes.items() if s
+    ]
+    return ", ".join([config.model_type, *told])
+
+
+def pipeline_usage(facts: RunFacts, model_id: str) -> str:
+    """Python code for a reader to copy: the short way."""
+    read = POST if facts.config.modality == "both" else {facts.config.modality: POST[facts.config.modality]}
+    post = ", ".join(f'"{name}": {value}' for name, value in read.items())
+    return f"""from transformers import pipeline
+
+name = {json.dumps(model_id, ensure_ascii=False)}
+sentiment = pipeline("image-text-sentiment", model=name, trust_remote_code=True)
+print(sentiment({{{post}}}))"""
 
 
 def usage(facts: RunFacts, model_id: str) -> str:
-    """Python code for a reader to copy: load the model, read one post, print what the model says of it."""
+    """Python code for a reader to copy: the same step by step."""
     modality = facts.config.modality
     inputs = ", ".join(INPUTS.values()) if modality == "both" else INPUTS[modality]
     show = [
@@ -261,6 +267,11 @@ def usage(facts: RunFacts, model_id: str) -> str:
         *(['print(f"sentiment: {logits.item():.3f}")'] if facts.regression else show),
     ]
     return "\n".join(lines)
+
+
+def data_title(facts: RunFacts) -> str:
+    """What the data is called, whatever its folder is."""
+    return DATA_TITLES.get(facts.data_kind) or public_name(facts.dataset_name)
 
 
 def is_hub_id(name: str) -> bool:

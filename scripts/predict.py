@@ -145,7 +145,7 @@ def prepare(
 def missing_part(row: dict[str, Any], modality: str) -> dict[str, str]:
     needed = {"both": ("text", "image"), "text": ("text",), "image": ("image",)}[modality]
     missing = [name for name in needed if not isinstance(row.get(name), str)]
-    return {"error": f"the model needs {' and '.join(missing)}, which this post has not"} if missing else {}
+    return {"error": f"the model needs {' and '.join(missing)}, which this post does not have"} if missing else {}
 
 
 def unreadable(row: dict[str, Any], collator: PostCollator) -> dict[str, str]:

@@ -8,7 +8,7 @@
 HF_TOKEN. Models are public unless `--private` is given; data sets, which `prepare_mvsa.py` pushes, are private unless
 told otherwise. A push is one commit, so one that breaks off leaves the earlier revision as it was. It holds
 
-    README.md                   the model card, its code with the model's name on the Hub
+    README.md                   the model card, its code, title and index with the model's name on the Hub
     config.json                 with the `auto_map` of all Auto classes
     *_clipcacg.py               the code that `auto_map` and `custom_pipelines` name
     model.safetensors           or model-00001-of-0000N.safetensors to the last one, and model.safetensors.index.json
@@ -44,7 +44,7 @@ from transformers import HfArgumentParser
 from clipcacg.configuration_clipcacg import AUTO_MAP
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from posts import one_sentence
-from report import CONFUSION_MATRIX_FILE, CURVES_FILE
+from report import CONFUSION_MATRIX_FILE, CURVES_FILE, escape_markdown
 
 logger = logging.getLogger("push_to_hub")
 
@@ -57,8 +57,10 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 URL = re.compile(r"https?://[^\s\"')]*")
 ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|([\W_])|[nrt])")
 ABSOLUTE_PATH = re.compile(r"(?<![\w.~<>/\\-])(?:/|[A-Za-z]:[\\/])[^\s\"'`<>()\[\],;|]+")
-# Words of the card's template that are true of a folder only.
-LOCAL_HINT = re.compile(r" ?Run the code beside the model's folder, or give the path of that folder\.")
+# A paragraph of the card's template that is true of a folder only, and the places where it names the model.
+LOCAL_HINT = "Run the code beside the model's folder, or give the path of that folder.\n\n"
+NAME_IN_CODE = re.compile(r'^name = (".*")$', re.MULTILINE)
+NAME_IN_INDEX = re.compile(r"^(model-index:\n- name: ).*$", re.MULTILINE)
 
 SPACE_CODE = ("demo.py", "explain.py", "sample_posts.py")
 SPACE_REQUIREMENTS = "torch>=2.6 torchvision>=0.21 transformers>=5.23 pillow>=11 matplotlib>=3.9 captum>=0.9".split()
@@ -206,9 +208,13 @@ def tokenizer_files(processor: ClipCaCgProcessor) -> set[str]:
 
 
 def card_on_hub(card: Path, repo_id: str) -> bytes:
-    """The model card, whose code loads the model by its name on the Hub, whatever the folder is called here."""
-    text = LOCAL_HINT.sub("", card.read_text(encoding="utf-8"))
-    return re.sub(r'^name = ".*"$', f'name = "{repo_id}"', text, flags=re.MULTILINE).encode()
+    """The model card, which calls the model by its name on the Hub, whatever the folder is called here."""
+    text, new = card.read_text(encoding="utf-8").replace(LOCAL_HINT, ""), repo_id.split("/")[1]
+    if found := NAME_IN_CODE.search(text):  # a title that somebody wrote since then stays
+        old = json.loads(found[1]).split("/")[-1]
+        text = text.replace(f"\n# {escape_markdown(old)}\n", f"\n# {escape_markdown(new)}\n", 1)
+    text = NAME_IN_INDEX.sub(rf"\g<1>{json.dumps(new)}", text)
+    return NAME_IN_CODE.sub(f'name = "{repo_id}"', text).encode()
 
 
 def check_secrets(files: Mapping[str, bytes | Path], token: str | None) -> None:

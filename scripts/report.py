@@ -65,6 +65,27 @@ def escape_markdown(value: Any) -> str:
     return re.sub(r"([\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;))", r"\\\1", " ".join(str(value).split()))
 
 
+def wrap_markdown(text: str, width: int = 119) -> str:
+    """Fill the paragraphs, quotes and list items of a Markdown text; tables, headings and code stay as they are."""
+    blocks = re.split(r"(```.*?```)|\n{2,}", text, flags=re.DOTALL)
+    return "\n\n".join(_wrap_block(block.strip("\n"), width) for block in blocks if block and block.strip())
+
+
+def _wrap_block(block: str, width: int) -> str:
+    if block.startswith(("```", "|", "#", "![")):
+        return block
+    mark = "> " if block.startswith("> ") else ""
+    items = re.split(r"\n(?=- )", block.replace("\n> ", " "))
+    return "\n".join(_fill(item, width, mark or ("  " if item.startswith("- ") else "")) for item in items)
+
+
+def _fill(text: str, width: int, indent: str) -> str:
+    """Fill one paragraph so that no line begins with what would be markup there, such as a dash of a name."""
+    glued = re.sub(r" (?=([-+*=#>]+|\d+[.)])( |$))", "\0", " ".join(text.split()))
+    filled = fill(glued, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return filled.replace("\0", " ")
+
+
 def plot_confusion_matrix(
     matrix: Sequence[Sequence[int]], label_names: Sequence[str], path: str | Path, title: str = "Confusion matrix"
 ) -> None:
@@ -96,32 +117,40 @@ def plot_confusion_matrix(
     figure.savefig(path, format="png", bbox_inches="tight")  # the square axes would push their title out of the page
 
 
-def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) -> None:
+def plot_curves(
+    log_history: Sequence[Mapping[str, float]], path: str | Path, chosen_epoch: float | None = None
+) -> None:
     """Draw by epoch the training and validation loss, and beside it validation scores, or errors for regression.
 
     Args:
         log_history: `trainer.state.log_history`.
-        path: PNG file to write. If nothing was logged no file is left there, not even one of an earlier run.
+        path: PNG file to write. If no curve has two points no file is left there, not even one of an earlier run.
+        chosen_epoch: the epoch whose weights were kept, to be marked.
     """
     # The entry with the run time ends training. The best checkpoint may be evaluated after it: no point of a curve.
     history = list(takewhile(lambda entry: "train_runtime" not in entry, log_history))
     panels = []
     for title, names in (LOSSES, ACCURACIES, ERRORS):
         curves = {name: [(e["epoch"], e[key]) for e in history if key in e] for key, name in names.items()}
-        if any(curves.values()):
+        if any(len(points) > 1 for points in curves.values()):
             panels.append((title, {name: points for name, points in curves.items() if points}))
     Path(path).unlink(missing_ok=True)
     if panels:
-        _draw_panels(panels).savefig(path, format="png")
+        _draw_panels(panels, chosen_epoch).savefig(path, format="png")
 
 
-def _draw_panels(panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[float, float]]]]]) -> Figure:
+def _draw_panels(
+    panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[float, float]]]]], chosen_epoch: float | None
+) -> Figure:
     """Draw each (title, {name: [(epoch, value), ...]}) in axes of its own, side by side."""
     figure = Figure(figsize=(5 * len(panels), 4), dpi=150, layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name, points in curves.items():
+        # The second curve is thin and dashed: accuracy and F1 often lie on each other, and both shall be seen.
+        for style, (name, points) in zip((("-", 3), ("--", 1.5)), curves.items(), strict=False):
             epochs, values = zip(*points, strict=True)
-            axes.plot(epochs, values, marker="o", markersize=3, label=name)
+            axes.plot(epochs, values, linestyle=style[0], linewidth=style[1], marker="o", markersize=3, label=name)
+        if chosen_epoch is not None:
+            axes.axvline(chosen_epoch, color="gray", linestyle=":", label="weights kept")
         axes.set(xlabel="Epoch", ylabel=title)
         axes.grid(alpha=0.3)
         axes.legend()

@@ -27,13 +27,14 @@ from transformers import EarlyStoppingCallback, EvalPrediction, set_seed
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.processing_clipcacg import NO_LIMIT, ClipCaCgProcessor
 from collator import PostCollator
 from feature_cache import FeatureStore, cache_features
-from make_sample import make_tiny_backbones
-from model_card import RunFacts, hardware_name, training_recipe, write_model_card
+from make_sample import MARKER, make_tiny_backbones
+from model_card import write_model_card
 from posts import (
     SAMPLE_FOLDER,
+    SPLIT_NAMES,
     DataArguments,
     label_names,
     load_posts,
@@ -44,6 +45,7 @@ from posts import (
 from push_to_hub import check_repo_id, push_checkpoint
 from recipe import ModelArguments, RecipeArguments, SentimentTrainer, parse_arguments
 from report import CONFUSION_MATRIX_FILE, CURVES_FILE, plot_confusion_matrix, plot_curves, results_table
+from run_facts import RunFacts, hardware_name, how_it_ended, library_versions, training_recipe
 
 logger = logging.getLogger("train")
 
@@ -324,8 +326,8 @@ def evaluate_splits(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> d
 
 
 def data_kind(arguments: DataArguments, posts: datasets.DatasetDict) -> str:
-    """Which data the model card speaks of."""
-    if arguments.is_sample:
+    """Which data the model card speaks of; a folder that `make_sample.py` made is no MVSA, though it looks like it."""
+    if arguments.is_sample or (arguments.data_dir and (Path(arguments.data_dir) / MARKER).is_file()):
         return "sample"
     return f"mvsa-{next(iter(posts.values())).info.config_name}" if arguments.data_dir else "other"
 
@@ -336,26 +338,38 @@ def complete_checkpoint(
     results: dict[str, dict[str, Any]],
     arguments: tuple[ModelArguments, DataArguments],
     seconds: float,
+    resumed: bool = False,
 ) -> None:
     """Add the pictures and the model card, and take out what is of no use elsewhere."""
     folder, (model_arguments, data_arguments) = Path(trainer.args.output_dir), arguments
-    last = list(results.values())[-1:]
-    if last and "confusion_matrix" in last[0]:
-        plot_confusion_matrix(last[0]["confusion_matrix"], label_names(posts), folder / CONFUSION_MATRIX_FILE)
-    plot_curves(trainer.state.log_history, folder / CURVES_FILE)
-    # A pickle of the arguments, with paths of this machine.
+    config, state, ended = trainer.model.config, trainer.state, how_it_ended(trainer.args, trainer.state)
+    for split, scores in list(results.items())[-1:]:
+        if "confusion_matrix" in scores:
+            title, file = f"Confusion matrix of the {split} split", folder / CONFUSION_MATRIX_FILE
+            plot_confusion_matrix(scores["confusion_matrix"], label_names(posts), file, title)
+    plot_curves(state.log_history, folder / CURVES_FILE, ended.get("chosen_epoch"))
+    # A pickle of the arguments, with paths of this machine; and the one path in the Trainer's state.
     (folder / "training_args.bin").unlink(missing_ok=True)
+    state.best_model_checkpoint = state.best_model_checkpoint and Path(state.best_model_checkpoint).name
+    state.save_to_json(str(folder / "trainer_state.json"))
+    limit = trainer.processing_class.tokenizer.model_max_length
     facts = RunFacts(
-        config=trainer.model.config,
+        config=config,
         data_kind=data_kind(data_arguments, posts),
         dataset_name=data_arguments.dataset_name or data_arguments.data_dir or "the drawn sample",
-        splits=f"{data_arguments.splits} (seed {data_arguments.split_seed})",
+        splits=split_name(data_arguments, posts),
         num_posts={split: len(dataset) for split, dataset in posts.items()},
+        split_settings=split_settings(data_arguments),
         base_models=base_models(model_arguments, trainer.model),
         hub_model_id=trainer.args.hub_model_id,
-        training=recipe(trainer.args, model_arguments),
+        num_parameters=trainer.model.num_parameters(),
+        max_tokens=limit if limit < NO_LIMIT else None,
+        training=recipe(trainer.args, model_arguments, config.label_smoothing),
+        **ended,
         seconds=seconds,
+        resumed=resumed,
         hardware=hardware_name(trainer.args),
+        versions=library_versions(config),
         validation=results.get("validation"),
         test=results.get("test"),
     )
@@ -363,7 +377,26 @@ def complete_checkpoint(
     logger.info("Checkpoint, results and model card are in %s", folder)
 
 
-def recipe(arguments: RecipeArguments, model_arguments: ModelArguments) -> dict[str, Any]:
+def split_name(arguments: DataArguments, posts: datasets.DatasetDict) -> str:
+    """How the data was split; a split that the data set brought knows itself by its name."""
+    drawn = f"(seed {arguments.split_seed})"
+    if arguments.dataset_name is None:
+        return f"random 8:1:1 {drawn}" if arguments.splits == "random" else str(arguments.splits)
+    brought = {split for split, rows in posts.items() if SPLIT_NAMES.get(str(rows.split), str(rows.split)) == split}
+    if "validation" not in posts or "validation" in brought:
+        return "those of the data set"
+    if "test" not in posts or "test" in brought:
+        return f"those of the data set, with a random ninth of its training posts for validation {drawn}"
+    return f"random 8:1:1 {drawn}"
+
+
+def split_settings(arguments: DataArguments) -> dict[str, Any]:
+    """What else decides which posts are in a split, as far as it was asked for and is heeded."""
+    names = ["max_train_samples", "max_eval_samples"] + ([] if arguments.dataset_name else ["group_duplicates"])
+    return {name: value for name in names if (value := getattr(arguments, name))}
+
+
+def recipe(arguments: RecipeArguments, model_arguments: ModelArguments, label_smoothing: float) -> dict[str, Any]:
     """The settings that the model card tells, ours included."""
     values = training_recipe(arguments)
     if arguments.adam:
@@ -377,6 +410,7 @@ def recipe(arguments: RecipeArguments, model_arguments: ModelArguments) -> dict[
         "frozen_backbones": ", ".join(frozen),
         "class_weights": model_arguments.class_weights.replace("none", ""),
         "augment": arguments.augment,
+        "label_smoothing": label_smoothing,
     }
     return values | {name: value for name, value in ours.items() if value}
 
@@ -429,7 +463,8 @@ def main(argv: list[str] | None = None) -> None:
     results = evaluate_splits(trainer, posts)
     if trainer.is_world_process_zero():
         seconds = trained.metrics["train_runtime"]
-        complete_checkpoint(trainer, posts, results, (model_arguments, data_arguments), seconds)
+        arguments_told = (model_arguments, data_arguments)
+        complete_checkpoint(trainer, posts, results, arguments_told, seconds, resumed=checkpoint is not None)
         if pushes:
             with one_sentence():
                 push(arguments)

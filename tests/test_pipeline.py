@@ -80,6 +80,9 @@ def test_the_likeliest_come_first_and_top_k_cuts(sentiment: ImageTextSentimentPi
     assert sum(entry["score"] for entry in every) == pytest.approx(1)
     assert {entry["label"] for entry in every} == {"negative", "neutral", "positive"}
     assert sentiment(post, top_k=2) == every[:2]
+    for top_k in (0, -1):
+        with pytest.raises(ValueError, match=f"top_k must be at least 1, not {top_k}"):
+            sentiment(post, top_k=top_k)
 
 
 @pytest.mark.parametrize("part", ["image", "text"])
@@ -100,5 +103,35 @@ def test_one_modality_does_with_its_part(part: str, backbones: Path, posts_folde
 def test_a_post_without_its_picture_is_told(sentiment: ImageTextSentimentPipeline) -> None:
     with pytest.raises(ValueError, match="image is missing"):
         sentiment({"text": "alone"})
-    with pytest.raises(ValueError, match="image and text is missing"):
+    with pytest.raises(ValueError, match="image and text are missing: give "):
         sentiment("just a string")
+
+
+def test_a_post_is_one_picture_and_one_text(sentiment: ImageTextSentimentPipeline, posts_folder: Path) -> None:
+    picture = str(posts_folder / "data/1.jpg")
+    for image, text, words in (
+        (picture, ["I love it", "I hate it"], r"text\[0\] must be a string, not list"),
+        ([picture, picture], "I love it", r"images\[0\] must be a PIL image, .* not list"),
+        (picture, 5, r"text\[0\] must be a string, not int"),
+        (5, "I love it", r"images\[0\] must be a PIL image, .* not int"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            sentiment({"image": image, "text": text})
+    with pytest.raises(ValueError, match="is not a picture"):
+        sentiment({"image": torch.zeros(2, 3, 32, 32), "text": "two pictures"})
+
+
+def test_a_tuple_is_several_posts_and_none_are_none(sentiment: ImageTextSentimentPipeline, posts_folder: Path) -> None:
+    posts = posts_of(posts_folder, 2)
+    assert sentiment(tuple(posts)) == sentiment(posts)
+    assert sentiment([]) == sentiment(()) == []
+
+
+def test_what_it_saves_is_a_whole_checkpoint(
+    sentiment: ImageTextSentimentPipeline, checkpoint: Path, posts_folder: Path, tmp_path: Path
+) -> None:
+    sentiment.save_pretrained(tmp_path / "saved")
+    assert {path.name for path in checkpoint.iterdir()} == {path.name for path in (tmp_path / "saved").iterdir()}
+    again = pipeline(TASK, model=str(tmp_path / "saved"), trust_remote_code=True)
+    post = posts_of(posts_folder, 1)[0]
+    assert again(post) == sentiment(post)

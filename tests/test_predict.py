@@ -110,7 +110,7 @@ def test_what_cannot_be_asked_is_said(checkpoint: Path, tmp_path: Path) -> None:
         predict.main([str(checkpoint)])
     with pytest.raises(SystemExit, match="nothing.csv"):
         predict.main([str(checkpoint), "--input", str(tmp_path / "nothing.csv")])
-    with pytest.raises(SystemExit, match="needs image"):
+    with pytest.raises(SystemExit, match="needs image, which this post does not have"):
         predict.main([str(checkpoint), "--text", "alone"])
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -17,16 +18,18 @@ from typing import Any
 import pytest
 import torch
 from hub_server import HubServer
-from huggingface_hub import RepoCard, constants
+from huggingface_hub import ModelCard, RepoCard, constants
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 
 import push_to_hub
 import train
-from clipcacg.configuration_clipcacg import AUTO_MAP
+from clipcacg.configuration_clipcacg import AUTO_MAP, ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from model_card import write_model_card
 from push_to_hub import PushError, push_checkpoint
+from run_facts import RunFacts
 
 ROOT = Path(__file__).parents[1]
 TOKEN, STRANGER = "hf_" + "owner" * 7, "hf_" + "other" * 7
@@ -189,15 +192,27 @@ def test_code_and_config_name_no_repository(hub: HubServer, runs: dict) -> None:
 
 
 def test_the_card_loads_the_model_by_its_name(hub: HubServer, runs: dict, tmp_path: Path) -> None:
-    folder = shutil.copytree(runs["folder"] / "first", tmp_path / "renamed")
-    card = (folder / "README.md").read_text()
-    hint = "Run the code beside the model's folder, or give the path of that folder."
-    (folder / "README.md").write_text(
-        card.replace('"user/first"', '"first"').replace("`post.jpg`.", f"`post.jpg`. {hint}")
-    )
-    files = push_to_hub.checkpoint_files(folder, "user/fifth")
-    assert files["README.md"].decode() == card.replace('"user/first"', '"user/fifth"')
-    assert (ROOT / "scripts/model_card_template.md").read_text().count(hint) == 1
+    """And is called by it in its title and its index, whatever the folder is called."""
+    card = tmp_path / "README.md"
+    config = ClipCaCgConfig.from_pretrained(runs["folder"] / "first")
+    for name in ("my_[model]", "user/__x__"):
+        facts = RunFacts(config, "sample", "drawn", "random", {"train": 1}, test={"accuracy": 0.5})
+        if "/" in name:
+            facts = dataclasses.replace(facts, hub_model_id=name)
+        (tmp_path / name.split("/")[-1]).mkdir()
+        write_model_card(tmp_path / name.split("/")[-1], facts).rename(card)
+        pushed = ModelCard(push_to_hub.card_on_hub(card, "user/1.0").decode())
+        assert pushed.data.model_name == "1.0" and "\n# 1.0\n" in pushed.text
+        assert pushed.text.count('name = "user/1.0"') == 2 and name not in pushed.content
+        assert "beside the model's folder" not in pushed.content
+        expected = write_model_card(tmp_path, dataclasses.replace(facts, hub_model_id="user/1.0")).read_text()
+        assert pushed.text == ModelCard(expected).text
+
+
+def test_a_title_that_somebody_wrote_stays(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text('# Moods of 2014\n\n```python\nname = "first"\n```\n')
+    assert push_to_hub.card_on_hub(card, "user/fifth") == card.read_bytes().replace(b"first", b"user/fifth")
 
 
 def test_all_revisions_load_where_this_project_is_not_installed(

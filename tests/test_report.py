@@ -9,7 +9,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from PIL import Image
 
-from report import plot_confusion_matrix, plot_curves, results_table
+from report import plot_confusion_matrix, plot_curves, results_table, wrap_markdown
 
 METRICS = {
     "accuracy": 0.75,
@@ -80,6 +80,24 @@ def test_results_table_leaves_out_what_was_not_measured() -> None:
     assert "None" not in table and "Accuracy" not in table
 
 
+def test_wrapping_leaves_tables_and_code_alone() -> None:
+    code = "```python\n" + "x = 1  # " + "long " * 30 + "\n\n\ny = 2\n```"
+    table = "| " + "wide " * 30 + "|\n|---|\n| 1 |"
+    text = f"# Title\n\n\nA ragged\nparagraph.\n\n{table}\n\n{code}\n\n- one\n  item\n- two\n\n> a\n> quote"
+    wrapped = f"# Title\n\nA ragged paragraph.\n\n{table}\n\n{code}\n\n- one item\n- two\n\n> a quote"
+    assert wrap_markdown(text) == wrapped and wrap_markdown(wrapped) == wrapped
+    assert wrap_markdown("- " + "word " * 8 + "\n\n> " + "word " * 8, 22).splitlines() == [
+        "- word word word word", "  word word word word", "", "> word word word word", "> word word word word"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["-", "---", "#", "1.", "2)", "+", ">", "==="])
+def test_a_word_does_not_become_markup_by_wrapping(word: str) -> None:
+    for width in range(8, 30):
+        lines = wrap_markdown(f"some words {word} and more words {word}", width).splitlines()
+        assert not any(line.split()[0] == word for line in lines)
+
+
 def test_confusion_matrix_shows_counts_and_shares(drawn: list[Figure]) -> None:
     plot_confusion_matrix([[1, 0], [1, 2]], ["sad", "happy"], "unused.png", title="Of the test split")
     axes = drawn[0].axes[0]
@@ -116,9 +134,27 @@ def test_curves_end_with_training(drawn: list[Figure]) -> None:
     ]
 
 
+def test_the_epoch_whose_weights_were_kept_is_marked(drawn: list[Figure]) -> None:
+    plot_curves(HISTORY, "unused.png", chosen_epoch=2.0)
+    assert [curves["weights kept"] for curves in lines(drawn[0])] == [[[2.0, 0.0], [2.0, 1.0]]] * 2
+
+
+def test_curves_that_lie_on_each_other_are_both_seen(drawn: list[Figure]) -> None:
+    plot_curves(HISTORY, "unused.png")
+    below, above = drawn[0].axes[1].lines
+    assert below.get_linewidth() > above.get_linewidth() and (below.get_linestyle(), above.get_linestyle()) == (
+        "-",
+        "--",
+    )
+
+
 def test_curves_of_regression(drawn: list[Figure]) -> None:
-    plot_curves([{"loss": 1.0, "epoch": 1.0}, {"eval_mse": 0.3, "eval_mae": 0.4, "epoch": 1.0}], "unused.png")
-    assert lines(drawn[0])[1] == {"mean squared error": [[1.0, 0.3]], "mean absolute error": [[1.0, 0.4]]}
+    history = [{"eval_mse": 0.3, "eval_mae": 0.4, "epoch": 1.0}, {"eval_mse": 0.2, "eval_mae": 0.3, "epoch": 2.0}]
+    plot_curves([{"loss": 1.0, "epoch": 1.0}, {"loss": 0.9, "epoch": 2.0}, *history], "unused.png")
+    assert lines(drawn[0])[1] == {
+        "mean squared error": [[1.0, 0.3], [2.0, 0.2]],
+        "mean absolute error": [[1.0, 0.4], [2.0, 0.3]],
+    }
     assert drawn[0].axes[1].get_ylabel() == "Validation error"
 
 
@@ -126,8 +162,8 @@ def test_curves_picture(tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
     plot_curves(HISTORY, path)
     assert_uncut_png(path)
-    plot_curves([], path)
-    assert not path.exists(), "a picture of an earlier run was left"
+    plot_curves([HISTORY[2], HISTORY[5]], path)
+    assert not path.exists(), "one evaluation is no curve, and the picture of an earlier run was left"
 
 
 def test_no_state_is_shared(tmp_path: Path) -> None:

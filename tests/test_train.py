@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -67,6 +68,52 @@ def test_a_run_leaves_scores_predictions_pictures_and_a_whole_checkpoint(trained
     assert CODE | {"model.safetensors", "config.json", "processor_config.json", "README.md"} <= names
     assert {"confusion_matrix.png", "training_curves.png", "clip_tokenizer"} <= names
     assert not any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+    state = json.loads((trained / "trainer_state.json").read_text())
+    assert state["log_history"] and (trained / state["best_model_checkpoint"]).is_dir()
+    assert str(trained.parent) not in (trained / "trainer_state.json").read_text()
+
+
+def card(folder: Path) -> str:
+    """A model card in one line."""
+    return " ".join((folder / "README.md").read_text().split())
+
+
+def test_the_card_tells_which_weights_were_kept(trained: Path) -> None:
+    state = json.loads((trained / "trainer_state.json").read_text())
+    scores = {e["epoch"]: e["eval_accuracy"] for e in state["log_history"] if "eval_accuracy" in e}
+    best = max(scores, key=scores.get)  # the first of equals, as the Trainer chooses
+    assert f'went through 2 epochs. The weights are those after epoch {best:g}, the best by "Accuracy"' in card(
+        trained
+    )
+    assert "**This model is a demonstration.**" in card(trained) and "MVSA" not in card(trained)
+    assert "random 8:1:1 (seed 42)" in card(trained) and "cut after 128 tokens" in card(trained)
+    assert re.search(r"\| Parameters +\| 0\.\d million", (trained / "README.md").read_text())
+
+
+def test_how_the_data_was_split(tmp_path: Path, posts_folder: Path) -> None:
+    def name(**arguments: Any) -> str:
+        data = DataArguments(**arguments, max_train_samples=9)
+        return train.split_name(data, load_posts(data))
+
+    rows = [{"text": f"a day {number}", "image": f"{number}.png", "label": number % 2} for number in range(60)]
+    for folder, splits in (("all", ["train", "dev", "test"]), ("two", ["train", "test"]), ("one", ["train"])):
+        (tmp_path / folder).mkdir()
+        for number, split in enumerate(splits):
+            datasets.Dataset.from_list(rows[number::3]).to_csv(tmp_path / folder / f"{split}.csv")
+    assert name(dataset_name=str(tmp_path / "all"), splits="clmlf") == "those of the data set"
+    carved = "those of the data set, with a random ninth of its training posts for validation (seed 3)"
+    assert name(dataset_name=str(tmp_path / "two"), split_seed=3) == carved
+    assert name(dataset_name=str(tmp_path / "one")) == "random 8:1:1 (seed 42)"
+    assert name(data_dir=str(posts_folder), split_seed=3) == "random 8:1:1 (seed 3)"
+    (tmp_path / "mine.json").write_text(json.dumps({"train": ["1", "2"], "test": ["3"]}))
+    assert name(data_dir=str(posts_folder), splits=f"{tmp_path}/mine.json") == f"{tmp_path}/mine.json"
+
+
+def test_settings_of_the_split_that_were_heeded() -> None:
+    asked = {"group_duplicates": True, "max_eval_samples": 5}
+    assert train.split_settings(DataArguments(data_dir="x", **asked)) == asked
+    assert train.split_settings(DataArguments(dataset_name="x", **asked)) == {"max_eval_samples": 5}
+    assert train.split_settings(DataArguments()) == {}
 
 
 def test_predictions_stand_beside_the_ids_of_their_posts(trained: Path, posts_folder: Path, tmp_path: Path) -> None:
@@ -111,6 +158,7 @@ def test_a_killed_run_goes_on_to_the_very_same_result(posts_folder: Path, backbo
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     for name in ("eval_accuracy", "eval_loss", "test_accuracy", "test_f1", "test_loss", "test_confusion_matrix"):
         assert results(tmp_path / "whole")[name] == results(tmp_path / "killed")[name]
+    assert "its last part" in card(tmp_path / "killed") and "its last part" not in card(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -193,6 +241,9 @@ def test_smoothing_and_class_weights_reach_the_models_own_loss(
     posts_folder: Path, backbones: Path, tmp_path: Path
 ) -> None:
     more = ["--label_smoothing_factor", "0.1", "--class_weights", "balanced"]
+    model_arguments, _, arguments = train.parse_arguments(flags(posts_folder, backbones, tmp_path, *more))
+    told = train.recipe(arguments, model_arguments, label_smoothing=0.1)
+    assert (told["label_smoothing"], told["class_weights"]) == (0.1, "balanced")
     trainer = build_trainer(flags(posts_folder, backbones, tmp_path, *more))
     assert trainer.label_smoother is None and trainer.model.config.label_smoothing == 0.1
     counts = torch.bincount(torch.tensor(trainer.train_dataset["label"]))
