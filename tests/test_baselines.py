@@ -162,6 +162,8 @@ def test_padding_changes_nothing(post_inputs: Inputs, variant: str) -> None:
         assert_close(model(**rest, text_features=features, attention_mask=mask).logits, expected.logits)
     second = {name: value[1:2] for name, value in rest.items()}
     assert_close(model(**second, text_features=states[1:2, :4]).logits, expected.logits[1:2])
+    tokens = post_inputs["input_ids"][1:2, :5]  # the encoder's own attention is masked as well
+    assert_close(model(**second, input_ids=tokens).logits, model(**post_inputs).logits[1:2])
 
 
 def test_the_loss_is_our_models(post_inputs: Inputs) -> None:
