@@ -10,6 +10,7 @@ splits, folds and other data sets share what they have in common. Deleting the f
 """
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -150,7 +151,9 @@ def cache_features(
 
 
 def add_digests(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
-    """Name each text, or each picture, by what is in it."""
+    """Name each text, or each picture, by what is in it, unless an earlier call has."""
+    if f"{column}_digest" in dataset.column_names:
+        return dataset
     digests = [hashlib.sha256(content(value)).hexdigest() for value in dataset[column]]
     return dataset.add_column(f"{column}_digest", digests)
 
@@ -175,8 +178,8 @@ def key(model: ClipCaCgPreTrainedModel, processor: ClipCaCgProcessor, backbone: 
     encoder, settings = model.backbones()[backbone], input_settings(processor, backbone)
     config = encoder.config.to_dict() | {"_name_or_path": ""}
     versions = [package.__version__ for package in (torch, torchvision, transformers, PIL)]
-    code = [Path(file).read_text(encoding="utf-8") for file in (__file__, modeling_clipcacg.__file__)]
-    code.append(Path(processing_clipcacg.__file__).read_text(encoding="utf-8"))
+    files = (__file__, modeling_clipcacg.__file__, processing_clipcacg.__file__, inspect.getfile(type(encoder)))
+    code = [Path(file).read_text(encoding="utf-8") for file in files]
     digest = hashlib.sha256(json.dumps([backbone, dtype, config, settings, versions, code], default=str).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())

@@ -50,7 +50,7 @@ from baselines.sentibank_sentistrength import LexiconCollator, SentiBankSentiStr
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from collator import PostCollator
 from comparison import ROWS, WORD_VECTORS, ReproduceArguments, Settings, folds_of, parse, short_hash
-from feature_cache import cache_features, content
+from feature_cache import add_digests, cache_features
 from posts import DataArguments, label_names, load_posts, one_sentence
 from results_table import PREDICTIONS_FILE, RUNS_FILE, append_line, read_lines, write_tables
 from run_facts import hardware_name
@@ -60,6 +60,8 @@ from train import (
     build,
     compute_features,
     data_kind,
+    label_fields,
+    limit_and_freeze,
     load_metric,
     make_trainer,
     score,
@@ -99,10 +101,9 @@ class Fold:
         """A digest of the posts, in their splits and order: IDs, labels, texts and the pictures' bytes."""
         digest = hashlib.sha256()
         for split, dataset in sorted(self.posts.items()):
-            for row in dataset.select_columns(["id", "label", "text", "image"]):
-                facts = f"{split} {row['id']} {row['label']}".encode()
-                for part in (facts, content(row["text"]), content(row["image"])):
-                    digest.update(hashlib.sha256(part).digest())
+            columns = ["id", "label", "text_digest", "image_digest"]
+            for row in dataset.select_columns(columns):
+                digest.update(" ".join([split, *(str(row[column]) for column in columns)]).encode())
         return digest.hexdigest()[:16]
 
     @property
@@ -141,6 +142,8 @@ def load_fold(number: int | None, settings: Settings) -> Fold:
         raise ValueError("The tables are of classes, and these labels are numbers.")
     if not {"train", "validation"} <= posts.keys():
         raise ValueError("The tables need a training and a validation split.")
+    for column in ("text", "image"):
+        posts = datasets.DatasetDict({split: add_digests(dataset, column) for split, dataset in posts.items()})
     return Fold(number, posts, settings)
 
 
@@ -175,17 +178,11 @@ class KeepBest(TrainerCallback):
 
 def build_system(name: str, settings: Settings, names: list[str]) -> tuple[PreTrainedModel, ClipCaCgProcessor]:
     """One of the other systems and its processor, as `train.build` makes ours."""
-    arguments, fields = settings.model, settings.systems.get(name, {})
-    backbones = backbone_names(arguments, settings.data.is_sample)
-    labels = {"id2label": dict(enumerate(names)), "label2id": {label: index for index, label in enumerate(names)}}
-    fields = {**fields, **labels, "dropout": arguments.dropout, "problem_type": "single_label_classification"}
-    model, processor = (
-        SYSTEMS[name].from_backbones(**backbones, **fields),
-        ClipCaCgProcessor.from_backbones(**backbones),
-    )
-    if arguments.max_length:
-        processor.tokenizer.model_max_length = min(arguments.max_length, processor.tokenizer.model_max_length)
-    model.freeze_backbones(arguments.freeze_text, arguments.freeze_vision, arguments.freeze_clip)
+    backbones = backbone_names(settings.model, settings.data.is_sample)
+    fields = {**settings.systems.get(name, {}), **label_fields(names), "dropout": settings.model.dropout}
+    model = SYSTEMS[name].from_backbones(**backbones, **fields)
+    processor = ClipCaCgProcessor.from_backbones(**backbones)
+    limit_and_freeze(model, processor, settings.model)
     return model, processor
 
 

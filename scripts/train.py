@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2
-from transformers import EarlyStoppingCallback, EvalPrediction, set_seed
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, set_seed
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
@@ -65,11 +65,7 @@ def build(
     Raises:
         ValueError: If a backbone is needed and not named.
     """
-    if names is None:
-        labels = {"num_labels": 1, "problem_type": "regression"}
-    else:
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-        labels["problem_type"] = "single_label_classification" if len(names) > 1 else None
+    labels = label_fields(names)
     if arguments.model_name_or_path:
         source = arguments.model_name_or_path
         model = ClipCaCgForSequenceClassification.from_pretrained(
@@ -80,10 +76,23 @@ def build(
         backbones = backbone_names(arguments, is_sample)
         model = ClipCaCgForSequenceClassification.from_backbones(**backbones, **arguments.config_fields(), **labels)
         processor = ClipCaCgProcessor.from_backbones(**backbones)
+    limit_and_freeze(model, processor, arguments)
+    return model, processor
+
+
+def label_fields(names: list[str] | None) -> dict[str, Any]:
+    """The fields of a config that speak of the labels; None for a regression."""
+    if names is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    return {**labels, "problem_type": "single_label_classification" if len(names) > 1 else None}
+
+
+def limit_and_freeze(model: PreTrainedModel, processor: ClipCaCgProcessor, arguments: ModelArguments) -> None:
+    """Cut texts at `--max_length`, and freeze the backbones that are to be."""
     if arguments.max_length:
         processor.tokenizer.model_max_length = min(arguments.max_length, processor.tokenizer.model_max_length)
     model.freeze_backbones(arguments.freeze_text, arguments.freeze_vision, arguments.freeze_clip)
-    return model, processor
 
 
 def backbone_names(arguments: ModelArguments, is_sample: bool) -> dict[str, str | None]:

@@ -35,7 +35,7 @@ def seed() -> None:
 def quiet_loggers() -> Iterator[None]:
     """Scripts that a test runs in this process set the levels of their loggers; the next test starts without."""
     yield
-    for name in ("train", "posts", "mvsa", "push_to_hub"):
+    for name in ("train", "posts", "mvsa", "feature_cache", "push_to_hub", "reproduce"):
         logging.getLogger(name).setLevel(logging.NOTSET)
 
 
