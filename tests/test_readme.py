@@ -16,8 +16,10 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 INSTALLING = [command for command in COMMANDS if command.startswith("pip install")]
 TRAINING = [command for command in COMMANDS if "scripts/train.py" in command and command not in INSTALLING]
-# These two need a server or a browser: test_push_to_hub.py and test_demo.py run them.
-ELSEWHERE = [command for command in COMMANDS if "push_to_hub.py" in command or "demo.py" in command]
+# What needs a server, a browser or minutes is run by test_push_to_hub.py, test_demo.py, test_reproduce.py and
+# test_benchmark.py.
+OF_OTHER_TESTS = ("push_to_hub.py", "demo.py", "reproduce.py", "benchmark.py")
+ELSEWHERE = [command for command in COMMANDS if any(script in command for script in OF_OTHER_TESTS)]
 OTHERS = [command for command in COMMANDS if command not in INSTALLING + TRAINING + ELSEWHERE]
 
 
@@ -38,6 +40,11 @@ def place(posts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     Image.new("RGB", (80, 60), "orange").save(tmp_path / "post.jpg")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feature_cache.CACHE_FOLDER", tmp_path / "features")
 
 
 def run(command: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
