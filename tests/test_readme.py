@@ -16,8 +16,9 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 INSTALLING = [command for command in COMMANDS if command.startswith("pip install")]
 TRAINING = [command for command in COMMANDS if "scripts/train.py" in command and command not in INSTALLING]
-# These two need a server or a browser: test_push_to_hub.py and test_demo.py run them.
-ELSEWHERE = [command for command in COMMANDS if "push_to_hub.py" in command or "demo.py" in command]
+# These need a server, a browser or an extra: tests of their names run them.
+SCRIPTS_ELSEWHERE = ("push_to_hub.py", "demo.py", "export_onnx.py", "quantize.py")
+ELSEWHERE = [command for command in COMMANDS if any(script in command for script in SCRIPTS_ELSEWHERE)]
 OTHERS = [command for command in COMMANDS if command not in INSTALLING + TRAINING + ELSEWHERE]
 
 
@@ -43,7 +44,7 @@ def place(posts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def run(command: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
     """Run a command's script in this process: its launcher is not ours to test."""
     words = shlex.split(command)
-    script = next(number for number, word in enumerate(words) if word.startswith("scripts/"))
+    script = next(number for number, word in enumerate(words) if re.fullmatch(r"scripts/\w+\.py", word))
     monkeypatch.setattr(sys, "argv", [*words[script:], *more])
     importlib.import_module(Path(words[script]).stem).main()
 
