@@ -377,7 +377,7 @@ class FeatureInteraction(nn.Module):
     def _contrastive_loss(self, image: Tensor, text: Tensor) -> Tensor:
         # The bound of 100 is CLIP's own.
         logits = self.logit_scale.float().exp().clamp(max=100) * (text.float() @ image.float().T)  # (batch, batch)
-        target = torch.arange(len(logits), device=logits.device)
+        target = torch.arange(logits.shape[0], device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
@@ -868,7 +868,7 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
                 f"A model with modality={self.config.modality!r} and clip_mode={self.config.clip_mode!r} needs "
                 f"{', '.join(required)}, but {', '.join(missing)} is missing; the processor makes them all."
             )
-        if len({given[name].shape[0] for name in required}) > 1:
+        if any(given[name].shape[0] != given[required[0]].shape[0] for name in required):
             sizes = ", ".join(f"{name} {given[name].shape[0]}" for name in required)
             raise ValueError(f"Every input needs the same number of posts, but they have: {sizes}.")
 

@@ -16,9 +16,8 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 INSTALLING = [command for command in COMMANDS if command.startswith("pip install")]
 TRAINING = [command for command in COMMANDS if "scripts/train.py" in command and command not in INSTALLING]
-# What needs a server, a browser or minutes is run by test_push_to_hub.py, test_demo.py, test_reproduce.py and
-# test_benchmark.py.
-OF_OTHER_TESTS = ("push_to_hub.py", "demo.py", "reproduce.py", "benchmark.py")
+# What needs a server, a browser, an extra or minutes is run by the tests of its name.
+OF_OTHER_TESTS = ("push_to_hub.py", "demo.py", "reproduce.py", "benchmark.py", "export_onnx.py", "quantize.py")
 ELSEWHERE = [command for command in COMMANDS if any(script in command for script in OF_OTHER_TESTS)]
 OTHERS = [command for command in COMMANDS if command not in INSTALLING + TRAINING + ELSEWHERE]
 
@@ -50,7 +49,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def run(command: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
     """Run a command's script in this process: its launcher is not ours to test."""
     words = shlex.split(command)
-    script = next(number for number, word in enumerate(words) if word.startswith("scripts/"))
+    script = next(number for number, word in enumerate(words) if re.fullmatch(r"scripts/\w+\.py", word))
     monkeypatch.setattr(sys, "argv", [*words[script:], *more])
     importlib.import_module(Path(words[script]).stem).main()
 
