@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import PartialState
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
@@ -23,7 +24,8 @@ from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from collator import PostCollator
 from posts import DataArguments, is_regression, label_names, load_posts, one_sentence
 from report import plot_confusion_matrix, results_table
-from train import load_metric, score, set_up_logging
+from scores import load_metric, score
+from train import set_up_logging
 
 
 @dataclass
@@ -90,13 +92,16 @@ def evaluate_posts(
 
 
 def main(argv: list[str] | None = None) -> None:
-    set_up_logging(is_main=True)
+    state = PartialState()
+    set_up_logging(state.is_main_process)
     with one_sentence():
         checkpoint, data_arguments, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint)
         processor = ClipCaCgProcessor.from_pretrained(checkpoint)
         posts = labelled_posts(model, data_arguments, arguments.split)
     scores = evaluate_posts(model, processor, posts, arguments)
+    if not state.is_main_process:
+        return
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"split": arguments.split, "posts": len(posts), **scores}, indent=2) + "\n")

@@ -24,7 +24,7 @@ from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from collator import PostCollator
 from evaluate_checkpoint import labelled_posts
 from posts import DataArguments, label_names, one_sentence
-from train import load_metric, score
+from scores import load_metric, score
 
 # A module that is in neither of them, as a regular expression: the form in which a checkpoint keeps it.
 NOT_A_TEXT_TOWER = r"(?!.*\b(text_branch\.encoder|interaction\.text_model)\.).*"

@@ -54,6 +54,7 @@ from feature_cache import add_digests, cache_features
 from posts import DataArguments, label_names, load_posts, one_sentence
 from results_table import PREDICTIONS_FILE, RUNS_FILE, append_line, read_lines, write_tables
 from run_facts import hardware_name
+from scores import load_metric, score
 from train import (
     adapt_to_data,
     backbone_names,
@@ -62,9 +63,7 @@ from train import (
     data_kind,
     label_fields,
     limit_and_freeze,
-    load_metric,
     make_trainer,
-    score,
     set_loss,
     set_up_logging,
     split_name,

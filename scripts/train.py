@@ -46,10 +46,9 @@ from push_to_hub import check_repo_id, push_checkpoint
 from recipe import ModelArguments, RecipeArguments, SentimentTrainer, parse_arguments
 from report import CONFUSION_MATRIX_FILE, CURVES_FILE, plot_confusion_matrix, plot_curves, results_table
 from run_facts import RunFacts, hardware_name, how_it_ended, library_versions, training_recipe
+from scores import load_metric, score
 
 logger = logging.getLogger("train")
-
-METRIC = str(Path(__file__).parent / "sentiment_metrics")
 
 
 def build(
@@ -164,18 +163,6 @@ def set_loss(
     if model_arguments.class_weights == "balanced" and not isinstance(train.features["label"], datasets.ClassLabel):
         raise ValueError("--class_weights balanced is for classes, and these labels are numbers.")
     model.config.class_weights = balanced_weights(train) if model_arguments.class_weights == "balanced" else None
-
-
-def load_metric(regression: bool) -> evaluate.Metric:
-    """Our metric, from the folder beside this file."""
-    return evaluate.load(METRIC, *(["regression"] if regression else []), keep_in_memory=True)
-
-
-def score(logits: np.ndarray, labels: np.ndarray, metric: evaluate.Metric, names: list[str] | None) -> dict[str, Any]:
-    """All that the metric says of logits (posts, labels) against the true labels (posts,)."""
-    values = logits.reshape(-1) if names is None else logits.argmax(axis=-1)
-    labels_named = {} if names is None else {"label_names": names}
-    return metric.compute(predictions=values, references=labels.reshape(-1), **labels_named)
 
 
 def compute_metrics(evaluated: EvalPrediction, metric: evaluate.Metric, names: list[str] | None) -> dict[str, float]:
@@ -454,6 +441,10 @@ def main(argv: list[str] | None = None) -> None:
             model_arguments.modality = source.modality  # a checkpoint brings its own
         with arguments.main_process_first(desc="loading the posts"):
             posts = load_posts(data_arguments, model_arguments.modality)
+        if "train" not in posts:
+            raise ValueError(
+                f"There is no training split: the posts of {data_arguments.dataset_name} are for testing."
+            )
         adapt_to_data(arguments, posts, model_arguments.modality)
         with arguments.main_process_first(desc="looking for checkpoints"):  # the first one may delete some
             checkpoint = where_to_resume(arguments)

@@ -13,7 +13,7 @@ from transformers import AutoModel, CLIPModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks.setting import (
-    TEXT_LENGTHS,
+    LONGEST,
     Figure,
     Setting,
     in_turn,
@@ -150,10 +150,9 @@ def padding(setting: Setting) -> dict[str, Figure]:
             made.append((ids.to(setting.device), mask.bool().to(setting.device)))
         return made
 
-    longest = TEXT_LENGTHS[-1]
     cases = {
         "grouped": batches(order, None),
-        "longest": batches(order, longest),
+        "longest": batches(order, LONGEST),
         "default_128": batches(order, 128),
         "ungrouped": batches(list(range(len(lengths))), None),
     }
@@ -164,13 +163,13 @@ def padding(setting: Setting) -> dict[str, Figure]:
     with torch.inference_mode():
         times = in_turn(setting.repeats, **{name: partial(run, name) for name in cases})
         (ids, mask), states = cases["grouped"][0], run("grouped")[0]
-        wide = min(limit, longest) - ids.shape[1]
+        wide = min(limit, LONGEST) - ids.shape[1]
         wide_ids = nn.functional.pad(ids, (0, wide), value=config.pad_token_id)
         padded = branch(wide_ids, nn.functional.pad(mask, (0, wide)))
         difference = (states - padded[:, : ids.shape[1]])[mask].abs().max().item()
     what = "text encoder and Bi-GRU: padded to {} / to the longest of batches grouped by length"
     return {
-        "padding_speedup": ratio(times["longest"], times["grouped"], what.format(f"MVSA's longest text ({longest})")),
+        "padding_speedup": ratio(times["longest"], times["grouped"], what.format(f"MVSA's longest text ({LONGEST})")),
         "padding_speedup_128": ratio(times["default_128"], times["grouped"], what.format("128 tokens")),
         "grouping_speedup": ratio(times["ungrouped"], times["grouped"], what.format("the longest of random batches")),
         "padding_difference": Figure(difference, "largest difference of F_T with and without that padding"),
