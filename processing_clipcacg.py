@@ -154,7 +154,7 @@ class ClipCaCgProcessor(ProcessorMixin):
         return data
 
     def _process_pictures(self, arrays: list[np.ndarray], kwargs: dict[str, Any]) -> dict[str, Any]:
-        kwargs["input_data_format"] = "channels_last"
+        kwargs["input_data_format"] = "channels_first"
         data = {"pixel_values": self._view(self.image_processor, arrays, kwargs)}
         if self.clip_image_processor is not None:
             data["clip_pixel_values"] = self._view(self.clip_image_processor, arrays, kwargs)
@@ -242,7 +242,10 @@ def _as_pictures(images: Any) -> list[Any]:
 
 
 def _rgb_array(picture: Any, data_format: str | None, needed_edge: int | None) -> np.ndarray:
-    """Any picture as (height, width, 3): bytes for a PIL image, a path or a URL; an array keeps its own range."""
+    """Any picture as (3, height, width): bytes for a PIL image, a path or a URL; an array keeps its own range.
+
+    Channels come first in memory too: both image processors would otherwise turn the picture, and slowly.
+    """
     if isinstance(picture, (str, os.PathLike, Image.Image)):
         return _decode(picture, needed_edge)
     array = np.asarray(picture.detach().cpu() if hasattr(picture, "detach") else picture)
@@ -258,7 +261,8 @@ def _rgb_array(picture: Any, data_format: str | None, needed_edge: int | None) -
     if array.dtype == np.uint16:
         array = (array >> 8).astype(np.uint8)
     array = np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
-    return np.require(array, requirements="CW")  # torch refuses arrays turned by a step of -1, or read-only ones
+    # torch refuses arrays turned by a step of -1, or read-only ones.
+    return np.require(array.transpose(2, 0, 1), requirements="CW")
 
 
 def _guess_format(array: np.ndarray) -> str:
@@ -267,7 +271,7 @@ def _guess_format(array: np.ndarray) -> str:
 
 
 def _decode(picture: str | os.PathLike | Image.Image, needed_edge: int | None) -> np.ndarray:
-    """A PIL image, or what a path, a URL or a base64 string leads to, as RGB bytes (height, width, 3)."""
+    """A PIL image, or what a path, a URL or a base64 string leads to, as RGB bytes (3, height, width)."""
     try:
         if isinstance(picture, Image.Image):
             return _pil_to_rgb(picture)
@@ -320,7 +324,7 @@ def _short(name: str) -> str:
 
 
 def _pil_to_rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image of any mode, turned upright by its EXIF orientation, as RGB bytes (height, width, 3)."""
+    """A PIL image of any mode, turned upright by its EXIF orientation, as RGB bytes (3, height, width)."""
     if 0 in image.size:
         raise ValueError("it has no pixels")
     image = ImageOps.exif_transpose(image)
@@ -331,7 +335,8 @@ def _pil_to_rgb(image: Image.Image) -> np.ndarray:
         image = Image.fromarray((values // 256 if wide else values).astype(np.uint8))
     if image.mode == "P":
         image = image.convert("RGBA")  # a palette whose transparency is not one colour, but one value a colour
-    return np.array(image.convert("RGB"))
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # `convert` would copy it all
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _image_processor(vision_model: str | Path) -> Any:

@@ -36,7 +36,7 @@ class BenchmarkArguments:
     size: str = field(default="base", metadata={"help": "base: the default backbones; tiny: a smoke run."})
     only: list[str] | None = field(default=None, metadata={"help": f"Some of: {', '.join(SECTIONS)}."})
     repeats: int = field(default=5, metadata={"help": "Rounds, after one to warm up."})
-    batch_size: int = field(default=32, metadata={"help": "Posts in a forward pass; half of it in a training step."})
+    batch_size: int = field(default=32, metadata={"help": "Posts in a forward pass or a training step."})
     num_posts: int = field(default=96, metadata={"help": "Posts of the sections that read posts."})
     checkpoint: str | None = field(default=None, metadata={"help": "predict: this model instead of a random one."})
     data_dir: str | None = field(default=None, metadata={"help": "predict: the posts of this MVSA folder."})

@@ -32,7 +32,7 @@ def cache(setting: Setting) -> dict[str, Figure]:
     """
     model, processor = make_model(setting), make_processor(setting)
     model.freeze_backbones(text=True, vision=True, clip=True)
-    count = max(setting.num_posts // setting.batch_size, 1) * setting.batch_size
+    count = max(2 * setting.num_posts // setting.batch_size, 1) * setting.batch_size
     plain = datasets.DatasetDict(train=make_posts(setting, count))
     folder = setting.folder / "features"
     cached, stores = cache_features(model, processor, plain, "float16", folder, setting.device)
