@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub.utils import httpx
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, BitImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
@@ -327,7 +327,8 @@ def _pil_to_rgb(image: Image.Image) -> np.ndarray:
     """A PIL image of any mode, turned upright by its EXIF orientation, as RGB bytes (3, height, width)."""
     if 0 in image.size:
         raise ValueError("it has no pixels")
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # without the question it would copy every picture
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # Sixteen bits, of which `convert` would cut everything above 255 off to white. Mode I may also hold bytes.
         values = np.asarray(image).clip(0, 2**16 - 1)

@@ -43,6 +43,7 @@ class PredictionArguments:
     overwrite: bool = field(default=False, metadata={"help": "Start anew instead of going on with the output."})
     max_samples: int | None = field(default=None, metadata={"help": "Predict the first so many posts only."})
     batch_size: int = field(default=32, metadata={"help": "Posts at a time."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 where PyTorch deems it safe: faster."})
     num_workers: int = field(default=1, metadata={"help": "Processes that prepare posts; 0: none beside this one."})
 
     def __post_init__(self) -> None:
@@ -200,11 +201,14 @@ def predict_rows(
     model: ClipCaCgForSequenceClassification,
     rows: list[dict[str, Any]],
     inputs: dict[str, torch.Tensor] | None,
+    bf16: bool = False,
 ) -> list[dict[str, Any]]:
     """One line a row: its prediction or its error."""
     scores = iter(())
     if inputs is not None:
-        scores = iter(model(**{name: value.to(model.device) for name, value in inputs.items()}).logits.float().cpu())
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            scores = iter(model(**inputs).logits.float().cpu())
     return [
         {"id": str(row["id"]), "error": row["error"]}
         if "error" in row
@@ -226,7 +230,8 @@ def predict_file(
     if arguments.overwrite:
         output.unlink(missing_ok=True)
     weights = model.classifier.weight.detach().float().cpu().numpy().tobytes()
-    done = check_origin(output, {"input": str(source.resolve()), "model": hashlib.sha256(weights).hexdigest()})
+    origin = {"input": str(source.resolve()), "model": hashlib.sha256(weights).hexdigest()}
+    done = check_origin(output, origin | ({"bf16": True} if arguments.bf16 else {}))
     collator = PostCollator(processor, model.config)
     batches = PreparedBatches(source, done, arguments.max_samples, arguments.batch_size, collator)
     loader = DataLoader(batches, batch_size=None, num_workers=arguments.num_workers)
@@ -235,7 +240,7 @@ def predict_file(
         tqdm(initial=done, unit=" posts") as bar,
     ):
         for rows, inputs in loader:
-            for line in predict_rows(model, rows, inputs):
+            for line in predict_rows(model, rows, inputs, arguments.bf16):
                 write_line(file, line)
             file.flush()
             bar.update(len(rows))
@@ -247,13 +252,14 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence():
         arguments, rest = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
         model = ClipCaCgForSequenceClassification.from_pretrained(rest.checkpoint).to(PartialState().device).eval()
+        model.to(memory_format=torch.channels_last)  # the vision encoder's convolutions are faster so
         processor = ClipCaCgProcessor.from_pretrained(rest.checkpoint)
         if arguments.input:
             predict_file(model, processor, arguments)
             return
     row = {"id": arguments.image or "text", "text": arguments.text, "image": arguments.image}
     rows, inputs = prepare([row], PostCollator(processor, model.config))
-    line = predict_rows(model, rows, inputs)[0]
+    line = predict_rows(model, rows, inputs, arguments.bf16)[0]
     if "error" in line:
         sys.exit(f"predict.py: {line['error']}")
     write_line(sys.stdout, line)

@@ -135,3 +135,18 @@ def test_odd_rows_cost_a_line_each(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "posts.jsonl").write_bytes(table)
     predict.main([str(checkpoint), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "two.jsonl")])
     assert [line["id"] for line in lines(tmp_path / "two.jsonl")] == ["\ud800", "3"]
+
+
+def test_bf16_is_close_and_not_mixed_with_float32(
+    checkpoint: Path, posts_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = [str(checkpoint), "--input", str(posts_folder), "--max_samples", "20"]
+    predict.main([*flags, "--output", str(tmp_path / "float32")])
+    predict.main([*flags, "--output", str(tmp_path / "bf16"), "--bf16"])
+    exact, rounded = (
+        [value for line in lines(tmp_path / name) for value in line["probabilities"].values()]
+        for name in ("float32", "bf16")
+    )
+    assert rounded == pytest.approx(exact, abs=0.02) and rounded != pytest.approx(exact, abs=1e-6)
+    with pytest.raises(SystemExit, match="does not belong to this model"):
+        predict.main([*flags, "--output", str(tmp_path / "float32"), "--bf16"])
