@@ -712,7 +712,12 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
 
         Returns:
             `text_features`, `image_features`, `clip_text_features` or `clip_image_features`; see `forward`.
+
+        Raises:
+            ValueError: If the model has no such backbone.
         """
+        if backbone not in self.backbones():
+            raise ValueError(f"This model has no backbone {backbone!r}; it has {', '.join(self.backbones())}.")
         base = self.base_model
         if backbone == "text":
             return base.text_branch.encode(inputs, as_mask(attention_mask, inputs))

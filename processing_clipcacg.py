@@ -20,6 +20,7 @@ from .configuration_clipcacg import ClipCaCgConfig
 
 # A tokenizer without a limit of its own says so with a very large number.
 NO_LIMIT = 10**9
+SOURCES = (str, os.PathLike, Image.Image)  # of a picture, beside arrays, tensors and files
 TIMEOUT = 60  # seconds that a server of pictures has to answer
 TEXT_KEYWORDS = {"add_special_tokens", "max_length", "pad_to_multiple_of", "padding", "padding_side", "truncation"}
 
@@ -83,8 +84,8 @@ class ClipCaCgProcessor(ProcessorMixin):
 
         Args:
             images: One picture or a list of them: PIL images of any mode, arrays or tensors (height, width),
-                (channels, height, width) or (height, width, channels), paths, URLs or base64 strings. A 4-D array is
-                a batch.
+                (channels, height, width) or (height, width, channels), paths, files open for reading bytes, URLs or
+                base64 strings. A 4-D array is a batch.
             text: One text or a list of them, as many as there are pictures. Longer than the encoder takes: truncated.
             **kwargs: Keywords of the tokenizer (`padding`, True unless told otherwise; `truncation`, likewise;
                 `max_length`, `pad_to_multiple_of`, `padding_side`, `add_special_tokens`), of the image processors
@@ -138,9 +139,11 @@ class ClipCaCgProcessor(ProcessorMixin):
             if not kwargs.get("do_resize", part.do_resize):
                 return None
             size = kwargs.get("size", part.size)
-            values = [size] if isinstance(size, int) else dict(size).values()
+            size = [size] if isinstance(size, int) else size
+            values = size if isinstance(size, (list, tuple)) else dict(size).values()
             # ConvNextImageProcessor resizes to more than its size, and crops.
-            edges += [value / (getattr(part, "crop_pct", None) or 1) for value in values if value is not None]
+            share = kwargs.get("crop_pct") or getattr(part, "crop_pct", None) or 1
+            edges += [value / share for value in values if value is not None]
         return math.ceil(max(edges))
 
     def _tokenize(self, texts: list[str], return_tensors: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -228,12 +231,12 @@ def _as_texts(text: Any) -> list[str]:
 
 
 def _as_pictures(images: Any) -> list[Any]:
-    one = isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) < 4
+    one = isinstance(images, SOURCES) or hasattr(images, "read") or getattr(images, "ndim", 4) < 4
     pictures = [images] if one else list(images)
     for index, item in enumerate(pictures):
-        if not (isinstance(item, (str, os.PathLike, Image.Image)) or hasattr(item, "ndim")):
+        if not (isinstance(item, SOURCES) or hasattr(item, "read") or hasattr(item, "ndim")):
             raise TypeError(
-                f"images[{index}] must be a PIL image, an array, a tensor, a path, a URL or a base64 string, "
+                f"images[{index}] must be a PIL image, an array, a tensor, a path, a file, a URL or a base64 string, "
                 f"not {type(item).__name__}."
             )
     if not pictures:
@@ -246,7 +249,7 @@ def _rgb_array(picture: Any, data_format: str | None, needed_edge: int | None) -
 
     Channels come first in memory too: both image processors would otherwise turn the picture, and slowly.
     """
-    if isinstance(picture, (str, os.PathLike, Image.Image)):
+    if isinstance(picture, SOURCES) or hasattr(picture, "read"):
         return _decode(picture, needed_edge)
     array = np.asarray(picture.detach().cpu() if hasattr(picture, "detach") else picture)
     if array.ndim == 2:
@@ -281,7 +284,10 @@ def _decode(picture: str | os.PathLike | Image.Image, needed_edge: int | None) -
     except FileNotFoundError:
         raise
     except Exception as error:  # what a broken file makes Pillow raise, or a server httpx, has no common type
-        name = getattr(picture, "filename", "") if isinstance(picture, Image.Image) else os.fspath(picture)
+        if isinstance(picture, (str, os.PathLike)):
+            name = os.fspath(picture)
+        else:
+            name = getattr(picture, "filename", "") or getattr(picture, "name", "")
         shown, reason = _short(name) if name else "An image", str(error).partition("\n")[0]
         raise ValueError(f"{shown} cannot be read as a picture: {reason}") from error
 
@@ -301,8 +307,10 @@ def _decode_reduced(image: Image.Image, needed_edge: int | None) -> None:
             return
 
 
-def _open(source: str | os.PathLike) -> Image.Image:
-    """Open what `transformers.image_utils.load_image` opens, without its conversion to RGB."""
+def _open(source: Any) -> Image.Image:
+    """Open what `transformers.image_utils.load_image` opens, or a file, without its conversion to RGB."""
+    if hasattr(source, "read"):
+        return Image.open(source)
     if os.path.isfile(source):
         return Image.open(source)
     if not isinstance(source, str):

@@ -14,26 +14,24 @@ import inspect
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import PIL
 import torch
-import torchvision
-import transformers
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clipcacg import modeling_clipcacg, processing_clipcacg
 from clipcacg.modeling_clipcacg import ClipCaCgPreTrainedModel
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from posts import picture
@@ -41,7 +39,10 @@ from posts import picture
 logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = Path(HF_HOME) / "clipcacg" / "features"
+PARTIAL = "partial-"
 POSTS_A_FILE = 512  # what a run that is broken off may lose; some 150 MiB of the default backbones' outputs
+# Libraries whose versions decide about an output.
+DECIDING = {"torch", "torchvision", "transformers", "tokenizers", "timm", "pillow"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -75,7 +76,10 @@ class FeatureStore:
         """Find what has been added, by other processes too."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path not in self.files:
-                self.files[path] = safe_open(path, framework="pt")
+                try:
+                    self.files[path] = safe_open(path, framework="pt")
+                except SafetensorError as error:
+                    raise ValueError(f"{path} is broken: delete it, and run this again. {error}") from error
                 self.where |= dict.fromkeys(self.files[path].keys(), path)
 
     def __contains__(self, name: str) -> bool:
@@ -86,8 +90,11 @@ class FeatureStore:
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         """Write a file, which appears whole or not at all."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            save_file(tensors, Path(folder) / "part")
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=PARTIAL) as folder:
+            try:
+                save_file(tensors, Path(folder) / "part")
+            except SafetensorError as error:
+                raise OSError(f"The features cannot be written to {self.folder}: {error}") from error
             os.replace(Path(folder) / "part", self.folder / f"{next(iter(tensors))}.safetensors")
         self.look()
 
@@ -129,11 +136,7 @@ def cache_features(
     """
     if dtype not in DTYPES:
         raise ValueError(f"--cache_dtype must be float32 or float16, not {dtype!r}.")
-    frozen = [
-        name
-        for name, encoder in model.backbones().items()
-        if not any(parameter.requires_grad for parameter in encoder.parameters())
-    ]
+    frozen = frozen_backbones(model)
     if not frozen:
         raise ValueError("--cache_features is for frozen backbones: add --freeze_text, --freeze_vision, ...")
     for column in sorted({FEATURES[name].column for name in frozen}):
@@ -144,10 +147,18 @@ def cache_features(
         store_folder = (folder or CACHE_FOLDER) / key(model, processor, name, dtype)
         store_folder.mkdir(parents=True, exist_ok=True)
         with FileLock(store_folder / "lock"):
+            for leftover in store_folder.glob(f"{PARTIAL}*"):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
             stores[name] = FeatureStore(store_folder)
             fill(stores[name], model, processor, name, posts, DTYPES[dtype], num_workers)
     model.train(training)
     return posts, stores
+
+
+def frozen_backbones(model: ClipCaCgPreTrainedModel) -> list[str]:
+    """Names of the backbones of which nothing is trained."""
+    backbones = model.backbones().items()
+    return [name for name, encoder in backbones if not any(weight.requires_grad for weight in encoder.parameters())]
 
 
 def add_digests(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
@@ -177,10 +188,14 @@ def key(model: ClipCaCgPreTrainedModel, processor: ClipCaCgProcessor, backbone: 
     """A digest of all that the outputs of a backbone depend on, except for the posts."""
     encoder, settings = model.backbones()[backbone], input_settings(processor, backbone)
     config = encoder.config.to_dict() | {"_name_or_path": ""}
-    versions = [package.__version__ for package in (torch, torchvision, transformers, PIL)]
-    files = (__file__, modeling_clipcacg.__file__, processing_clipcacg.__file__, inspect.getfile(type(encoder)))
+    installed = {distribution.metadata["Name"] for distribution in distributions()} & DECIDING
+    versions = {name: version(name) for name in sorted(installed)}
+    sources = (type(encoder), ClipCaCgPreTrainedModel, ClipCaCgProcessor, picture, key)
+    files = [inspect.getfile(source) for source in sources]
     code = [Path(file).read_text(encoding="utf-8") for file in files]
-    digest = hashlib.sha256(json.dumps([backbone, dtype, config, settings, versions, code], default=str).encode())
+    digest = hashlib.sha256(
+        json.dumps([backbone, dtype, config, settings, versions, code], default=str, sort_keys=True).encode()
+    )
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -191,8 +206,14 @@ def input_settings(processor: ClipCaCgProcessor, backbone: str) -> Any:
     """All that the processor's part for a backbone does to a text or a picture."""
     prefix = "clip_" if backbone.startswith("clip.") else ""
     if FEATURES[backbone].column == "image":
-        return getattr(processor, f"{prefix}image_processor").to_dict()
+        settings = getattr(processor, f"{prefix}image_processor").to_dict()
+        # Saving adds the first two. A large JPEG is decoded at a scale that depends on both views.
+        return settings | {"auto_map": None, "processor_class": None, "needed": processor._needed_edge({})}
     tokenizer = getattr(processor, f"{prefix}tokenizer")
+    if not tokenizer.is_fast:
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(file).read_text(encoding="utf-8") for file in tokenizer.save_vocabulary(folder)]
+        return [files, tokenizer.init_kwargs, tokenizer.model_max_length, tokenizer.truncation_side]
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     # These two are left over from its last use; every use sets them.
     rules |= {"padding": None, "truncation": None}
@@ -232,7 +253,8 @@ def fill(
             for digest, output in zip(digests, outputs(model, backbone, inputs, mask), strict=True):
                 pending[digest] = output.to(dtype).contiguous()
                 if not pending[digest].isfinite().all():
-                    raise ValueError(f"An output of {backbone} is no number in {dtype}: try --cache_dtype float32.")
+                    hint = ": try --cache_dtype float32" if dtype == torch.float16 else ""
+                    raise ValueError(f"An output of the {backbone} backbone is no finite number in {dtype}{hint}.")
             if len(pending) >= POSTS_A_FILE:
                 store.add(pending)
                 pending = {}

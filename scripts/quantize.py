@@ -11,6 +11,7 @@ convolutions stay as they are. The folder is a checkpoint that transformers read
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,8 +87,13 @@ def summary(results: dict[str, tuple[Tensor, float]], labels: Any, names: list[s
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser((DataArguments, QuantizationArguments), description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="Folder or Hub name of a trained model.")
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.startswith(("--data_dir", "--dataset_name")) for word in argv):
+        parser.set_defaults(splits=None)
     with one_sentence():
-        data, arguments, rest = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+        data, arguments, rest = parser.parse_args_into_dataclasses(argv)
+        if Path(arguments.output).resolve() == Path(rest.checkpoint).resolve():
+            raise ValueError(f"{arguments.output} is the checkpoint itself: name another --output.")
         original = ClipCaCgForSequenceClassification.from_pretrained(rest.checkpoint, dtype=torch.float32).eval()
         quantized = quantize(rest.checkpoint)
         processor = ClipCaCgProcessor.from_pretrained(rest.checkpoint)

@@ -29,7 +29,7 @@ from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import NO_LIMIT, ClipCaCgProcessor
 from collator import PostCollator
-from feature_cache import FeatureStore, cache_features
+from feature_cache import FEATURES, FeatureStore, cache_features, frozen_backbones
 from make_sample import MARKER, make_tiny_backbones
 from model_card import write_model_card
 from posts import (
@@ -114,7 +114,7 @@ def prepare_training(
 ) -> datasets.Dataset:
     """Add the texts' lengths, by which batches can be grouped, and random changes to the pictures if asked for."""
     if collator.config.modality != "image":
-        encoded = processor.tokenizer(list(dataset["text"]), truncation=True)
+        encoded = processor.tokenizer([text or "" for text in dataset["text"]], truncation=True)
         dataset = dataset.add_column("length", [len(ids) for ids in encoded["input_ids"]])
     if augment and collator.config.modality != "text":
         dataset = dataset.cast_column("image", datasets.Image())
@@ -259,7 +259,7 @@ def compute_features(
     Raises:
         ValueError: If pictures are to change from epoch to epoch.
     """
-    if arguments.augment and (model_arguments.freeze_vision or model_arguments.freeze_clip):
+    if arguments.augment and any(FEATURES[name].column == "image" for name in frozen_backbones(model)):
         raise ValueError("--augment changes every picture in every epoch, and --cache_features keeps it: choose one.")
     return cache_features(
         model,

@@ -1,6 +1,7 @@
 """The benchmark's own arithmetic, and a smoke run of what it measures; no test here looks at a time."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import benchmark
 from benchmarks import SECTIONS
 from benchmarks.growth import exponent
-from benchmarks.setting import Figure, Setting, in_turn, make_posts, make_processor, ratio, text_lengths
+from benchmarks.setting import Setting, in_turn, make_posts, make_processor, ratio, text_lengths
 
 KEYS = {
     "fusion_overhead_forward",
@@ -67,6 +68,20 @@ def test_a_section_that_does_not_exist_is_told() -> None:
         benchmark.main(["--only", "speed"])
 
 
-def test_every_section_returns_figures_by_name() -> None:
-    assert set(SECTIONS) >= {"fusion", "padding", "cache", "pictures", "prediction", "modes", "growth"}
-    assert Figure(1.0, "a").low is None
+@pytest.mark.slow
+def test_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, sizes in (("POSTS", [4, 8]), ("BATCHES", [1, 2]), ("LENGTHS", [8, 16])):
+        monkeypatch.setattr(sys.modules[exponent.__module__], name, sizes)
+    output = tmp_path / "bench.json"
+    flags = f"--size tiny --repeats 1 --batch_size 4 --num_posts 8 --output {output}".split()
+    others = [name for name in SECTIONS if name not in ("fusion", "padding", "cache", "pictures", "prediction")]
+    benchmark.main([*flags, "--only", *others])
+    figures = json.loads(output.read_text())
+    assert {
+        "peak_memory_ratio",
+        "bf16_speedup",
+        "growth_batch",
+        "predict_memory_growth",
+        "two_process_speedup",
+    } <= set(figures)
+    assert (tmp_path / "bench.png").stat().st_size > 1000

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from test_train import flags, results
+from transformers import BertweetTokenizer
 
 import feature_cache
 import train
@@ -124,13 +125,34 @@ def test_another_picture_under_the_same_name_is_computed_anew(build: Callable, t
     assert not torch.allclose(*values)
 
 
-def test_the_key_changes_with_whatever_the_outputs_depend_on(build: Callable) -> None:
+def test_the_key_changes_with_whatever_the_outputs_depend_on(
+    build: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = build()
     keys = {name: key(model, processor, name, "float32") for name in FEATURES}
     processor(images=Image.new("RGB", (20, 30)), text="used a little", return_tensors="pt")
     assert keys == {name: key(model, processor, name, "float32") for name in FEATURES}
     assert key(model, processor, "text", "float16") != keys["text"]
 
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "version", lambda name: "0")
+        assert not set(keys.values()) & {key(model, processor, name, "float32") for name in FEATURES}
+    with monkeypatch.context() as patch:
+        changed = tmp_path / "code.py"
+        changed.write_text("another version")
+        patch.setattr(feature_cache.inspect, "getfile", lambda source: str(changed))
+        assert not set(keys.values()) & {key(model, processor, name, "float32") for name in FEATURES}
+
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    again = ClipCaCgForSequenceClassification.from_pretrained(tmp_path / "saved")
+    reloaded = ClipCaCgProcessor.from_pretrained(tmp_path / "saved")
+    assert keys == {name: key(again, reloaded, name, "float32") for name in FEATURES}
+
+    reloaded.tokenizer.truncation_side = "left"
+    assert key(again, reloaded, "text", "float32") != keys["text"]
+    reloaded.clip_image_processor.size = {"shortest_edge": 900}  # a large JPEG is then decoded at another scale
+    assert key(again, reloaded, "vision", "float32") != keys["vision"]
     processor.tokenizer.model_max_length = 9
     assert key(model, processor, "text", "float32") != keys["text"]
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
@@ -213,6 +235,13 @@ def test_training_from_the_cache_gives_the_same_scores(
     frozen = ["--freeze_text", "--freeze_vision", "--freeze_clip"]
     for name, more in (("direct", []), ("cached", ["--cache_features", "--dataloader_num_workers", "1"])):
         train.main(flags(posts_folder, backbones, tmp_path / name, *frozen, *more))
+    with monkeypatch.context() as patch:  # everything is there: neither a picture nor a backbone is asked again
+        patch.setattr(ClipCaCgForSequenceClassification, "encode", lambda *_: pytest.fail("a backbone was run"))
+        patch.setattr("collator.picture", lambda value: pytest.fail("a picture was read"))
+        train.main(flags(posts_folder, backbones, tmp_path / "again", *frozen, "--cache_features"))
+    assert results(tmp_path / "again")["eval_loss"] == pytest.approx(
+        results(tmp_path / "cached")["eval_loss"], abs=1e-6
+    )
     direct, cached = results(tmp_path / "direct"), results(tmp_path / "cached")
     for score in ("accuracy", "f1", "f1_macro", "loss"):
         assert cached[f"eval_{score}"] == pytest.approx(direct[f"eval_{score}"], abs=1e-4)
@@ -241,3 +270,53 @@ def test_a_number_too_large_for_the_dtype_is_told(
     torch.nn.init.constant_(norm.bias, 1e6)
     with pytest.raises(ValueError, match="--cache_dtype float32"):
         cache_features(model, processor, posts, "float16", tmp_path)
+
+
+def test_a_broken_file_of_the_cache_is_named(build: Callable, posts: datasets.DatasetDict, tmp_path: Path) -> None:
+    model, processor = build(modality="image")
+    cache_features(model, processor, posts, folder=tmp_path)
+    part = next(tmp_path.glob("*/*.safetensors"))
+    part.write_bytes(part.read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"{part.name} is broken: delete it"):
+        cache_features(model, processor, posts, folder=tmp_path)
+
+
+def test_what_a_killed_process_left_is_swept(build: Callable, posts: datasets.DatasetDict, tmp_path: Path) -> None:
+    model, processor = build(modality="image")
+    _, stores = cache_features(model, processor, posts, folder=tmp_path)
+    (stores["vision"].folder / "partial-left").mkdir()
+    _, stores = cache_features(model, processor, posts, folder=tmp_path)
+    assert not list(stores["vision"].folder.glob("partial-*"))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_model_comes_back_in_the_mode_it_was_in(
+    mode: bool, build: Callable, posts: datasets.DatasetDict, tmp_path: Path
+) -> None:
+    model, processor = build(modality="text")
+    cache_features(model.train(mode), processor, posts, folder=tmp_path)
+    assert model.training is mode
+
+
+def test_bytes_of_a_picture_are_read_as_its_file_is(build: Callable, tmp_path: Path) -> None:
+    """A large JPEG, which is decoded at a fraction of its size, from a path and from the bytes of a Parquet file."""
+    _, processor = build()
+    path = tmp_path / "large.jpg"
+    Image.effect_noise((800, 640), 90).convert("RGB").save(path)
+    values = [{"path": str(path), "bytes": None}, {"path": "large.jpg", "bytes": path.read_bytes()}]
+    views = [processor(images=feature_cache.picture(value), return_tensors="pt") for value in values]
+    for name in ("pixel_values", "clip_pixel_values"):
+        assert torch.equal(views[0][name], views[1][name])
+
+
+def test_a_tokenizer_without_a_fast_form_has_a_key(build: Callable, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("a 1\nb 2\n")
+    (tmp_path / "bpe.codes").write_text("a b 3\n")
+    model, processor = build(clip_mode="none")
+    processor.tokenizer = BertweetTokenizer(str(tmp_path / "vocab.txt"), str(tmp_path / "bpe.codes"))
+    assert not processor.tokenizer.is_fast
+    before = key(model, processor, "text", "float32")
+    assert before == key(model, processor, "text", "float32")
+    (tmp_path / "vocab.txt").write_text("a 1\nc 2\n")
+    processor.tokenizer = BertweetTokenizer(str(tmp_path / "vocab.txt"), str(tmp_path / "bpe.codes"))
+    assert key(model, processor, "text", "float32") != before

@@ -426,3 +426,16 @@ def test_a_jpeg_that_is_not_resized_is_decoded_whole(processor: ClipCaCgProcesso
     photograph(640, 480).save(tmp_path / "photo.jpg")
     keywords = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
     assert processor(images=tmp_path / "photo.jpg", **keywords)["pixel_values"].shape[-2:] == (480, 640)
+
+
+@pytest.mark.parametrize("size", [(48, 40), [48, 40]])
+def test_a_size_may_be_a_pair_as_in_the_parts(processor: ClipCaCgProcessor, size: Any) -> None:
+    processor = copy.copy(processor)
+    processor.image_processor = processor.clip_image_processor  # ConvNext's own takes no pair
+    pixels = processor(images=RGB, size=size, do_center_crop=False, return_tensors="pt")["clip_pixel_values"]
+    assert pixels.shape[-2:] == (48, 40)
+
+
+def test_a_share_to_crop_counts_for_the_scale_of_decoding(processor: ClipCaCgProcessor) -> None:
+    few, many = ({"size": {"shortest_edge": 64}, "crop_pct": share} for share in (0.5, 0.05))
+    assert processor._needed_edge(few) == 128 and processor._needed_edge(many) == 1280

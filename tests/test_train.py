@@ -356,3 +356,14 @@ def test_splits_by_other_names_and_data_in_one_piece(tmp_path: Path) -> None:
     datasets.Dataset.from_list(rows).to_csv(tmp_path / "whole.csv")
     posts = load_posts(DataArguments(dataset_name=str(tmp_path / "whole.csv"), splits=None, **columns))
     assert {split: len(dataset) for split, dataset in posts.items()} == {"test": 40}
+
+
+def test_an_empty_cell_of_a_table_is_an_empty_text(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    texts = ["" if number % 5 == 0 else "so good" for number in range(1, 41)]
+    rows = [f"{posts_folder}/data/{number}.jpg,{text},{number % 2}" for number, text in enumerate(texts, start=1)]
+    (tmp_path / "posts.csv").write_text("\n".join(["image,text,label", *rows]))
+    more = ["--max_steps", "2", "--dataset_name", str(tmp_path / "posts.csv")]
+    words = flags(posts_folder, backbones, tmp_path / "model", *more)
+    at = words.index("--data_dir")
+    train.main(words[:at] + words[at + 2 :])
+    assert results(tmp_path / "model")["test_loss"] > 0

@@ -126,12 +126,13 @@ def data_wait(setting: Setting, processor: ClipCaCgProcessor) -> Figure:
     model = make_model(setting).train()
     model.freeze_backbones(text=True, vision=True, clip=True)  # the fastest step is the hardest to feed
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    posts = make_posts(setting, setting.num_posts)
+    posts = make_posts(setting, 16 * setting.batch_size)
     loader = DataLoader(
         posts, batch_size=setting.batch_size, num_workers=2, collate_fn=PostCollator(processor, model.config)
     )
     waiting, start, batches = 0.0, perf_counter(), iter(loader)
-    next(batches)  # the workers' start is no part of an epoch of hundreds of batches
+    for _ in range(5):  # the workers' start, and what they have made by then, is no part of an epoch of hundreds
+        next(batches)
     start = perf_counter()
     while True:
         asked = perf_counter()

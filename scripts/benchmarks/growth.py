@@ -1,7 +1,6 @@
 """How cost grows: with the batch, the length of the texts, the number of posts, and the number of processes."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import torch
 
 import predict
 from benchmarks.data import write_posts
-from benchmarks.model import resident_peak
+from benchmarks.model import in_new_process, resident_peak
 from benchmarks.setting import (
     Figure,
     Setting,
@@ -91,21 +90,14 @@ def many_posts(setting: Setting, count: int) -> predict.PredictionArguments:
 
 def memory_of_prediction(setting: Setting) -> dict[str, Figure]:
     """The peak memory of `predict.py` on 20,000 posts over that on 2,000, each in a process of its own, tiny model."""
-    context = multiprocessing.get_context("spawn")
-    peaks = []
-    for count in (2000, 20000):
-        queue = context.Queue()
-        process = context.Process(target=peak_of_prediction, args=(setting, count, queue))
-        process.start()
-        peaks.append(queue.get())
-        process.join()
-    what = f"peak memory of predict.py, 20,000 posts {peaks[1]:.0f} MiB / 2,000 posts {peaks[0]:.0f} MiB"
+    peaks = [in_new_process(peak_of_prediction, setting, count) for count in (POSTS[1], POSTS[-1])]
+    what = f"peak memory of predict.py, {POSTS[-1]} posts {peaks[1]:.0f} MiB / {POSTS[1]} posts {peaks[0]:.0f} MiB"
     return {"predict_memory_growth": Figure(peaks[1] / peaks[0], what)}
 
 
-def peak_of_prediction(setting: Setting, count: int, queue: multiprocessing.Queue) -> None:
+def peak_of_prediction(setting: Setting, count: int) -> float:
     seconds_of_prediction(setting, count)
-    queue.put(resident_peak())
+    return resident_peak()
 
 
 def processes(setting: Setting) -> dict[str, Figure]:
