@@ -84,4 +84,5 @@ def test_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "predict_memory_growth",
         "two_process_speedup",
     } <= set(figures)
+    assert figures.get("onnx_difference", 0) < 1e-4
     assert (tmp_path / "bench.png").stat().st_size > 1000

@@ -22,6 +22,7 @@ from benchmarks.setting import (
     make_config,
     make_inputs,
     make_model,
+    make_processor,
     make_texts,
     ratio,
     text_lengths,
@@ -206,3 +207,32 @@ def modes(setting: Setting) -> dict[str, Figure]:
             times["last"] += in_turn(1, last=channels_last)["last"]
     figures["channels_last_speedup"] = ratio(times["plain"], times["last"], "contiguous / channels_last ResNet")
     return figures
+
+
+def onnx(setting: Setting) -> dict[str, Figure]:
+    """The model in PyTorch over the same model in ONNX Runtime, on a CPU; needs the extra `onnx`."""
+    try:
+        import onnxruntime
+
+        from export_onnx import example, export
+    except ImportError as error:
+        print(f"left out: {error.name} is not installed")
+        return {}
+    model, file = make_model(setting).cpu(), setting.folder / "model.onnx"
+    inputs = {name: value.cpu() for name, value in make_inputs(setting, text_lengths(setting.batch_size)).items()}
+    traced = example(model, make_processor(setting), ["What a lovely morning!", "no"])
+    export(model, traced, file)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    feed = {name: inputs[name].numpy() for name in traced}
+    with torch.inference_mode():
+        times = in_turn(setting.repeats, torch=lambda: model(**inputs), onnx=lambda: session.run(["logits"], feed))
+        (logits,) = session.run(["logits"], feed)
+        difference = (torch.from_numpy(logits) - model(**inputs).logits).abs().max().item()
+    return {
+        "onnx_speedup": ratio(
+            times["torch"], times["onnx"], f"PyTorch / ONNX Runtime, {setting.batch_size} posts, CPU"
+        ),
+        "onnx_difference": Figure(difference, "largest difference of a logit"),
+    }
