@@ -24,7 +24,7 @@ CLIP = ["clip_input_ids", "clip_attention_mask", "clip_pixel_values"]
     ("fields", "names"),
     [
         pytest.param({}, BOTH + CLIP, id="encoder"),
-        pytest.param({"clip_mode": "feature"}, BOTH, id="feature"),
+        pytest.param({"clip_mode": "feature"}, BOTH, id="feature", marks=pytest.mark.slow),
         pytest.param({"clip_mode": "none"}, BOTH, id="none", marks=pytest.mark.slow),
         pytest.param({"modality": "text"}, BOTH[:2], id="text", marks=pytest.mark.slow),
         pytest.param({"modality": "image"}, BOTH[2:], id="image"),
