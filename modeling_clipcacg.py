@@ -670,23 +670,25 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
                 config[name.replace("model", "config")] = AutoConfig.from_pretrained(value)
         if clip_model is None:
             config.setdefault("clip_config", None)
-        built = ClipCaCgConfig(**config)
-        needed = {
-            "text_model": built.modality != "image",
-            "vision_model": built.modality != "text",
-            "clip_model": built.modality == "both" and built.clip_mode == "encoder",
-        }
-        missing = [name for name, value in names.items() if needed[name] and value is None]
+        built = cls.config_class(**config)
+        needed = [f"{part}_model" for part in cls.needed_backbones(built)]
+        missing = [name for name in needed if names[name] is None]
         if missing:
             raise ValueError(
-                f"from_backbones: modality={built.modality!r} with clip_mode={built.clip_mode!r} needs "
-                f"{', '.join(missing)}, a Hub name or a folder."
+                f"from_backbones: {cls.__name__} with modality={built.modality!r} and clip_mode={built.clip_mode!r} "
+                f"needs {', '.join(missing)}, a Hub name or a folder."
             )
         model = cls._from_config(built)
         for name, encoder in model.backbones().items():
             source = names[f"{name.partition('.')[0]}_model"]
             load_backbone(encoder, source)
         return model.eval()
+
+    @staticmethod
+    def needed_backbones(config: ClipCaCgConfig) -> tuple[str, ...]:
+        """What a model with this config is built on: some of "text", "vision" and "clip"."""
+        encoders = {"text": ("text",), "image": ("vision",), "both": ("text", "vision")}[config.modality]
+        return (*encoders, "clip") if config.modality == "both" and config.clip_mode == "encoder" else encoders
 
     def backbones(self) -> dict[str, PreTrainedModel]:
         """The pretrained encoders this model has: some of "text", "vision", "clip.text" and "clip.vision"."""

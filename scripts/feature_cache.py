@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from functools import partial
-from importlib.metadata import distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ CACHE_FOLDER = Path(HF_HOME) / "clipcacg" / "features"
 PARTIAL = "partial-"
 POSTS_A_FILE = 512  # what a run that is broken off may lose; some 150 MiB of the default backbones' outputs
 # Libraries whose versions decide about an output.
-DECIDING = {"torch", "torchvision", "transformers", "tokenizers", "timm", "pillow"}
+DECIDING = ("torch", "torchvision", "transformers", "tokenizers", "timm", "pillow")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -188,8 +188,7 @@ def key(model: ClipCaCgPreTrainedModel, processor: ClipCaCgProcessor, backbone: 
     """A digest of all that the outputs of a backbone depend on, except for the posts."""
     encoder, settings = model.backbones()[backbone], input_settings(processor, backbone)
     config = encoder.config.to_dict() | {"_name_or_path": ""}
-    installed = {distribution.metadata["Name"] for distribution in distributions()} & DECIDING
-    versions = {name: version(name) for name in sorted(installed)}
+    versions = {name: installed_version(name) for name in DECIDING}
     sources = (type(encoder), ClipCaCgPreTrainedModel, ClipCaCgProcessor, picture, key)
     files = [inspect.getfile(source) for source in sources]
     code = [Path(file).read_text(encoding="utf-8") for file in files]
@@ -200,6 +199,13 @@ def key(model: ClipCaCgPreTrainedModel, processor: ClipCaCgProcessor, backbone: 
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return f"{backbone}-{dtype}-{digest.hexdigest()[:32]}"
+
+
+def installed_version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def input_settings(processor: ClipCaCgProcessor, backbone: str) -> Any:

@@ -223,7 +223,7 @@ def test_presets_are_flags_and_fields(system: str) -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, RecipeArguments))
     assert preset.keys() <= {action.dest for action in parser._actions}
     assert preset["output_dir"].endswith(system)
-    needed = {f"{part}_model" for part in SYSTEMS[system].encoders(config)}
+    needed = {f"{part}_model" for part in SYSTEMS[system].needed_backbones(config)}
     assert needed | {"vision_model"} <= preset.keys()  # the picture's processor is always wanted
 
 

@@ -112,7 +112,7 @@ class CnnMulti(BaselineForSequenceClassification):
         self.post_init()
 
     @staticmethod
-    def encoders(config: CnnMultiConfig) -> tuple[str, ...]:
+    def needed_backbones(config: CnnMultiConfig) -> tuple[str, ...]:
         return ("text", "vision") if config.image_cnn == "encoder" else ("text",)
 
     def score(self, words: Tensor, mask: Tensor, feature_map: Tensor, **extras: Any) -> Scores:

@@ -127,7 +127,7 @@ class SentiBankSentiStrength(BaselineForSequenceClassification):
         self.train(self.training)
 
     @staticmethod
-    def encoders(config: SentiBankSentiStrengthConfig) -> tuple[str, ...]:
+    def needed_backbones(config: SentiBankSentiStrengthConfig) -> tuple[str, ...]:
         return ("clip",) if config.phrases else ("vision",)
 
     def backbones(self) -> dict[str, PreTrainedModel]:

@@ -13,12 +13,11 @@ padding masks; here padding is masked everywhere.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
@@ -31,7 +30,6 @@ from clipcacg.modeling_clipcacg import (
     drop_unused_pooler,
     dry_run,
     encoder_mask,
-    load_backbone,
 )
 
 from . import word_vectors  # noqa: F401  the Auto classes are to know word vectors as a text encoder
@@ -156,47 +154,19 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
         super().__init__(config)
         config.check_values()
         self.num_labels = config.num_labels
-        needed = self.encoders(config)
+        needed = self.needed_backbones(config)
         self.text_branch = TextEncoder(config) if "text" in needed else NoBranch()
         self.image_branch = ImageEncoder(config) if "vision" in needed else NoBranch()
 
     @staticmethod
-    def encoders(config: BaselineConfig) -> tuple[str, ...]:
-        """The encoders that a system with this config is built on: some of "text", "vision", "clip"."""
+    def needed_backbones(config: BaselineConfig) -> tuple[str, ...]:
+        """What a system with this config is built on; any other may be named in `from_backbones` all the same."""
         return ("text", "vision")
 
     def backbones(self) -> dict[str, PreTrainedModel]:
         branches = {"text": self.text_branch, "vision": self.image_branch}
         encoders = {name: getattr(branch, "encoder", None) for name, branch in branches.items()}
         return {name: encoder for name, encoder in encoders.items() if encoder is not None}
-
-    @classmethod
-    def from_backbones(
-        cls,
-        text_model: str | Path | None = None,
-        vision_model: str | Path | None = None,
-        clip_model: str | Path | None = None,
-        **config: Any,
-    ) -> BaselineForSequenceClassification:
-        """Build the system on pretrained encoders; arguments as in `ClipCaCgPreTrainedModel.from_backbones`.
-
-        One that the system has no use for may be named all the same: every system takes the same call.
-
-        Raises:
-            ValueError: If one that it needs is not named.
-        """
-        names = {"text": text_model, "vision": vision_model, "clip": clip_model}
-        for part, name in names.items():
-            if name is not None:
-                config[f"{part}_config"] = AutoConfig.from_pretrained(name)
-        built = cls.config_class(**config)
-        missing = [f"{part}_model" for part in cls.encoders(built) if names[part] is None]
-        if missing:
-            raise ValueError(f"{cls.__name__}.from_backbones needs {', '.join(missing)}, a Hub name or a folder.")
-        model = cls._from_config(built)
-        for part, encoder in model.backbones().items():
-            load_backbone(encoder, names[part.partition(".")[0]])
-        return model.eval()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
