@@ -84,6 +84,7 @@ def evaluate_posts(
                 remove_unused_columns=False,
                 dataloader_pin_memory=torch.cuda.is_available(),
                 report_to="none",
+                use_cpu=not torch.accelerator.is_available(),
             ),
             data_collator=PostCollator(processor, model.config),
         )
@@ -92,7 +93,8 @@ def evaluate_posts(
 
 
 def main(argv: list[str] | None = None) -> None:
-    state = PartialState()
+    # Without an accelerator processes find one another only if the CPU is asked for.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     set_up_logging(state.is_main_process)
     with one_sentence():
         checkpoint, data_arguments, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)

@@ -324,3 +324,21 @@ def test_a_tokenizer_without_a_fast_form_has_a_key(build: Callable, tmp_path: Pa
     (tmp_path / "vocab.txt").write_text("a 1\nc 2\n")
     processor.tokenizer = BertweetTokenizer(str(tmp_path / "vocab.txt"), str(tmp_path / "bpe.codes"))
     assert key(model, processor, "text", "float32") != before
+
+
+def test_a_write_that_breaks_off_leaves_no_file(
+    build: Callable, posts: datasets.DatasetDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = build(modality="image")
+
+    def broken_off(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "save_file", broken_off)
+        with pytest.raises(OSError, match="No space left"):
+            cache_features(model, processor, posts, folder=tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    cached, stores = cache_features(model, processor, posts, folder=tmp_path)
+    assert all(digest in stores["vision"] for digest in cached["train"]["image_digest"])

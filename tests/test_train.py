@@ -367,3 +367,22 @@ def test_an_empty_cell_of_a_table_is_an_empty_text(posts_folder: Path, backbones
     at = words.index("--data_dir")
     train.main(words[:at] + words[at + 2 :])
     assert results(tmp_path / "model")["test_loss"] > 0
+
+
+def test_data_without_a_training_split_is_told(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/test.csv").write_text("text,label\nso good,1\nso bad,0\n")
+    with pytest.raises(SystemExit, match="There is no training split: the posts of .*data are for testing"):
+        train.main(f"--dataset_name {tmp_path}/data --modality text --output_dir {tmp_path}/out".split())
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_evaluation(trained: Path, posts_folder: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(SCRIPTS / "evaluate_checkpoint.py"), str(trained), "--data_dir", str(posts_folder)]
+    command = [*torchrun, *script, "--output", str(tmp_path / "two.json")]
+    done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.count("Weighted F1") == 1
+    subprocess.run([sys.executable, *script, "--output", "one.json"], check=True, cwd=tmp_path, capture_output=True)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert two["confusion_matrix"] == one["confusion_matrix"] and two["posts"] == one["posts"]
