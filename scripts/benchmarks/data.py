@@ -156,23 +156,23 @@ def prediction(setting: Setting) -> dict[str, Figure]:
     source = write_posts(setting.folder / "posts.jsonl", posts)
     collator = PostCollator(processor, model.config)
     sizes = [size for size in (8, 16, 32, 64) if size <= len(posts)]
-    batches = {size: [collator(rows) for rows in batches_of(posts, size)] for size in sizes}
-    for batch in (batch for group in batches.values() for batch in group):
-        batch.pop("labels")
 
-    def forward(size: int) -> None:
-        for batch in batches[size]:
+    def collated(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+        return [{k: v for k, v in collator(batch).items() if k != "labels"} for batch in batches_of(rows, size)]
+
+    def forward(batches: list[dict[str, Any]]) -> None:
+        for batch in batches:
             model(**{name: value.to(setting.device) for name, value in batch.items()}).logits.cpu()
 
     with torch.inference_mode():
-        trial = in_turn(1, **{str(size): partial(forward, size) for size in sizes})
+        trial = in_turn(1, **{str(size): partial(forward, collated(posts[:128], size)) for size in sizes})
         best = min(sizes, key=lambda size: trial[str(size)][0])
         arguments = predict.PredictionArguments(
             input=str(source), output=str(setting.folder / "out.jsonl"), overwrite=True, batch_size=best
         )
         times = in_turn(
             min(setting.repeats, 3),
-            forward=partial(forward, best),
+            forward=partial(forward, collated(posts, best)),
             predict=lambda: predict.predict_file(model, processor, arguments),
         )
     rate = len(posts) / min(times["predict"])
