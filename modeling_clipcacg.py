@@ -601,6 +601,27 @@ def load_backbone(encoder: PreTrainedModel, source: str | Path) -> None:
     encoder.load_state_dict({key: value for key, value in pretrained.state_dict().items() if key in used})
 
 
+def freeze_below(encoder: PreTrainedModel, number: int) -> None:
+    """Freeze an encoder's embeddings and its first layers: all that it holds before its layer `number`.
+
+    Raises:
+        ValueError: If it has not so many layers.
+    """
+    depth = getattr(encoder.config, "num_hidden_layers", 0)
+    stacks = (module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
+    layers = next(stacks, [])
+    if not 0 < number < len(layers):
+        raise ValueError(
+            f"Of the {len(layers)} layers of this {encoder.config.model_type!r} text encoder {number} cannot be "
+            "frozen; some must be left to train, or freeze the whole encoder."
+        )
+    first_trained = next(layers[number].parameters())
+    for parameter in encoder.parameters():
+        if parameter is first_trained:
+            break
+        parameter.requires_grad_(False)
+
+
 class ClipCaCgPreTrainedModel(PreTrainedModel):
     """Initialisation, loading of pretrained backbones, and freezing, for both models below."""
 
@@ -729,16 +750,25 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
             return base.fusion.interaction.encode_text(inputs, as_mask(attention_mask, inputs))
         return base.fusion.interaction.encode_image(inputs)
 
-    def freeze_backbones(self, text: bool = False, vision: bool = False, clip: bool = False) -> None:
+    def freeze_backbones(
+        self, text: bool = False, vision: bool = False, clip: bool = False, text_layers: int = 0
+    ) -> None:
         """Exclude backbones from training: their weights, their dropout and their BatchNorm statistics.
 
         Args:
             text, vision, clip: Which ones to freeze. One that the model does not have is passed over.
+            text_layers: How many layers of the text encoder to freeze with its embeddings; 0 freezes neither. Their
+                dropout goes on.
+
+        Raises:
+            ValueError: If the text encoder has not so many layers.
         """
         frozen = {name for name, freeze in (("text", text), ("vision", vision), ("clip", clip)) if freeze}
         for name, encoder in self.backbones().items():
             if name.partition(".")[0] in frozen:
                 encoder.requires_grad_(False)
+            elif name == "text" and text_layers:
+                freeze_below(encoder, text_layers)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ClipCaCgPreTrainedModel:

@@ -45,7 +45,7 @@ ROWS |= {
 # What a grid may hold, and what of a config can change the numbers of a floor, or of another system.
 TUNED = {"learning_rate": RecipeArguments, "num_train_epochs": RecipeArguments, "dropout": ModelArguments}
 OF_FLOORS = ("text_model", "vision_model", "max_length", "cache_dtype")
-OF_SYSTEMS = (*OF_FLOORS, "dropout", "freeze_text", "freeze_vision", "class_weights")
+OF_SYSTEMS = (*OF_FLOORS, "dropout", "freeze_text", "freeze_text_layers", "freeze_vision", "class_weights")
 # And what of a recipe cannot change any.
 IRRELEVANT = (
     "output_dir", "overwrite_", "seed", "report_to", "disable_tqdm", "use_cpu", "resume_from", "log", "save_", "hub_",
@@ -111,7 +111,7 @@ class Settings:
         row, training = ROWS[name], copy.deepcopy(self.training)
         model = replace(self.model, **(row.fields or {**WHOLE, "clip_mode": "none"}))
         if name in WORD_VECTORS and self.word_vectors:
-            model.text_model = self.word_vectors
+            model.text_model, model.freeze_text_layers = self.word_vectors, 0
         for key, value in (values or {}).items():
             setattr(model if TUNED[key] is ModelArguments else training, key, value)
         return replace(self, model=model, training=training)

@@ -34,6 +34,9 @@ class ModelArguments:
     dropout: float = field(default=0.3, metadata={"help": "Dropout of the fusion."})
     contrastive_loss_weight: float = field(default=0.1, metadata={"help": "For --clip_mode feature."})
     freeze_text: bool = field(default=False, metadata={"help": "Do not train the text encoder."})
+    freeze_text_layers: int = field(
+        default=0, metadata={"help": "Do not train its embeddings and so many of its lower layers."}
+    )
     freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision encoder."})
     freeze_clip: bool = field(default=False, metadata={"help": "Do not train the CLIP towers."})
     class_weights: str = field(default="none", metadata={"help": "none, or balanced: by inverse frequency."})

@@ -91,7 +91,9 @@ def limit_and_freeze(model: PreTrainedModel, processor: ClipCaCgProcessor, argum
     """Cut texts at `--max_length`, and freeze the backbones that are to be."""
     if arguments.max_length:
         processor.tokenizer.model_max_length = min(arguments.max_length, processor.tokenizer.model_max_length)
-    model.freeze_backbones(arguments.freeze_text, arguments.freeze_vision, arguments.freeze_clip)
+    model.freeze_backbones(
+        arguments.freeze_text, arguments.freeze_vision, arguments.freeze_clip, arguments.freeze_text_layers
+    )
 
 
 def backbone_names(arguments: ModelArguments, is_sample: bool) -> dict[str, str | None]:

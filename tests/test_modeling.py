@@ -199,6 +199,23 @@ def test_a_frozen_backbone_stays_as_it_is(build: Build, inputs: Inputs, part: st
             assert torch.equal(value, before[name]) == (id(value) in weights), name
 
 
+@pytest.mark.parametrize("family", TEXT_ENCODERS)
+def test_lower_layers_of_the_text_encoder_are_frozen(build: Build, inputs: Inputs, family: str) -> None:
+    config = {**TEXT_ENCODERS[family], "model_type": family, "n_layers" if family == "distilbert" else "": 2}
+    model = build("feature", text_config={key: value for key, value in config.items() if key})
+    model.freeze_backbones(text_layers=1)
+    trained = {name for name, gradient in gradients(model, inputs).items() if gradient is not None}
+    encoder = {name.split("text_branch.encoder.")[1] for name in trained if "text_branch.encoder." in name}
+    assert encoder and all("layer.1." in name for name in encoder)
+    assert any(name.startswith("model.image_branch.encoder.") for name in trained)
+
+
+@pytest.mark.parametrize("number", [-1, 2, 9])
+def test_an_encoder_has_so_many_layers_to_freeze(build: Build, number: int) -> None:
+    with pytest.raises(ValueError, match=f"Of the 2 layers of this 'roberta' text encoder {number} cannot"):
+        build("feature").freeze_backbones(text_layers=number)
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @every_variant
 def test_half_precision(build: Build, inputs: Inputs, variant: str, half: torch.dtype, tmp_path: Path) -> None:
