@@ -326,12 +326,25 @@ def test_compiled_with_breaks_at_the_grus(build: Build, inputs: Inputs) -> None:
 
 def test_the_fusion_starts_at_the_right_scale(build: Build) -> None:
     model = build("feature").model
-    bounds = {parameter: 16**-0.5 for parameter in model.text_branch.bi_gru.parameters()}  # torch's own for a GRU
+    grus = (model.text_branch.bi_gru.forward_gru, model.text_branch.bi_gru.backward_gru)
+    bounds = {gru.weight_hh_l0: 0.1 * 16**-0.5 for gru in grus}  # a tenth of torch's own
     bounds |= {model.fusion.fusion.gate.linear.weight: (6 / (48 + 16)) ** 0.5}  # Glorot's
+    bounds |= {model.fusion.text_attention.out_proj.weight: 0.1 * (6 / (16 + 16)) ** 0.5}
     for parameter, bound in bounds.items():
         assert 0.8 * bound < parameter.abs().max() <= bound
     assert model.fusion.fusion.lambda_logit.sigmoid() == 0.5
     assert_close(model.fusion.interaction.logit_scale.exp(), torch.tensor([1 / 0.07]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("width", [16, 24, 12])
+def test_what_the_text_encoder_says_passes_through_the_gru(build: Build, width: int) -> None:
+    text_config = {"model_type": "roberta", **TEXT_ENCODERS["roberta"], "hidden_size": width}
+    bi_gru = build("text", text_config=text_config).model.text_branch.bi_gru
+    states, mask = torch.randn(3, 9, width), torch.ones(3, 9, dtype=torch.bool)
+    kept = min(width, 16)
+    said, heard = states[..., :kept].tanh().flatten(), bi_gru(states, mask)[..., :kept].flatten()
+    assert torch.corrcoef(torch.stack([said, heard]))[0, 1] > 0.9
+    assert 0.7 < (heard @ said) / (said @ said) < 1
 
 
 @every_variant
