@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from posts import DataArguments
 
 CONFIGS = Path(__file__).parent / "configs"
+OF_TABLES = ("tuning", "systems")  # keys of a config that are for reproduce.py alone
 
 
 @dataclass
@@ -92,6 +93,7 @@ def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArgume
     if argv and argv[0].endswith((".yaml", ".yml")):
         config, argv = Path(argv[0]), argv[1:]
     defaults = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    defaults = {key: value for key, value in defaults.items() if key not in OF_TABLES}
     unknown = defaults.keys() - {action.dest for action in parser._actions}
     if unknown:
         raise ValueError(f"{config}: no flag is called {', '.join(sorted(unknown))}; --help lists them all.")

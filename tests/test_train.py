@@ -194,6 +194,8 @@ def test_the_yaml_gives_defaults_and_flags_override_them(tmp_path: Path) -> None
     )
     assert train.parse_arguments([])[2].output_dir == "outputs/sample"
     assert train.parse_arguments(["--data_dir", "somewhere"])[2].adam
+    config.write_text("learning_rate: 0.5\ntuning: {dropout: [0.1]}\nsystems: {}\n")  # both for reproduce.py
+    assert train.parse_arguments([str(config)])[2].learning_rate == 0.5
     config.write_text("learning_rat: 0.25\n")
     with pytest.raises(ValueError, match="learning_rat;"):
         train.parse_arguments([str(config)])
