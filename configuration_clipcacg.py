@@ -127,6 +127,8 @@ class ClipCaCgConfig(PreTrainedConfig):
         self.logit_scale_init_value = logit_scale_init_value
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
+        if kwargs.get("id2label") is None and kwargs.get("label2id"):
+            kwargs["id2label"] = {index: label for label, index in kwargs["label2id"].items()}
         if kwargs.get("id2label") is None and kwargs.get("num_labels") in (None, len(LABELS)):
             kwargs |= {
                 "id2label": dict(enumerate(LABELS)),
@@ -148,6 +150,10 @@ class ClipCaCgConfig(PreTrainedConfig):
             raise ValueError(
                 "clip_mode='encoder' reads the post with CLIP's own towers and needs a clip_config, but clip_config "
                 "is None; give one (to from_backbones a clip_model), or take clip_mode='feature' or 'none'."
+            )
+        if self.clip_config is not None and self.clip_config.model_type != "clip":
+            raise ValueError(
+                f"clip_config must be of a CLIP model (model_type 'clip'), not of {self.clip_config.model_type!r}."
             )
         for name in ("hidden_size", "num_attention_heads", "projection_dim"):
             if getattr(self, name) < 1:

@@ -136,6 +136,11 @@ def test_sub_configs_may_be_dicts_or_objects_and_stay_the_callers(tiny_config: M
         assert part._attn_implementation == before[0][name]._attn_implementation
 
 
+def test_a_relative_of_clip_is_refused(tiny_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match="clip_config must be of a CLIP model .*not of 'siglip'"):
+        tiny_config(clip_config={"model_type": "siglip"})
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -180,6 +185,7 @@ def test_clip_config_may_be_none_where_nothing_reads_it(tiny_config: MakeConfig,
         ({"num_labels": 2}, {0: "LABEL_0", 1: "LABEL_1"}),
         ({"num_labels": 1, "problem_type": "regression"}, {0: "LABEL_0"}),
         ({"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}, {0: "no", 1: "yes"}),
+        ({"label2id": {"no": 0, "yes": 1}}, {0: "no", 1: "yes"}),
     ],
     ids=str,
 )
