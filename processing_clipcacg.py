@@ -21,6 +21,7 @@ from .configuration_clipcacg import ClipCaCgConfig
 # A tokenizer without a limit of its own says so with a very large number.
 NO_LIMIT = 10**9
 SOURCES = (str, os.PathLike, Image.Image)  # of a picture, beside arrays, tensors and files
+MAX_RATIO = 100  # of a picture's edges, beyond which only its middle is looked at; our choice
 TIMEOUT = 60  # seconds that a server of pictures has to answer
 TEXT_KEYWORDS = {"add_special_tokens", "max_length", "pad_to_multiple_of", "padding", "padding_side", "truncation"}
 
@@ -119,6 +120,7 @@ class ClipCaCgProcessor(ProcessorMixin):
             # Decoded and converted once, for both views.
             needed = self._needed_edge(kwargs)
             arrays = [_rgb_array(picture, kwargs.get("input_data_format"), needed) for picture in pictures]
+            arrays = arrays if needed is None else [_middle(array) for array in arrays]
             data |= self._process_pictures(arrays, {**kwargs, "return_tensors": return_tensors})
         return BatchFeature({name: data[name] for name in self.model_input_names if name in data})
 
@@ -225,6 +227,10 @@ def _as_texts(text: Any) -> list[str]:
     for index, item in enumerate(texts):
         if not isinstance(item, str):
             raise TypeError(f"text[{index}] must be a string, not {type(item).__name__}.")
+        try:
+            item.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text[{index}] is not Unicode: {error}") from None
     if not texts:
         raise ValueError("text is an empty list: there is nothing to process.")
     return texts
@@ -266,6 +272,16 @@ def _rgb_array(picture: Any, data_format: str | None, needed_edge: int | None) -
     array = np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
     # torch refuses arrays turned by a step of -1, or read-only ones.
     return np.require(array.transpose(2, 0, 1), requirements="CW")
+
+
+def _middle(array: np.ndarray) -> np.ndarray:
+    """A picture, or the middle of a sliver: 30,000 x 2 pixels, resized by the short edge, would fill gigabytes."""
+    height, width = array.shape[1:]
+    longest = MAX_RATIO * min(height, width)
+    if max(height, width) <= longest:
+        return array
+    top, left = (max(edge - longest, 0) // 2 for edge in (height, width))
+    return np.ascontiguousarray(array[:, top : top + longest, left : left + longest])
 
 
 def _guess_format(array: np.ndarray) -> str:

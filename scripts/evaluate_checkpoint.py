@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint)
         processor = ClipCaCgProcessor.from_pretrained(checkpoint)
         posts = labelled_posts(model, data_arguments, arguments.split)
-    scores = evaluate_posts(model, processor, posts, arguments)
+        scores = evaluate_posts(model, processor, posts, arguments)
     if not state.is_main_process:
         return
     output = Path(arguments.output)

@@ -204,11 +204,20 @@ def read_post(folder: Path, post: Post, problems: list[Problem]) -> dict[str, st
     return {"id": post.id, **columns, **labels} if len(columns) == 2 else None
 
 
+def read_bytes(path: Path, what: str, size: int = -1) -> bytes:
+    """Read a file of a post, or its first bytes only."""
+    try:
+        if not path.is_file():
+            raise Fault(f"missing {what}", f"data/{path.name}")
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:  # it is forbidden, on a broken disk, or no name of a file is that long
+        raise Fault(f"unreadable {what}", f"data/{path.name}: {error.strerror}") from error
+
+
 def read_text(path: Path) -> str:
     """Read a text in UTF-8, or else in GB18030, as about a quarter of MVSA-Single is; no final line break."""
-    if not path.is_file():
-        raise Fault("missing text", f"data/{path.name}")
-    content = path.read_bytes()
+    content = read_bytes(path, "text")
     # GB18030 takes nearly any bytes, so it comes second; cp1252 or latin-1 would turn curly quotes into rubbish.
     for encoding in ("utf-8-sig", "gb18030"):
         try:
@@ -220,8 +229,7 @@ def read_text(path: Path) -> str:
 
 def check_picture(path: Path) -> str:
     """Return the path of a picture that can be decoded; only one that looks cut off is decoded to find out."""
-    if not path.is_file():
-        raise Fault("missing picture", f"data/{path.name}")
+    read_bytes(path, "picture", 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -380,7 +388,7 @@ def read_ids(path: Path) -> dict[str, set[str]]:
         if not all(isinstance(part, list) for part in content.values()):
             raise ValueError("a split is not a list")
         ids = {split: {str(post_id) for post_id in content.get(split, [])} for split in SHARES}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise MvsaDataError(f"{path} is not a JSON file of the form {expected}: {error}") from error
     repeated = [post_id for post_id, count in Counter(i for part in ids.values() for i in part).items() if count > 1]
     if repeated:

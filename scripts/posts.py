@@ -29,8 +29,12 @@ def one_sentence() -> Iterator[None]:
     """End a script whose input is at fault with what is wrong, and not with a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except (FloatingPointError, OSError, ValueError) as error:
+        message = str(error)
+        if message.startswith("Caught ") and "DataLoader worker" in message:
+            # A worker process sends its traceback, of which the last line is "ValueError: what is wrong".
+            message = message.rstrip().rpartition("\n")[2].partition(": ")[2]
+        sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
 @dataclass
@@ -96,10 +100,14 @@ def load_any(arguments: DataArguments, modality: str) -> datasets.DatasetDict:
     """Load `--dataset_name` and bring its columns to the names and types we use."""
     path = Path(arguments.dataset_name).expanduser()
     builder = {".csv": "csv", ".json": "json", ".jsonl": "json"}.get(path.suffix)
-    if builder:
-        posts = datasets.load_dataset(builder, data_files=str(path))
-    else:
-        posts = datasets.load_dataset(arguments.dataset_name)
+    try:
+        if builder:
+            posts = datasets.load_dataset(builder, data_files=str(path))
+        else:
+            posts = datasets.load_dataset(arguments.dataset_name)
+    except (datasets.exceptions.DatasetGenerationError, StopIteration, ValueError) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
+        raise ValueError(f"{arguments.dataset_name} cannot be read as a table: {reason}") from error
     posts = datasets.DatasetDict({SPLIT_NAMES.get(name, name): dataset for name, dataset in posts.items()})
     for split in posts.keys() - {"train", "validation", "test"}:
         logger.warning("the split %s of %s is not used", split, arguments.dataset_name)

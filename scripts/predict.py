@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,7 @@ def read_rows(source: Path) -> Iterator[dict[str, Any]]:
     if source.is_dir():
         yield from read_folder(source / "data" if (source / "data").is_dir() else source)
     elif source.suffix == ".csv":
-        csv.field_size_limit(sys.maxsize)
-        with source.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file), start=1):
-                yield as_post(row, number, source.parent)
+        yield from read_csv(source)
     elif source.suffix == ".jsonl":
         with source.open(encoding="utf-8-sig", errors="replace") as file:
             for number, line in enumerate(file, start=1):
@@ -71,15 +68,35 @@ def read_rows(source: Path) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     yield as_post(json.loads(line), number, source.parent)
-                except (AttributeError, ValueError) as error:
+                except (AttributeError, RecursionError, ValueError) as error:
                     yield {"id": str(number), "error": f"line {number} is not a JSON object: {error}"}
     else:
         raise ValueError(f"{source} is neither a folder nor a .csv or .jsonl file.")
 
 
+def read_csv(source: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a table; strictly, or a quote that is not closed would swallow those below it unnoticed."""
+    csv.field_size_limit(sys.maxsize)
+    with source.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        for number in count(1):
+            try:
+                yield as_post(next(rows), number, source.parent)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield {"id": str(number), "error": f"the row that ends on line {rows.line_num}: {error}"}
+
+
 def read_folder(folder: Path) -> Iterator[dict[str, Any]]:
-    """The posts <ID>.jpg and <ID>.txt of a folder, by ID."""
+    """The posts <ID>.jpg and <ID>.txt of a folder, by ID.
+
+    Raises:
+        ValueError: If there are none.
+    """
     ids = {path.stem for path in folder.iterdir() if path.suffix in (".jpg", ".txt")}
+    if not ids:
+        raise ValueError(f"{folder} holds neither <ID>.jpg nor <ID>.txt.")
     for post_id in sorted(ids, key=lambda post_id: (len(post_id), post_id)):
         try:
             yield {
@@ -113,11 +130,11 @@ class PreparedBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[list[dict[str, Any]], dict[str, torch.Tensor] | None]]:
         worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         rows = islice(read_rows(self.source), self.start, self.stop)
         turn = 0
         while batch := list(islice(rows, self.batch_size)):
-            if turn % count == number:
+            if turn % workers == number:
                 yield prepare(batch, self.collator)
             turn += 1
 
@@ -163,7 +180,7 @@ def lines_done(output: Path) -> int:
     Raises:
         ValueError: If the file holds anything but lines of ours.
     """
-    count, end = 0, 0
+    done, end = 0, 0
     with output.open("r+b") as file:
         for line in file:
             if not line.endswith(b"\n"):
@@ -172,9 +189,9 @@ def lines_done(output: Path) -> int:
                 json.loads(line)["id"]
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{output} is not a file of predictions: name another --output.") from error
-            count, end = count + 1, end + len(line)
+            done, end = done + 1, end + len(line)
         file.truncate(end)
-    return count
+    return done
 
 
 def check_origin(output: Path, origin: dict[str, str]) -> int:

@@ -1,6 +1,9 @@
 """The recipe of a training run: its flags, and the Trainer that follows those which transformers does not have."""
 
+import errno
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -9,12 +12,22 @@ from typing import Any
 import datasets
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from posts import DataArguments
 
 CONFIGS = Path(__file__).parent / "configs"
 OF_TABLES = ("tuning", "systems")  # keys of a config that are for reproduce.py alone
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # how torch says it without a type
+NO_FILE = ("PytorchStreamWriter", "unexpected pos", "file write failed")  # likewise
+LESS_MEMORY = (
+    "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing, "
+    "--bf16, or --freeze_text, --freeze_vision and --freeze_clip, with --cache_features besides"
+)
 
 
 @dataclass
@@ -81,7 +94,7 @@ def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArgume
     Without a file the defaults are those of `sample.yaml`, or of `mvsa_single.yaml` if data is named.
 
     Raises:
-        ValueError: If the file holds a key that is no flag.
+        ValueError: If the file is no YAML, or holds a key that is no flag.
     """
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, RecipeArguments),
@@ -92,21 +105,69 @@ def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArgume
     config = CONFIGS / ("mvsa_single.yaml" if has_data else "sample.yaml")
     if argv and argv[0].endswith((".yaml", ".yml")):
         config, argv = Path(argv[0]), argv[1:]
-    defaults = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-    defaults = {key: value for key, value in defaults.items() if key not in OF_TABLES}
-    unknown = defaults.keys() - {action.dest for action in parser._actions}
+    try:
+        defaults = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        defaults = {key: value for key, value in defaults.items() if key not in OF_TABLES}
+        unknown = sorted(map(str, defaults.keys() - {action.dest for action in parser._actions}))
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{config} is not a YAML file of flags: {' '.join(str(error).split())}") from error
     if unknown:
-        raise ValueError(f"{config}: no flag is called {', '.join(sorted(unknown))}; --help lists them all.")
+        raise ValueError(f"{config}: no flag is called {', '.join(unknown)}; --help lists them all.")
     if config.name == "sample.yaml" and any(word.startswith("--output_dir") for word in argv):
         defaults["overwrite_output_dir"] = False  # said of the sample's own folder only
     parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)
 
 
+@contextmanager
+def training_faults(output_dir: str) -> Iterator[None]:
+    """Turn what may befall any run, in whichever library, into an error that says what to do about it.
+
+    Raises:
+        OSError: If a file cannot be written to `output_dir`.
+        ValueError: If memory runs out.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError, SafetensorError) as error:
+        message = " ".join(str(error).split("\n")[0].split())
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in message for words in NO_MEMORY):
+            raise ValueError(f"The memory is full ({message or 'MemoryError'}): try {LESS_MEMORY}.") from error
+        is_full = getattr(error, "errno", None) in DISK_FULL or any(words in message for words in NO_FILE)
+        if is_full or isinstance(error, SafetensorError):
+            raise OSError(
+                f"{output_dir} cannot be written to ({message}): the checkpoints before this one are whole, so make "
+                "room, and go on with --resume_from_checkpoint True."
+            ) from error
+        raise
+
+
 class SentimentTrainer(Trainer):
     """The Trainer with the paper's optimizer and schedule, and a learning rate of their own for the backbones."""
 
     args: RecipeArguments
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the Trainer's, but not beyond a loss that would spoil the weights for good.
+
+        Raises:
+            FloatingPointError: If the loss is not a finite number.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}, at a learning rate of "
+                f"{self._get_learning_rate():.3g}: try a lower --learning_rate, --warmup_steps, or --bf16 in place of "
+                "--fp16. The checkpoints before it are whole."
+            )
+        return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.args.should_save:
+            # Its state, which is written last, tells that a checkpoint is whole. One that is written over is not.
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(*args, **kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2
-from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, set_seed
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, enable_full_determinism, set_seed
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
@@ -43,7 +43,7 @@ from posts import (
     write_line,
 )
 from push_to_hub import check_repo_id, push_checkpoint
-from recipe import ModelArguments, RecipeArguments, SentimentTrainer, parse_arguments
+from recipe import ModelArguments, RecipeArguments, SentimentTrainer, parse_arguments, training_faults
 from report import CONFUSION_MATRIX_FILE, CURVES_FILE, plot_confusion_matrix, plot_curves, results_table
 from run_facts import RunFacts, hardware_name, how_it_ended, library_versions, training_recipe
 from scores import load_metric, score
@@ -434,9 +434,9 @@ def main(argv: list[str] | None = None) -> None:
             sys.argv[1:] if argv is None else argv, __doc__.split("\n")[0]
         )
     set_up_logging(arguments.process_index == 0)
-    set_seed(arguments.seed)
+    (enable_full_determinism if arguments.full_determinism else set_seed)(arguments.seed)
 
-    with one_sentence():
+    with one_sentence(), training_faults(arguments.output_dir):
         pushes = take_over_push(arguments)
         if model_arguments.model_name_or_path:
             source = ClipCaCgConfig.from_pretrained(model_arguments.model_name_or_path)
@@ -457,18 +457,17 @@ def main(argv: list[str] | None = None) -> None:
             with arguments.main_process_first(desc="computing features"):
                 posts, features = compute_features(arguments, model_arguments, model, processor, posts)
 
-    trainer = make_trainer(arguments, model, processor, posts, features)
-    trained = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.save_metrics("train", trained.metrics)
-    results = evaluate_splits(trainer, posts)
-    if trainer.is_world_process_zero():
-        seconds = trained.metrics["train_runtime"]
-        arguments_told = (model_arguments, data_arguments)
-        complete_checkpoint(trainer, posts, results, arguments_told, seconds, resumed=checkpoint is not None)
-        if pushes:
-            with one_sentence():
+        trainer = make_trainer(arguments, model, processor, posts, features)
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.save_metrics("train", trained.metrics)
+        results = evaluate_splits(trainer, posts)
+        if trainer.is_world_process_zero():
+            seconds = trained.metrics["train_runtime"]
+            arguments_told = (model_arguments, data_arguments)
+            complete_checkpoint(trainer, posts, results, arguments_told, seconds, resumed=checkpoint is not None)
+            if pushes:
                 push(arguments)
 
 
