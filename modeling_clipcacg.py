@@ -613,6 +613,11 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
     # Modules that put the outputs of several children together, which must therefore lie on one device.
     _no_split_modules = ["BiGru", "CrossModalFusion"]
 
+    def __init__(self, config: ClipCaCgConfig) -> None:
+        super().__init__(config)
+        if config.modality == "image":
+            self.main_input_name = "pixel_values"  # the Trainer counts by it, and there is no text to count
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one module of the fusion; the backbones are transformers models and initialise themselves."""
