@@ -1,4 +1,4 @@
-"""Many at once, some of them bad: every request is answered, right ones as if they were alone, and memory stays flat."""
+"""Many at once, some of them bad: all are answered, right ones as if they were alone, and memory stays flat."""
 
 import gc
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_demo import upload, wait_for
 from transformers import pipeline
 
 from clipcacg.pipeline_clipcacg import ImageTextSentimentPipeline
@@ -116,3 +117,101 @@ def test_the_memory_of_the_pipeline(sentiment: ImageTextSentimentPipeline, posts
             gc.collect()
             held[number] = resident(os.getpid())
     assert held[5000] - held[500] < 16 * MEGABYTE, held
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """The address of the demo and its process."""
+    pytest.importorskip("gradio", reason='needs the extra "demo"')
+    folder = tmp_path_factory.mktemp("page")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).parent.parent / "scripts" / "demo.py"
+    environment = os.environ | {"TMPDIR": str(folder)}
+    with (folder / "log").open("w") as log:
+        command = [sys.executable, str(script), str(checkpoint), "--port", str(port)]
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        wait_for(f"http://127.0.0.1:{port}", process, folder / "log")
+        yield f"http://127.0.0.1:{port}", process.pid
+        assert "scripts/" not in (folder / "log").read_text()  # no traceback passed through code of ours
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(client: Any, url: str, picture: Any, text: Any) -> Any:
+    """The label with its scores and the words with their weights, or the sentence of an error.
+
+    Who is turned away at a full queue asks again a little later, as a person would.
+    """
+    while True:
+        response = client.post(f"{url}/gradio_api/call/explain", json={"data": [picture, text]})
+        if response.status_code != 503:
+            break
+        assert "queue is full" in response.text.lower()
+        turned_away.append(text)
+        time.sleep(random.random())
+    if response.status_code != 200:
+        return f"HTTP {response.status_code}"
+    stream = client.get(f"{url}/gradio_api/call/explain/{response.json()['event_id']}").text
+    *_, last = [part for part in stream.strip().split("\n\n") if "heartbeat" not in part]
+    event, data = (line.partition(": ")[2] for line in last.split("\n"))
+    if event != "complete":
+        return (json.loads(data) or {}).get("error") or "no sentence"
+    label, words, *_ = json.loads(data)
+    scores = {entry["label"]: entry["confidence"] for entry in label["confidences"]}
+    return scores | {f"{n} {word['token']}": word["class_or_confidence"] for n, word in enumerate(words)}
+
+
+turned_away: list[Any] = []
+
+
+def page_posts(url: str, posts: Path, bad: Path) -> dict[str, list[tuple[Any, Any]]]:
+    """Uploaded pictures with texts, and what the page refuses."""
+    bad_posts(bad)
+    pictures = [upload(url, path) for path in sorted((posts / "data").glob("*.jpg"))[:20]]
+    broken = [upload(url, bad / name) for name in ("cut.jpg", "page.jpg")]
+    good = [(picture, f"post {n} is so nice " * (1 + n % 9)) for n, picture in enumerate(pictures)]
+    address = {"path": "http://127.0.0.1/a.png", "meta": {"_type": "gradio.FileData"}}
+    refused = [(picture, "a") for picture in broken] + [(address, "a"), (None, "a"), (pictures[0], None)]
+    return {"good": good, "bad": [*refused, (pictures[0], "a" * 2001), (pictures[0], 5), ("x", "a"), (5, 5)]}
+
+
+@pytest.mark.slow
+def test_the_page_under_many_visitors(page: tuple[str, int], posts_folder: Path, tmp_path: Path) -> None:
+    url, _ = page
+    posts = page_posts(url, posts_folder, tmp_path / "bad")
+    with httpx.Client(timeout=300, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+        alone = {(kind, n): ask(client, url, *post) for kind in posts for n, post in enumerate(posts[kind])}
+        assert all(isinstance(found, dict) == (kind == "good") for (kind, _), found in alone.items()), alone
+        requests = mixed(posts["good"], posts["bad"])
+        started = time.monotonic()
+        with ThreadPoolExecutor(REQUESTS) as threads:
+            found = list(threads.map(lambda r: ask(client, url, *posts[r[0]][r[1]]), requests))
+    print(f"{REQUESTS} requests in {time.monotonic() - started:.1f} s, turned away {len(turned_away)} times")
+    wrong = [(request, one) for request, one in zip(requests, found, strict=True) if not same(one, alone[request])]
+    assert not wrong
+    assert turned_away  # the limit of the queue held
+
+
+@pytest.mark.slow
+def test_the_memory_of_the_page(page: tuple[str, int], posts_folder: Path, tmp_path: Path) -> None:
+    """As many requests as fit into a minute, one in ten bad, after twenty to get warm."""
+    url, process = page
+    posts = page_posts(url, posts_folder, tmp_path / "bad")
+    held, number, until = {}, 0, None
+    with httpx.Client(timeout=300) as client:
+        while until is None or time.monotonic() < until:
+            kind = "bad" if number % SHARE_BAD == 0 else "good"
+            ask(client, url, *posts[kind][number % len(posts[kind])])
+            number += 1
+            if number == 20:
+                held[number], until = resident(process), time.monotonic() + 60
+    held[number] = resident(process)
+    print(f"{number} requests: {held}")
+    assert number > 25 and held[number] - held[20] < 32 * MEGABYTE, held
