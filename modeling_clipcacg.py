@@ -590,7 +590,7 @@ def load_backbone(encoder: PreTrainedModel, source: str | Path) -> None:
     logging.set_verbosity_error()
     try:
         pretrained, report = type(encoder).from_pretrained(
-            source, config=encoder.config, dtype=encoder.dtype, output_loading_info=True
+            source, config=encoder.config, dtype=encoder.dtype, output_loading_info=True, use_safetensors=True
         )
     finally:
         logging.set_verbosity(verbosity)
@@ -648,6 +648,11 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         return False
 
     @classmethod
+    def from_pretrained(cls, *args: Any, use_safetensors: bool | None = True, **kwargs: Any) -> Any:
+        """As in `PreTrainedModel`, but weights are read as safetensors alone, never as a pickle, unless told so."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
+    @classmethod
     def from_backbones(
         cls,
         text_model: str | Path | None = None,
@@ -668,6 +673,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: If a backbone that the modality or the clip mode needs is not named.
+            OSError: If a backbone has no weights as safetensors.
         """
         names = {"text_model": text_model, "vision_model": vision_model, "clip_model": clip_model}
         for name, value in names.items():

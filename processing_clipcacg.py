@@ -24,8 +24,8 @@ NO_LIMIT = 10**9
 SOURCES = (str, os.PathLike, Image.Image)  # of a picture, beside arrays, tensors and files
 TIMEOUT = 60  # seconds that a server of pictures has to answer
 TEXT_KEYWORDS = {"add_special_tokens", "max_length", "pad_to_multiple_of", "padding", "padding_side", "truncation"}
-# Tokenizers keep how to pad and cut between two calls, so threads that ask for different things must take turns. A lock
-# for each process: a fork of one that holds it would wait for ever.
+# Tokenizers keep how to pad and cut from call to call, so threads that ask for different things must take turns. One
+# lock a process: a fork of one that holds it would wait for ever.
 LOCKS: dict[int, threading.Lock] = {}
 
 

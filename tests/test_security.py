@@ -112,8 +112,10 @@ def test_weights_in_a_pickle_are_not_run(trapped: Path, mark: Path, form: str) -
         index = {"metadata": {"total_size": 1}, "weight_map": shards}
         (trapped / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     for cls in (ClipCaCgModel, ClipCaCgForSequenceClassification):
-        with pytest.raises((OSError, ValueError, pickle.UnpicklingError)):
+        with pytest.raises(OSError, match="model.safetensors"):
             cls.from_pretrained(trapped)
+        with pytest.raises((pickle.UnpicklingError, RuntimeError)):  # who asks for them gets numbers, and runs nothing
+            cls.from_pretrained(trapped, use_safetensors=None)
     assert not mark.exists()
 
 
@@ -131,7 +133,7 @@ def test_no_script_runs_them(
 ) -> None:
     post = ["--image", str(posts_folder / "data/1.jpg"), "--text", "a"]
     data = ["--data_dir", str(posts_folder)]
-    with pytest.raises((SystemExit, OSError, ValueError)):
+    with pytest.raises((SystemExit, OSError)) as told:
         if script == "predict":
             predict.main([str(trapped), *post])
         elif script == "evaluate_checkpoint":
@@ -147,7 +149,7 @@ def test_no_script_runs_them(
             (names / "text/model.safetensors").unlink()
             shutil.copy(trapped / "pytorch_model.bin", names / "text")
             ClipCaCgModel.from_backbones(*(names / part for part in ("text", "vision", "clip")), hidden_size=32)
-    assert not mark.exists()
+    assert "model.safetensors" in str(told.value) and not mark.exists()  # a sentence that says what is missing
 
 
 FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "pytorch_model.bin")
@@ -235,4 +237,4 @@ def test_markup_in_names_stays_text_in_tables_and_lines() -> None:
     assert set(Tags(table).found) <= {"table", "thead", "tbody", "tr", "th", "td"} and table.count("<td>") == 2
     line = rendered(wrap_markdown(f"A label {escape_markdown(MARKUP)} in a line"))
     assert Tags(line).found == ["p"]
-    assert set(Tags(rendered(MARKUP)).found) > {"script", "img", "a"}  # it would be markup otherwise
+    assert set(Tags(rendered(MARKUP)).found) >= {"script", "img"}  # it would be markup otherwise
