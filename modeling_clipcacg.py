@@ -590,7 +590,7 @@ def load_backbone(encoder: PreTrainedModel, source: str | Path) -> None:
     logging.set_verbosity_error()
     try:
         pretrained, report = type(encoder).from_pretrained(
-            source, config=encoder.config, dtype=encoder.dtype, output_loading_info=True
+            source, config=encoder.config, dtype=encoder.dtype, output_loading_info=True, use_safetensors=True
         )
     finally:
         logging.set_verbosity(verbosity)
@@ -633,6 +633,11 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # Modules that put the outputs of several children together, which must therefore lie on one device.
     _no_split_modules = ["BiGru", "CrossModalFusion"]
+
+    def __init__(self, config: ClipCaCgConfig) -> None:
+        super().__init__(config)
+        if config.modality == "image":
+            self.main_input_name = "pixel_values"  # the Trainer counts by it, and there is no text to count
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -681,6 +686,11 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         return False
 
     @classmethod
+    def from_pretrained(cls, *args: Any, use_safetensors: bool | None = True, **kwargs: Any) -> Any:
+        """As in `PreTrainedModel`, but weights are read as safetensors alone, never as a pickle, unless told so."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
+    @classmethod
     def from_backbones(
         cls,
         text_model: str | Path | None = None,
@@ -701,6 +711,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: If a backbone that the modality or the clip mode needs is not named.
+            OSError: If a backbone has no weights as safetensors.
         """
         names = {"text_model": text_model, "vision_model": vision_model, "clip_model": clip_model}
         for name, value in names.items():

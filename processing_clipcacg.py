@@ -7,6 +7,7 @@ import copy
 import io
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ SOURCES = (str, os.PathLike, Image.Image)  # of a picture, beside arrays, tensor
 MAX_RATIO = 100  # of a picture's edges, beyond which only its middle is looked at; our choice
 TIMEOUT = 60  # seconds that a server of pictures has to answer
 TEXT_KEYWORDS = {"add_special_tokens", "max_length", "pad_to_multiple_of", "padding", "padding_side", "truncation"}
+# Tokenizers keep how to pad and cut from call to call, so threads that ask for different things must take turns. One
+# lock a process: a fork of one that holds it would wait for ever.
+LOCKS: dict[int, threading.Lock] = {}
 
 
 class ClipCaCgProcessor(ProcessorMixin):
@@ -150,12 +154,13 @@ class ClipCaCgProcessor(ProcessorMixin):
 
     def _tokenize(self, texts: list[str], return_tensors: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs = {"padding": True, "truncation": True, **kwargs, "return_tensors": return_tensors}
-        data = dict(self.tokenizer(texts, **_within_limit(self.tokenizer, kwargs)))
-        if self.clip_tokenizer is not None:
-            # CLIP has no positions beyond its limit, and its sentence is the state of the closing token.
-            kwargs |= {"truncation": True, "padding_side": "right", "add_special_tokens": True}
-            clip = self.clip_tokenizer(texts, **_within_limit(self.clip_tokenizer, kwargs))
-            data |= {f"clip_{name}": value for name, value in clip.items()}
+        with LOCKS.setdefault(os.getpid(), threading.Lock()):
+            data = dict(self.tokenizer(texts, **_within_limit(self.tokenizer, kwargs)))
+            if self.clip_tokenizer is not None:
+                # CLIP has no positions beyond its limit, and its sentence is the state of the closing token.
+                kwargs |= {"truncation": True, "padding_side": "right", "add_special_tokens": True}
+                clip = self.clip_tokenizer(texts, **_within_limit(self.clip_tokenizer, kwargs))
+                data |= {f"clip_{name}": value for name, value in clip.items()}
         return data
 
     def _process_pictures(self, arrays: list[np.ndarray], kwargs: dict[str, Any]) -> dict[str, Any]:

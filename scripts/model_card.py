@@ -31,7 +31,7 @@ from run_facts import RunFacts, uses_timm
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 DATA_TITLES = {"mvsa-single": "MVSA-Single", "mvsa-multiple": "MVSA-Multiple", "sample": "the drawn sample"}
 # What a checkpoint needs to be loaded; timm as well where its vision encoder is one of timm.
-REQUIREMENTS = ("torch>=2.6", "torchvision>=0.21", "transformers>=5.23", "pillow>=11")
+REQUIREMENTS = ("torch>=2.6", "torchvision>=0.21", "transformers>=5.20", "pillow>=11")
 TIMM = "timm>=1.0"
 PARTS = {"text": "Text encoder", "vision": "Vision encoder", "clip": "CLIP"}
 SIZES = {

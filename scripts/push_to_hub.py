@@ -63,7 +63,7 @@ NAME_IN_CODE = re.compile(r'^name = (".*")$', re.MULTILINE)
 NAME_IN_INDEX = re.compile(r"^(model-index:\n- name: ).*$", re.MULTILINE)
 
 SPACE_CODE = ("demo.py", "explain.py", "sample_posts.py")
-SPACE_REQUIREMENTS = "torch>=2.6 torchvision>=0.21 transformers>=5.23 pillow>=11 matplotlib>=3.9 captum>=0.9".split()
+SPACE_REQUIREMENTS = "torch>=2.6 torchvision>=0.21 transformers>=5.20 pillow>=11 matplotlib>=3.9 captum>=0.9".split()
 SPACE_APP = """from demo import build_demo
 
 build_demo("{repo_id}").launch()

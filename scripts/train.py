@@ -173,21 +173,25 @@ def compute_metrics(evaluated: EvalPrediction, metric: evaluate.Metric, names: l
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
-def take_over_push(arguments: RecipeArguments) -> bool:
+def take_over_push(arguments: RecipeArguments) -> tuple[bool, str | None]:
     """Whether to push at the end. The Trainer's own push, of its checkpoints and arguments too, is switched off.
+
+    Returns:
+        That, and the access token, which the arguments hold no longer: every checkpoint has a copy of them.
 
     Raises:
         ValueError: If there is no name to push to.
     """
     asked, arguments.push_to_hub = arguments.push_to_hub, False
+    token, arguments.hub_token = arguments.hub_token, None
     if asked:
         check_repo_id(arguments.hub_model_id, "--hub_model_id")
-    return asked
+    return asked, token
 
 
-def push(arguments: RecipeArguments) -> None:
+def push(arguments: RecipeArguments, token: str | None) -> None:
     """Push what the run left behind, as `push_to_hub.py` does."""
-    private, revision, token = bool(arguments.hub_private_repo), arguments.hub_revision, arguments.hub_token
+    private, revision = bool(arguments.hub_private_repo), arguments.hub_revision
     push_checkpoint(arguments.output_dir, arguments.hub_model_id, private, revision, token)
 
 
@@ -437,7 +441,7 @@ def main(argv: list[str] | None = None) -> None:
     (enable_full_determinism if arguments.full_determinism else set_seed)(arguments.seed)
 
     with one_sentence(), training_faults(arguments.output_dir):
-        pushes = take_over_push(arguments)
+        pushes, token = take_over_push(arguments)
         if model_arguments.model_name_or_path:
             source = ClipCaCgConfig.from_pretrained(model_arguments.model_name_or_path)
             model_arguments.modality = source.modality  # a checkpoint brings its own
@@ -468,7 +472,7 @@ def main(argv: list[str] | None = None) -> None:
             arguments_told = (model_arguments, data_arguments)
             complete_checkpoint(trainer, posts, results, arguments_told, seconds, resumed=checkpoint is not None)
             if pushes:
-                push(arguments)
+                push(arguments, token)
 
 
 if __name__ == "__main__":

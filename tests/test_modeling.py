@@ -148,8 +148,9 @@ def test_gradients_reach_every_parameter_of(build: Build, inputs: Inputs, family
 def test_activation_checkpointing_gives_equal_gradients(build: Build, inputs: Inputs, variant: str) -> None:
     model = build(variant)
     plain = {name: gradient.clone() for name, gradient in gradients(model, inputs).items()}
-    model.activation_checkpointing_enable()
-    assert model.is_activation_checkpointing
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before 5.23
+    getattr(model, f"{name}_checkpointing_enable")()
+    assert getattr(model, f"is_{name}_checkpointing")
     assert_close(gradients(model, inputs), plain)
 
 
@@ -307,6 +308,7 @@ def test_attentions_hidden_states_and_their_gradients(build: Build, inputs: Inpu
     assert model(**inputs).image_attentions is None and model(**inputs).text_hidden_states is None
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="2.6 cannot read the code object that transformers asks about")
 def test_compiled_without_a_break_once_dynamo_admits_grus(build: Build, inputs: Inputs) -> None:
     torch._dynamo.reset()
     model = build("feature", text_config={"model_type": "distilbert", **TEXT_ENCODERS["distilbert"]})
