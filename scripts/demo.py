@@ -114,6 +114,7 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": MAX_BYTES,
         "app_kwargs": {"middleware": [Middleware(UploadsOnly)]},
         "run_history": False,  # would keep posts in the browser
+        "state_session_capacity": 32,  # a visitor has no state here, yet Gradio would hold 140 KB of each of 10,000
         "footer_links": [],
         "ssr_mode": False,
     }

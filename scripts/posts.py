@@ -34,6 +34,7 @@ def one_sentence() -> Iterator[None]:
         if message.startswith("Caught ") and "DataLoader worker" in message:
             # A worker process sends its traceback, of which the last line is "ValueError: what is wrong".
             message = message.rstrip().rpartition("\n")[2].partition(": ")[2]
+        logger.debug("where it happened", exc_info=True)
         sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
