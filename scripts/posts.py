@@ -155,7 +155,9 @@ def locate_picture(name: Any, folder: Path) -> str | None:
 def with_labels(posts: datasets.DatasetDict) -> datasets.DatasetDict:
     """Give labels that are words or bare integers the same ClassLabel in every split; floats stay."""
     label = next(iter(posts.values())).features["label"]
-    if isinstance(label, datasets.ClassLabel) or label.dtype.startswith("float"):
+    if isinstance(label, datasets.ClassLabel):
+        return without_hidden_labels(posts)
+    if label.dtype.startswith("float"):
         return posts
     values = {value for dataset in posts.values() for value in dataset.unique("label")}
     if None in values:
@@ -171,6 +173,21 @@ def with_labels(posts: datasets.DatasetDict) -> datasets.DatasetDict:
             for split, dataset in posts.items()
         }
     )
+
+
+def without_hidden_labels(posts: datasets.DatasetDict) -> datasets.DatasetDict:
+    """Leave out a test split whose labels are kept back, which benchmarks on the Hub mark by -1.
+
+    Raises:
+        ValueError: If posts of another split, or all posts, have no label.
+    """
+    hidden = [split for split, dataset in posts.items() if {None, -1} & set(dataset.unique("label"))]
+    if not hidden:
+        return posts
+    if hidden != ["test"] or len(posts) == 1:
+        raise ValueError(f"The split {hidden[0]} has posts without a label: leave them out, or give them one.")
+    logger.warning("the labels of the split test are kept back, and it is left out")
+    return datasets.DatasetDict({split: dataset for split, dataset in posts.items() if split != "test"})
 
 
 def complete_splits(posts: datasets.DatasetDict, arguments: DataArguments) -> datasets.DatasetDict:

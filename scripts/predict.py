@@ -12,6 +12,7 @@ broken off goes on where it stopped.
 import csv
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from collator import PostCollator
 from mvsa import Fault, read_text
 from posts import locate_picture, one_sentence, prediction, write_line
+
+logger = logging.getLogger("predict")
 
 
 @dataclass
@@ -237,7 +240,11 @@ def predict_rows(
 def predict_file(
     model: ClipCaCgForSequenceClassification, processor: ClipCaCgProcessor, arguments: PredictionArguments
 ) -> None:
-    """Predict every post of `--input`, line by line into `--output`."""
+    """Predict every post of `--input`, line by line into `--output`, and tell how many could not be read.
+
+    Raises:
+        FileNotFoundError, ValueError: If input or output cannot be used, or no post at all could be read.
+    """
     source, output = Path(arguments.input), Path(arguments.output)
     if not source.exists():
         raise FileNotFoundError(f"There is no {source}.")
@@ -256,11 +263,17 @@ def predict_file(
         output.open("a", encoding="utf-8", errors="backslashreplace") as file,
         tqdm(initial=done, unit=" posts") as bar,
     ):
+        failed, total = 0, 0
         for rows, inputs in loader:
             for line in predict_rows(model, rows, inputs, arguments.bf16):
                 write_line(file, line)
+                failed, total = failed + ("error" in line), total + 1
             file.flush()
             bar.update(len(rows))
+    if failed and failed == done + total:
+        raise ValueError(f"none of {total} posts could be read; their lines in {output} say why.")
+    if failed:
+        logger.warning("%d of %d posts could not be read; their lines in %s say why", failed, total, output)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -94,7 +94,7 @@ def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArgume
     Without a file the defaults are those of `sample.yaml`, or of `mvsa_single.yaml` if data is named.
 
     Raises:
-        ValueError: If the file is no YAML, or holds a key that is no flag.
+        ValueError: If the file is no YAML, or holds a key that is no flag, or a flag cannot be heeded.
     """
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, RecipeArguments),
@@ -116,7 +116,10 @@ def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArgume
     if config.name == "sample.yaml" and any(word.startswith("--output_dir") for word in argv):
         defaults["overwrite_output_dir"] = False  # said of the sample's own folder only
     parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses(argv)
+    parsed = parser.parse_args_into_dataclasses(argv)
+    if parsed[-1].dataloader_drop_last:
+        raise ValueError("--dataloader_drop_last would drop posts from evaluation and test as well: leave it out.")
+    return parsed
 
 
 @contextmanager

@@ -59,7 +59,9 @@ def faulty(posts_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("batch_size", ["1", "3", "64"])
-def test_a_broken_post_costs_one_line(checkpoint: Path, faulty: Path, batch_size: str) -> None:
+def test_a_broken_post_costs_one_line(
+    checkpoint: Path, faulty: Path, batch_size: str, caplog: pytest.LogCaptureFixture
+) -> None:
     output = faulty.with_name("out.jsonl")
     predict.main([str(checkpoint), "--input", str(faulty), "--output", str(output), "--batch_size", batch_size])
     found = lines(output)
@@ -67,8 +69,18 @@ def test_a_broken_post_costs_one_line(checkpoint: Path, faulty: Path, batch_size
     assert ["error" in line for line in found] == [False, True, False, True, True, False, True]
     assert "2.jpg" in found[1]["error"] and "text" in found[3]["error"] and "5.jpg" in found[4]["error"]
     assert "line 7" in found[6]["error"]
+    assert "4 of 7 posts could not be read" in caplog.text
     alone = lines_of_single(checkpoint, faulty.parent / "6.jpg", "text 6")
     assert found[5]["probabilities"] == pytest.approx(alone, abs=1e-5)
+
+
+def test_posts_none_of_which_can_be_read_are_a_failure(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "posts.csv").write_text("text,image\na,gone.png\nb,missing.png\n")
+    with pytest.raises(SystemExit, match="none of 2 posts could be read; their lines in .*out.jsonl say why"):
+        predict.main(
+            [str(checkpoint), "--input", str(tmp_path / "posts.csv"), "--output", str(tmp_path / "out.jsonl")]
+        )
+    assert ["error" in line for line in lines(tmp_path / "out.jsonl")] == [True, True]
 
 
 def lines_of_single(checkpoint: Path, image: Path, text: str) -> dict[str, float]:

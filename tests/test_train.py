@@ -371,6 +371,33 @@ def test_an_empty_cell_of_a_table_is_an_empty_text(posts_folder: Path, backbones
     assert results(tmp_path / "model")["test_loss"] > 0
 
 
+@pytest.mark.parametrize(
+    ("hidden", "answer"),
+    [(["test"], None), (["train"], "train"), (["train", "test"], "train"), (["validation"], "validation")],
+)
+def test_labels_that_are_kept_back(
+    hidden: list[str], answer: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    label = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    for split in ("train", "validation", "test"):
+        labels = [-1] * 4 if split in hidden else [0, 1, 0, 1]
+        dataset = datasets.Dataset.from_dict({"text": ["so"] * 4, "label": labels}, features=features)
+        dataset.to_parquet(tmp_path / f"data/{split}.parquet")
+    arguments = DataArguments(dataset_name=str(tmp_path / "data"))
+    if answer:
+        with pytest.raises(ValueError, match=f"The split {answer} has posts without a label"):
+            load_posts(arguments, "text")
+    else:
+        assert set(load_posts(arguments, "text")) == {"train", "validation"}
+        assert "the labels of the split test are kept back" in caplog.text
+
+
+def test_the_last_posts_are_never_dropped() -> None:
+    with pytest.raises(ValueError, match="--dataloader_drop_last would drop posts from evaluation and test"):
+        train.parse_arguments(["--dataloader_drop_last"])
+
+
 def test_data_without_a_training_split_is_told(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/test.csv").write_text("text,label\nso good,1\nso bad,0\n")
