@@ -14,14 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from test_demo import upload, wait_for
 from transformers import pipeline
 
 from clipcacg.pipeline_clipcacg import ImageTextSentimentPipeline
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-
-httpx = pytest.importorskip("httpx", reason='needs the extra "demo"')
 
 REQUESTS, SHARE_BAD = 200, 10  # one in ten is bad
 MEGABYTE = 2**20
@@ -126,6 +124,8 @@ def test_the_memory_of_the_pipeline(sentiment: ImageTextSentimentPipeline, posts
 def page(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
     """The address of the demo and its process."""
     pytest.importorskip("gradio", reason='needs the extra "demo"')
+    from test_demo import wait_for  # without Gradio it takes the tests of the pipeline with it
+
     folder = tmp_path_factory.mktemp("page")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -177,6 +177,8 @@ turned_away: list[Any] = []
 
 def page_posts(url: str, posts: Path, bad: Path) -> dict[str, list[tuple[Any, Any]]]:
     """Uploaded pictures with texts, and what the page refuses."""
+    from test_demo import upload
+
     bad_posts(bad)
     pictures = [upload(url, path) for path in sorted((posts / "data").glob("*.jpg"))[:20]]
     broken = [upload(url, bad / name) for name in ("cut.jpg", "page.jpg")]
