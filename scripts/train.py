@@ -406,10 +406,12 @@ def recipe(arguments: RecipeArguments, model_arguments: ModelArguments, label_sm
     if arguments.step_decay_epochs:
         values["lr_scheduler_type"] = f"divided by 10 every {arguments.step_decay_epochs} epochs"
     frozen = [part for part in ("text", "vision", "clip") if getattr(model_arguments, f"freeze_{part}")]
+    layers = 0 if "text" in frozen else model_arguments.freeze_text_layers
     ours = {
         "backbone_learning_rate": arguments.backbone_learning_rate,
         "early_stopping_patience": arguments.early_stopping_patience,
         "frozen_backbones": ", ".join(frozen),
+        "frozen_text_layers": f"embeddings and the first {layers}" if layers else "",
         "class_weights": model_arguments.class_weights.replace("none", ""),
         "augment": arguments.augment,
         "label_smoothing": label_smoothing,

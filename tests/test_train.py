@@ -90,6 +90,14 @@ def test_the_card_tells_which_weights_were_kept(trained: Path) -> None:
     assert re.search(r"\| Parameters +\| 0\.\d million", (trained / "README.md").read_text())
 
 
+def test_the_card_tells_what_was_frozen(tmp_path: Path) -> None:
+    frozen = ["--freeze_vision", "--freeze_text_layers", "3", "--output_dir", str(tmp_path)]
+    for more, layers in (([], "embeddings and the first 3"), (["--freeze_text"], None)):
+        model_arguments, _, arguments = train.parse_arguments([*frozen, *more])
+        told = train.recipe(arguments, model_arguments, 0.0)
+        assert "vision" in told["frozen_backbones"] and told.get("frozen_text_layers") == layers
+
+
 def test_how_the_data_was_split(tmp_path: Path, posts_folder: Path) -> None:
     def name(**arguments: Any) -> str:
         data = DataArguments(**arguments, max_train_samples=9)
