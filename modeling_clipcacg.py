@@ -24,6 +24,8 @@ Where we depart from the paper, or fill its silence:
 - The products of unit vectors are multiplied by c before the map to d. Their entries are of the order 1 / c, next to
   nothing for the Linear that follows. A LayerNorm would also scale them, but subtract their mean, which is the very
   cosine similarity of the two sides.
+- F_I and F_T each end in a LayerNorm. Encoders speak at scales of their own, and the loud is learned first: without it
+  a picture's features came out three times as large as those of the text, which tells more of a post's sentiment.
 - The Bi-GRU starts near the identity and each cross-attention near its residual: what pretrained encoders know reaches
   the classifier from the first step. Our choice; what it brought is in scripts/configs/mvsa_single_offline.yaml.
 - Without CLIP there is no joint token, and the gate sees the two attended modalities alone.
@@ -168,13 +170,14 @@ class BiGru(nn.Module):
 
 
 class TextBranch(nn.Module):
-    """Equations 1-3: the text encoder's last hidden state through the bidirectional GRU."""
+    """Equations 1-3: the text encoder's last hidden state through the bidirectional GRU, and LayerNorm (ours)."""
 
     def __init__(self, config: ClipCaCgConfig) -> None:
         super().__init__()
         self.encoder = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         drop_unused_pooler(self.encoder)
         self.bi_gru = BiGru(config.text_config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, input_ids: Tensor | None, mask: Tensor, features: Tensor | None = None) -> Tensor:
         """Token ids and a bool mask, both (batch, text_len), to F_T (batch, text_len, hidden).
@@ -182,7 +185,7 @@ class TextBranch(nn.Module):
         `features`, what `encode` has returned before, spare the encoder.
         """
         features = self.encode(input_ids, mask) if features is None else features
-        return self.bi_gru(features.to(self.bi_gru.forward_gru.weight_ih_l0.dtype), mask)
+        return self.norm(self.bi_gru(features.to(self.bi_gru.forward_gru.weight_ih_l0.dtype), mask))
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Equation 1: (batch, text_len) to the encoder's last hidden state (batch, text_len, width)."""
@@ -190,7 +193,7 @@ class TextBranch(nn.Module):
 
 
 class ImageBranch(nn.Module):
-    """Equation 4: the vision encoder's last feature map as a sequence of regions, then one Linear."""
+    """Equation 4: the vision encoder's last feature map as a sequence of regions, one Linear, LayerNorm (ours)."""
 
     def __init__(self, config: ClipCaCgConfig) -> None:
         super().__init__()
@@ -199,6 +202,7 @@ class ImageBranch(nn.Module):
         for name in unused:
             self.encoder.set_submodule(name, nn.Identity())
         self.projection = nn.Linear(channels, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, pixel_values: Tensor | None, features: Tensor | None = None) -> Tensor:
         """Picture (batch, channels, height, width), normalised, to F_I (batch, regions, hidden).
@@ -206,7 +210,7 @@ class ImageBranch(nn.Module):
         `features`, what `encode` has returned before, spare the encoder.
         """
         features = self.encode(pixel_values) if features is None else features
-        return self.projection(features.flatten(2).transpose(1, 2).to(self.projection.weight.dtype))
+        return self.norm(self.projection(features.flatten(2).transpose(1, 2).to(self.projection.weight.dtype)))
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """The encoder's last feature map (batch, width, rows, columns)."""

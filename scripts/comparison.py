@@ -117,15 +117,20 @@ class Settings:
         return replace(self, model=model, training=training)
 
     def describe(self, name: str) -> dict[str, Any]:
-        """All that a row's numbers depend on, except for posts, seed and code, as far as it is not the default."""
+        """All that a row's numbers depend on, except for posts, seed and code, as far as it is not the default.
+
+        What the grid holds stands in place of the config's own value, which no run of the row uses then.
+        """
         row, mine = ROWS[name], self.for_row(name)
-        model = {key: value for key, value in changed(mine.model).items() if key != "cache_features"}
+        unused = {"cache_features", *self.grid}
+        model = {key: value for key, value in changed(mine.model).items() if key not in unused}
         if row.floor:
             model = {key: model[key] for key in OF_FLOORS if key in model and row.floor != "majority"}
             return {"row": name, "model": model}
         if row.system:
             model = {key: model[key] for key in OF_SYSTEMS if key in model}
-        training = {key: value for key, value in changed(mine.training).items() if not key.startswith(IRRELEVANT)}
+        training = {key: value for key, value in changed(mine.training).items() if key not in unused}
+        training = {key: value for key, value in training.items() if not key.startswith(IRRELEVANT)}
         sizes = self.systems.get(row.system, {})
         return {"row": name, "model": model, "training": training, "sizes": sizes, "grid": self.grid}
 

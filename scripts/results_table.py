@@ -180,7 +180,8 @@ def summarise(lines: Sequence[dict[str, Any]], rows: dict[str, Row], folder: Pat
 
 def means(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the runs of one row have in common, and the mean and standard deviation of the rest."""
-    facts: dict[str, Any] = {"trials": runs[-1]["trials"]}
+    chosen = ", ".join(f"{name} {value}" for name, value in (runs[-1]["values"] or {}).items())
+    facts: dict[str, Any] = {"trials": runs[-1]["trials"], "chosen": chosen}
     for split, prefix in ((runs[-1]["measured"], ""), ("validation", "validation_")):
         for name in SCORES:
             values = pd.Series([100 * run["metrics"][split][name] for run in runs if split in run["metrics"]])
@@ -216,6 +217,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     shown["p"] = number("p", ".4f")
     shown |= {"Trainable": number("trainable_parameters", ",.0f"), "Parameters": number("total_parameters", ",.0f")}
     shown |= {"Seconds": spread(row.get("seconds"), row.get("seconds_std"), 1), "Trials": number("trials", ".0f")}
+    shown["Chosen"] = row.get("chosen") or "–"
     shown["Runs"] = f"{row['runs']}" + (f", {row['failed']} failed" if row["failed"] else "")
     return shown | {"Substitutions": row["substitutions"] or "–"}
 

@@ -240,13 +240,13 @@ def test_one_modality_alone(tiny_config: MakeConfig, inputs: Inputs, modality: s
     if modality == "image":
         feature_map = base.image_branch.encoder(inputs["pixel_values"]).last_hidden_state
         regions = torch.stack([feature_map[:, :, i, j] for i in range(4) for j in range(4)], dim=1)
-        states = linear(base.image_branch.projection, regions)  # eq. 4
+        states = layer_norm(base.image_branch.norm, linear(base.image_branch.projection, regions))  # eq. 4
         assert_close(output.image_hidden_states, (states,))
         pooled = states.mean(1)
     else:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         tokens = base.text_branch.encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # eq. 1
-        states = base.text_branch.bi_gru(tokens, mask.bool())  # eq. 2, 3
+        states = layer_norm(base.text_branch.norm, base.text_branch.bi_gru(tokens, mask.bool()))  # eq. 2, 3
         assert_close(output.text_hidden_states, (states,))
         pooled = masked_mean(states, mask.bool())
     assert_close(output.fused_embeds, mlp(base.fusion.mlp, pooled))

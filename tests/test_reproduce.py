@@ -132,6 +132,15 @@ def test_what_makes_a_run_another_one() -> None:
     assert changed("--word_vectors", "x") == set(comparison.WORD_VECTORS)
 
 
+def test_what_the_grid_holds_is_not_asked_of_the_config(tmp_path: Path) -> None:
+    words = [*with_config(tmp_path, tuning={"learning_rate": [0.1], "dropout": [0.2, 0.3]}), "--trials"]
+
+    def hashed(*more: str) -> str:
+        return short_hash(parse([*words, *more])[1].describe("full"))
+
+    assert hashed() == hashed("--learning_rate", "0.7", "--dropout", "0.5") != hashed("--num_train_epochs", "7")
+
+
 def test_a_killed_command_goes_on_without_repeating_a_run(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,7 +36,8 @@ def line(row: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
     return {
         "run": f"{row}{seed}", "kind": "run", "row": row, "seed": seed, "fold": None, "protocol": "split clmlf",
         "config_hash": HASHES[row], "data_hash": "d", "data": "MVSA-Single", "published_on": "mvsa_single",
-        "measured": "test", "trials": 8, "notes": ["word vectors: glove"] if row == "other" else [],
+        "measured": "test", "trials": 8, "values": {"dropout": 0.1},
+        "notes": ["word vectors: glove"] if row == "other" else [],
         "commit": "abc", "config": {}, "hardware": "a CPU", "seconds": 10.0 + seed, "best_epoch": 2.0,
         "parameters": {"trainable": 1234, "total": 56789},
         "metrics": {"test": scores, "validation": {**scores, "accuracy": 0.875}},
@@ -134,7 +135,8 @@ def test_mean_and_deviation_by_hand_in_every_format(tmp_path: Path) -> None:
     # Mean 73; deviations -3, -1, 4: sqrt(26 / 2) = 3.61. Macro F1 never varies. Seconds 11, 12, 13.
     for cell in ("73.00 ± 3.61", "63.00 ± 3.61", "25.00 ± 0.00", "12.0 ± 1.0", "1,234", "56,789", "75.38/75.21"):
         assert f"| {cell} " in ours
-    for cell in (r"Other \| system", "B", "75.33/73.46", "50.00", "+50.00 (+0.00 to +100.00)", "8", "87.50"):
+    words = (r"Other \| system", "B", "75.33/73.46", "50.00", "+50.00 (+0.00 to +100.00)", "8", "87.50", "dropout 0.1")
+    for cell in words:
         assert f"| {cell} " in other
     assert "a for b; c for d; word vectors: glove" in other
     assert "Published acc/F1, from mixed splits and F1 kinds" in page and "Code: abc." in page
