@@ -27,7 +27,8 @@ Where we depart from the paper, or fill its silence:
 - F_I and F_T each end in a LayerNorm. Encoders speak at scales of their own, and the loud is learned first: without it
   a picture's features came out three times as large as those of the text, which tells more of a post's sentiment.
 - The Bi-GRU starts near the identity and each cross-attention near its residual: what pretrained encoders know reaches
-  the classifier from the first step. Our choice; what it brought is in scripts/configs/mvsa_single_offline.yaml.
+  the classifier from the first step. This and the LayerNorm are our choices; what they brought, and in how many runs,
+  stands in scripts/configs/mvsa_single_offline.yaml.
 - Without CLIP there is no joint token, and the gate sees the two attended modalities alone.
 - lambda (equation 15) is a learned scalar that starts at 0.5; "MLP" is Linear, GELU, dropout, Linear.
 - Without the gate one MLP reads all that equations 12-15 read, so that only the gate is missing.

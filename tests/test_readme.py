@@ -1,5 +1,6 @@
 """The README's commands and code do what they say."""
 
+import csv
 import importlib
 import re
 import shlex
@@ -10,6 +11,9 @@ import datasets
 import pytest
 from PIL import Image
 
+from comparison import ROWS, parse, short_hash
+from results_table import RUNS_FILE, read_lines, select
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -17,7 +21,10 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for
 INSTALLING = [command for command in COMMANDS if command.startswith("pip install")]
 TRAINING = [command for command in COMMANDS if "scripts/train.py" in command and command not in INSTALLING]
 # What needs a server, a browser, an extra or minutes is run by the tests of its name.
-OF_OTHER_TESTS = ("push_to_hub.py", "demo.py", "reproduce.py", "benchmark.py", "export_onnx.py", "quantize.py")
+OF_OTHER_TESTS = (
+    "push_to_hub.py", "demo.py", "reproduce.py", "benchmark.py", "export_onnx.py", "quantize.py",
+    "make_word_vectors.py",
+)  # fmt: skip
 ELSEWHERE = [command for command in COMMANDS if any(script in command for script in OF_OTHER_TESTS)]
 OTHERS = [command for command in COMMANDS if command not in INSTALLING + TRAINING + ELSEWHERE]
 
@@ -111,3 +118,38 @@ def test_scoring_predicting_and_preparing(
     assert (place / "results.json").is_file() and (place / "results.png").is_file()
     assert len((place / "predictions.jsonl").read_text().splitlines()) == 40
     assert datasets.load_dataset(str(place / "prepared"))["train"].features["label"].names[0] == "negative"
+
+
+def of_tables() -> list[str]:
+    """The command that made the committed tables."""
+    (command,) = [command for command in COMMANDS if "reproduce.py" in command and "--trials" in command]
+    return shlex.split(command.partition("reproduce.py")[2])
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "reproduce.py" in command])
+def test_the_runner_of_the_tables_knows_its_flags(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert parse(shlex.split(command.partition("reproduce.py")[2]))[0].row_names()
+
+
+def test_the_committed_runs_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked again, the command would find every run there."""
+    monkeypatch.chdir(ROOT)
+    own, settings = parse(of_tables())
+    hashes = {name: short_hash(settings.describe(name)) for name in ROWS}
+    runs = select(read_lines(Path(settings.training.output_dir) / RUNS_FILE), hashes)
+    seeds = {name: sorted(line["seed"] for line in runs if line["row"] == name and line["seed"]) for name in ROWS}
+    assert not [line for line in runs if "error" in line]
+    assert {tuple(found) for name, found in seeds.items() if not ROWS[name].floor} == {(42, 43, 44)}
+    assert len([line for line in runs if line["seed"] is None]) == len([row for row in ROWS.values() if row.floor])
+
+
+def test_the_results_are_those_of_the_committed_tables() -> None:
+    lines = [line.split("|") for line in README.splitlines() if line.count("|") == 7]
+    shown = {cells[1].strip(): [cell.strip() for cell in cells[2:4]] for cells in lines}
+    for table in (3, 4):
+        with (ROOT / f"scripts/results/mvsa_single_offline/table{table}.csv").open(encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                means = [f"{float(row[name]):.1f}" for name in ("accuracy", "f1")]
+                spreads = [row[f"{name}_std"] and f" ± {float(row[f'{name}_std']):.1f}" for name in ("accuracy", "f1")]
+                assert shown[row["label"]] == [mean + spread for mean, spread in zip(means, spreads, strict=True)]
