@@ -180,7 +180,7 @@ def summarise(lines: Sequence[dict[str, Any]], rows: dict[str, Row], folder: Pat
 
 def means(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the runs of one row have in common, and the mean and standard deviation of the rest."""
-    chosen = ", ".join(f"{name} {value}" for name, value in (runs[-1]["values"] or {}).items())
+    chosen = ", ".join(f"{name} {value}" for name, value in runs[-1]["values"].items())
     facts: dict[str, Any] = {"trials": runs[-1]["trials"], "chosen": chosen}
     for split, prefix in ((runs[-1]["measured"], ""), ("validation", "validation_")):
         for name in SCORES:

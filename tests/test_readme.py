@@ -26,6 +26,7 @@ OF_OTHER_TESTS = (
     "make_word_vectors.py",
 )  # fmt: skip
 ELSEWHERE = [command for command in COMMANDS if any(script in command for script in OF_OTHER_TESTS)]
+NUMBERS = "accuracy accuracy_std f1 f1_std difference low high trainable_parameters seconds".split()
 OTHERS = [command for command in COMMANDS if command not in INSTALLING + TRAINING + ELSEWHERE]
 
 
@@ -146,10 +147,14 @@ def test_the_committed_runs_are_those_of_the_command(monkeypatch: pytest.MonkeyP
 
 def test_the_results_are_those_of_the_committed_tables() -> None:
     lines = [line.split("|") for line in README.splitlines() if line.count("|") == 7]
-    shown = {cells[1].strip(): [cell.strip() for cell in cells[2:4]] for cells in lines}
+    shown = {cells[1].strip(): [cell.strip() for cell in cells[2:7]] for cells in lines}
     for table in (3, 4):
         with (ROOT / f"scripts/results/mvsa_single_offline/table{table}.csv").open(encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                means = [f"{float(row[name]):.1f}" for name in ("accuracy", "f1")]
-                spreads = [row[f"{name}_std"] and f" ± {float(row[f'{name}_std']):.1f}" for name in ("accuracy", "f1")]
-                assert shown[row["label"]] == [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+                numbers = {name: float(value or "nan") for name, value in row.items() if name in NUMBERS}
+                scores = [f"{numbers[name]:.1f} ± {numbers[f'{name}_std']:.1f}" for name in ("accuracy", "f1")]
+                gain = "{difference:+.1f} ({low:+.1f} to {high:+.1f})".format(**numbers)
+                size = f"{numbers['trainable_parameters'] / 1e6:.1f} M"
+                expected = [*scores, gain, size, f"{numbers['seconds']:.0f}"]
+                expected = [cell.removesuffix(" ± nan") for cell in expected]
+                assert shown[row["label"]] == ["–" if "nan" in cell else cell for cell in expected]
