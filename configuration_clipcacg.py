@@ -171,6 +171,33 @@ class ClipCaCgConfig(PreTrainedConfig):
                 f"class_weights needs one number a label: {self.num_labels} numbers, not {len(self.class_weights)}."
             )
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the model reads of a post: "image", "text" or both."""
+        return {"both": ("image", "text"), "image": ("image",), "text": ("text",)}[self.modality]
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Pretrained encoders that the model is built on: some of "text", "vision" and "clip"."""
+        if self.modality != "both":
+            return ("vision",) if self.modality == "image" else ("text",)
+        return ("text", "vision", "clip") if self.clip_mode == "encoder" else ("text", "vision")
+
+    @property
+    def required_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that `forward` needs; attention masks are optional."""
+        inputs = {
+            "text": ("input_ids",),
+            "vision": ("pixel_values",),
+            "clip": ("clip_input_ids", "clip_pixel_values"),
+        }
+        return tuple(name for encoder in self.encoders for name in inputs[encoder])
+
+    @property
+    def task(self) -> str:
+        """`problem_type`, or transformers' rule where it is None: one label is a regression, several are classes."""
+        return self.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` holds. transformers leaves out two labels without names, its own default but not ours."""
         fields = super().to_diff_dict() | {"id2label": self.id2label, "label2id": self.label2id}
@@ -221,7 +248,5 @@ def _code_files() -> list[Path]:
 
     return [Path(file) for file in (__file__, modeling, pipeline, processing)]
 
-
-AutoConfig.register(ClipCaCgConfig.model_type, ClipCaCgConfig, exist_ok=True)
 
 __all__ = ["ClipCaCgConfig"]

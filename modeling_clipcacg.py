@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
@@ -1033,8 +1033,5 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
         weights = self.config.class_weights and torch.tensor(self.config.class_weights, device=logits.device)
         return F.cross_entropy(logits.float(), labels, weights, label_smoothing=self.config.label_smoothing)
 
-
-AutoModel.register(ClipCaCgConfig, ClipCaCgModel, exist_ok=True)
-AutoModelForSequenceClassification.register(ClipCaCgConfig, ClipCaCgForSequenceClassification, exist_ok=True)
 
 __all__ = ["ClipCaCgForSequenceClassification", "ClipCaCgModel", "ClipCaCgPreTrainedModel"]

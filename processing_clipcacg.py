@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub.utils import httpx
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, BitImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, BitImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration_clipcacg import ClipCaCgConfig
@@ -399,7 +399,5 @@ def _tokenizer(model: str | Path) -> Any:
             tokenizer.model_max_length = positions - 2 * (getattr(config, "pad_token_id", None) == 1)
     return tokenizer
 
-
-AutoProcessor.register(ClipCaCgConfig, ClipCaCgProcessor, exist_ok=True)
 
 __all__ = ["ClipCaCgProcessor"]

@@ -23,8 +23,8 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from benchmarks import SECTIONS, Figure, Setting
-from posts import one_sentence
+from clipcacg.scripts.bench import SECTIONS, Figure, Setting
+from clipcacg.scripts.data.loading import one_sentence
 
 matplotlib.use("Agg")
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from collator import PostCollator
-from posts import one_sentence
+from clipcacg.scripts.data.collator import PostCollator
+from clipcacg.scripts.data.loading import one_sentence
 
 AXES = {
     "input_ids": {0: "batch", 1: "text_len"},

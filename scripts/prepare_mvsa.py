@@ -22,7 +22,7 @@ from datasets.table import embed_table_storage
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from transformers import HfArgumentParser
 
-from mvsa import LABELS, MvsaDataError, load_mvsa, split_mvsa
+from clipcacg.scripts.data.mvsa import LABELS, MvsaDataError, load_mvsa, split_mvsa
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from transformers import HfArgumentParser, TorchAoConfig
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from collator import PostCollator
-from evaluate_checkpoint import labelled_posts
-from posts import DataArguments, label_names, one_sentence
-from scores import load_metric, score
+from clipcacg.scripts.data.collator import PostCollator
+from clipcacg.scripts.data.loading import DataArguments, label_names, one_sentence
+from clipcacg.scripts.training.evaluation import labelled_posts
+from clipcacg.scripts.training.metrics import load_metric, score
 
 # A module that is in neither of them, as a regular expression: the form in which a checkpoint keeps it.
 NOT_A_TEXT_TOWER = r"(?!.*\b(text_branch\.encoder|interaction\.text_model)\.).*"

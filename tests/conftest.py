@@ -12,17 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from inputs import TRANSFORMER, make_inputs
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from make_sample import make_sample, make_tiny_backbones
+from clipcacg.scripts.data.sample import make_sample, make_tiny_backbones
 
 # Two threads make a tiny model hundreds of times slower than one.
 torch.set_num_threads(1)
-
-TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-CLIP_MODES = ["encoder", "feature", "none"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +33,9 @@ def seed() -> None:
 def quiet_loggers() -> Iterator[None]:
     """Scripts that a test runs in this process set the levels of their loggers; the next test starts without."""
     yield
-    for name in ("train", "posts", "mvsa", "feature_cache", "push_to_hub", "reproduce"):
-        logging.getLogger(name).setLevel(logging.NOTSET)
+    for name in list(logging.root.manager.loggerDict):
+        if name.split(".")[0] == "clipcacg":
+            logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture
@@ -69,28 +68,6 @@ def tiny_config() -> Callable[..., ClipCaCgConfig]:
 def inputs() -> dict[str, torch.Tensor]:
     """Three posts whose texts have 9, 5 and 1 tokens (CLIP: 7, 4 and 2), padded on the right."""
     return make_inputs([9, 5, 1], [7, 4, 2])
-
-
-def make_inputs(lengths: list[int], clip_lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    batch = len(lengths)
-
-    def texts(sizes: list[int], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).long()
-        ids = torch.randint(4, 58, mask.shape, generator=generator)
-        return torch.where(mask.bool(), ids, pad), mask
-
-    input_ids, attention_mask = texts(lengths, pad=1)
-    clip_input_ids, clip_attention_mask = texts(clip_lengths, pad=59)
-    clip_input_ids[torch.arange(batch), torch.tensor(clip_lengths) - 1] = 59  # CLIP pools at the end of the text
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "pixel_values": torch.randn(batch, 3, 32, 32, generator=generator),
-        "clip_input_ids": clip_input_ids,
-        "clip_attention_mask": clip_attention_mask,
-        "clip_pixel_values": torch.randn(batch, 3, 32, 32, generator=generator),
-    }
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from comparison import ROWS, parse, short_hash
-from results_table import RUNS_FILE, read_lines, select
+from clipcacg.scripts.tables.rendering import RUNS_FILE, read_lines, select
+from clipcacg.scripts.tables.rows import ROWS, parse, short_hash
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,30 @@
+"""CLIP-CA-CG: image-text sentiment analysis for the Hugging Face ecosystem.
+
+Importing the package registers the model with transformers' Auto classes. A checkpoint's own copy of the code never
+registers itself: a second checkpoint, with other code, would then run the first one's classes.
+"""
+
+from importlib.metadata import version
+
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoProcessor
+
+from .configuration_clipcacg import ClipCaCgConfig
+from .modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel, ClipCaCgPreTrainedModel
+from .pipeline_clipcacg import ImageTextSentimentPipeline
+from .processing_clipcacg import ClipCaCgProcessor
+
+__version__ = version("clipcacg")
+
+AutoConfig.register(ClipCaCgConfig.model_type, ClipCaCgConfig)
+AutoModel.register(ClipCaCgConfig, ClipCaCgModel)
+AutoModelForSequenceClassification.register(ClipCaCgConfig, ClipCaCgForSequenceClassification)
+AutoProcessor.register(ClipCaCgConfig, ClipCaCgProcessor)
+
+__all__ = [
+    "ClipCaCgConfig",
+    "ClipCaCgForSequenceClassification",
+    "ClipCaCgModel",
+    "ClipCaCgPreTrainedModel",
+    "ClipCaCgProcessor",
+    "ImageTextSentimentPipeline",
+]

@@ -1,0 +1,238 @@
+"""What the model costs beside its own backbones, and what speeds it up."""
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, CLIPModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from clipcacg.scripts.bench.setting import (
+    LONGEST,
+    Figure,
+    Setting,
+    in_turn,
+    make_config,
+    make_inputs,
+    make_model,
+    make_processor,
+    make_texts,
+    ratio,
+    text_lengths,
+)
+
+
+class Backbones(nn.Module):
+    """The three backbones as transformers runs them, without a model around them."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        config = make_config(setting)
+        self.text = AutoModel.from_config(config.text_config)
+        self.vision = AutoModel.from_config(config.vision_config)
+        self.clip = CLIPModel(config.clip_config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor,
+        clip_input_ids: Tensor,
+        clip_attention_mask: Tensor,
+        clip_pixel_values: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """A sum that every output goes into, as a loss would."""
+        text = self.text(input_ids, attention_mask=attention_mask)
+        vision = self.vision(pixel_values)
+        clip = self.clip(clip_input_ids, clip_pixel_values, attention_mask=clip_attention_mask)
+        ends = [text.last_hidden_state, text.pooler_output, vision.pooler_output, clip.text_embeds, clip.image_embeds]
+        return sum(end.float().mean() for end in ends)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Tensor]) -> None:
+    """Forward, backward, and AdamW."""
+    output = model(**inputs)
+    loss = output if isinstance(output, Tensor) else output.loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def fusion(setting: Setting) -> dict[str, Figure]:
+    """The whole model over its three backbones alone, on the same posts; and the share of the Bi-GRU."""
+    model, backbones = make_model(setting), Backbones(setting).to(setting.device).eval()
+    inputs = make_inputs(setting, text_lengths(setting.batch_size))
+    branch = model.model.text_branch
+    mask = inputs["attention_mask"].bool()
+    with torch.inference_mode():
+        states = branch.encode(inputs["input_ids"], mask)
+        times = in_turn(
+            setting.repeats,
+            model=lambda: model(**inputs),
+            backbones=lambda: backbones(**inputs),
+            bi_gru=lambda: branch.bi_gru(states, mask),
+        )
+    figures = {
+        "fusion_overhead_forward": ratio(
+            times["model"], times["backbones"], f"forward of {setting.batch_size} posts, model / backbones alone"
+        ),
+        "bi_gru_share": ratio(times["bi_gru"], times["model"], "Bi-GRU / whole forward"),
+    }
+    labels = {"labels": torch.zeros(setting.batch_size, dtype=torch.long, device=setting.device)}
+    steps = {
+        name: partial(train_step, part.train(), torch.optim.AdamW(part.parameters(), lr=1e-6), inputs | labels)
+        for name, part in {"model": model, "backbones": backbones}.items()
+    }
+    times = in_turn(setting.repeats, **steps)
+    what = f"training step of {setting.batch_size} posts, all trainable, model / backbones alone"
+    return figures | {"fusion_overhead_train": ratio(times["model"], times["backbones"], what)}
+
+
+def memory(setting: Setting) -> dict[str, Figure]:
+    """The peak memory of a training step, each in a process of its own."""
+    peaks = [in_new_process(peak_memory, which, setting) for which in ("model", "backbones")]
+    what = f"peak memory of a training step, model {peaks[0]:.0f} MiB / backbones alone {peaks[1]:.0f} MiB"
+    return {"peak_memory_ratio": Figure(peaks[0] / peaks[1], what)}
+
+
+def in_new_process(run: Callable[..., float], *arguments: Any) -> float:
+    """What a function returns in a process that has done nothing else; one that is killed is an error."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, *arguments).result()
+
+
+def peak_memory(which: str, setting: Setting) -> float:
+    """What a training step needs at most, in MiB, without the libraries themselves."""
+    torch.manual_seed(0)
+    before = resident_peak()
+    model = make_model(setting) if which == "model" else Backbones(setting).to(setting.device)
+    inputs = make_inputs(setting, text_lengths(setting.batch_size))
+    inputs["labels"] = torch.zeros(setting.batch_size, dtype=torch.long, device=setting.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    for _ in range(2):
+        train_step(model.train(), optimizer, inputs)
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident_peak() - before
+
+
+def resident_peak() -> float:
+    """The largest resident memory this process ever had, in MiB."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # On Linux `getrusage` of a new process starts from what its parent had.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+
+
+def padding(setting: Setting) -> dict[str, Figure]:
+    """Text encoder and Bi-GRU on eight batches as the Trainer groups them by length, and on these texts otherwise."""
+    branch, config = make_model(setting).model.text_branch, make_config(setting).text_config
+    limit, size = config.max_position_embeddings - 2, setting.batch_size
+    lengths = [min(length, limit) for length in text_lengths(64 * size)]
+    order = list(LengthGroupedSampler(size, lengths=lengths, generator=torch.Generator().manual_seed(0)))
+    starts = [size * number for number in range(0, 16, 2)]  # it sorts sixteen at a time: of those every other one
+    grouped = [[lengths[row] for row in order[start : start + size]] for start in starts]
+    texts = sum(grouped, [])
+    random = [texts[start::8] for start in range(8)]
+
+    def batches(groups: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
+        made = [make_texts(group, max(group), config) for group in groups]
+        return [(ids.to(setting.device), mask.bool().to(setting.device)) for ids, mask in made]
+
+    def widened(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        more = (0, min(limit, LONGEST) - ids.shape[1])
+        return nn.functional.pad(ids, more, value=config.pad_token_id), nn.functional.pad(mask, more)
+
+    cases = {"grouped": batches(grouped), "ungrouped": batches(random)}
+    cases["longest"] = [widened(ids, mask) for ids, mask in cases["grouped"]]
+
+    def run(which: str) -> list[Tensor]:
+        return [branch(ids, mask) for ids, mask in cases[which]]
+
+    with torch.inference_mode():
+        times = in_turn(min(setting.repeats, 3), **{name: partial(run, name) for name in cases})
+        difference = max(
+            (short - long[:, : short.shape[1]])[mask].abs().max().item()
+            for short, long, (_, mask) in zip(run("grouped"), run("longest"), cases["grouped"], strict=True)
+        )
+    what = "text encoder and Bi-GRU: padded to {} / to the longest of batches grouped by length"
+    return {
+        "padding_speedup": ratio(times["longest"], times["grouped"], what.format(f"MVSA's longest text ({LONGEST})")),
+        "grouping_speedup": ratio(times["ungrouped"], times["grouped"], what.format("the longest of random batches")),
+        "padding_difference": Figure(difference, "largest difference of F_T with and without that padding"),
+    }
+
+
+def modes(setting: Setting) -> dict[str, Figure]:
+    """A forward pass as it is, in inference mode, over the same pass in another way; above 1 helps."""
+    model, inputs = make_model(setting), make_inputs(setting, text_lengths(setting.batch_size))
+    encoder = model.model.image_branch.encoder
+    last = {**inputs, "pixel_values": inputs["pixel_values"].to(memory_format=torch.channels_last)}
+    compiled = torch.compile(model)
+
+    def channels_last() -> None:
+        model(**last)
+
+    def bf16() -> None:
+        with torch.autocast(setting.device, torch.bfloat16):
+            model(**inputs)
+
+    def plain() -> None:
+        model(**inputs)
+
+    figures = {}
+    with torch.no_grad():
+        no_grad = in_turn(setting.repeats, plain=plain, inference=torch.inference_mode()(plain))
+    figures["inference_mode_speedup"] = ratio(no_grad["plain"], no_grad["inference"], "no_grad / inference_mode")
+    with torch.inference_mode():
+        times = in_turn(setting.repeats, plain=plain, bf16=bf16, compiled=lambda: compiled(**inputs))
+        figures["bf16_speedup"] = ratio(times["plain"], times["bf16"], "float32 / bf16 autocast")
+        figures["compile_speedup"] = ratio(times["plain"], times["compiled"], "eager / torch.compile, once compiled")
+        before = model(**inputs).logits
+        with torch.autocast(setting.device, torch.bfloat16):
+            change = (model(**inputs).logits - before).abs().max().item()
+        figures["bf16_difference"] = Figure(change, "largest change of a logit by bf16 autocast")
+        times = {"plain": [], "last": []}
+        for _ in range(setting.repeats):  # the weights have one layout at a time
+            encoder.to(memory_format=torch.contiguous_format)
+            times["plain"] += in_turn(1, plain=plain)["plain"]
+            encoder.to(memory_format=torch.channels_last)
+            times["last"] += in_turn(1, last=channels_last)["last"]
+    figures["channels_last_speedup"] = ratio(times["plain"], times["last"], "contiguous / channels_last ResNet")
+    return figures
+
+
+def onnx(setting: Setting) -> dict[str, Figure]:
+    """The model in PyTorch over the same model in ONNX Runtime, on a CPU; needs the extra `onnx`."""
+    try:
+        import onnxruntime
+
+        from clipcacg.scripts.export_onnx import example, export
+    except ImportError as error:
+        print(f"left out: {error.name} is not installed")
+        return {}
+    model, file = make_model(setting).cpu(), setting.folder / "model.onnx"
+    inputs = {name: value.cpu() for name, value in make_inputs(setting, text_lengths(setting.batch_size)).items()}
+    traced = example(model, make_processor(setting), ["What a lovely morning!", "no"])
+    export(model, traced, file)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    feed = {name: inputs[name].numpy() for name in traced}
+    with torch.inference_mode():
+        times = in_turn(setting.repeats, torch=lambda: model(**inputs), onnx=lambda: session.run(["logits"], feed))
+        (logits,) = session.run(["logits"], feed)
+        difference = (torch.from_numpy(logits) - model(**inputs).logits).abs().max().item()
+    return {
+        "onnx_speedup": ratio(
+            times["torch"], times["onnx"], f"PyTorch / ONNX Runtime, {setting.batch_size} posts, CPU"
+        ),
+        "onnx_difference": Figure(difference, "largest difference of a logit"),
+    }

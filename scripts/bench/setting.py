@@ -1,0 +1,179 @@
+"""What every section of the benchmark shares: figures, timing in turn, a model, and posts to run it on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from transformers import AutoConfig, CLIPImageProcessor, ConvNextImageProcessor
+
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
+from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.data.sample import make_tiny_backbones
+
+# Tokens of MVSA-Single's texts (word pieces of BERT), by the share of texts that are no longer.
+TEXT_LENGTHS = {
+    0: 3, 0.05: 14, 0.1: 16, 0.2: 20, 0.3: 24, 0.4: 26, 0.5: 30, 0.6: 33, 0.7: 37, 0.8: 42, 0.9: 49, 0.95: 53,
+    0.97: 58, 0.98: 61, 0.99: 67, 0.993: 73, 0.995: 89, 0.999: 111, 1: 130,
+}  # fmt: skip
+LONGEST = TEXT_LENGTHS[1]
+CLIP_LIMIT = 77
+NAMES = ["negative", "neutral", "positive"]
+
+
+@dataclass
+class Figure:
+    """One number.
+
+    Args:
+        value: The median of the rounds.
+        what: What it is, in words.
+        low, high: The smallest and the largest of the rounds.
+    """
+
+    value: float
+    what: str
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass
+class Setting:
+    """The flags of `benchmark.py`, a folder to work in, and where the plot goes."""
+
+    folder: Path
+    plot: Path
+    size: str
+    repeats: int
+    batch_size: int
+    num_posts: int
+    checkpoint: str | None
+    data_dir: str | None
+
+    @property
+    def device(self) -> str:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """How long it takes, on a GPU to its end."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return perf_counter() - start
+
+
+def in_turn(repeats: int, **cases: Callable[[], Any]) -> dict[str, list[float]]:
+    """Seconds of each case in each round; a first round warms up and is left out."""
+    rounds = [{name: seconds(run) for name, run in cases.items()} for _ in range(repeats + 1)][1:]
+    return {name: [times[name] for times in rounds] for name in cases}
+
+
+def ratio(above: list[float], below: list[float], what: str) -> Figure:
+    """The ratio round by round."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    return Figure(median(ratios), what, min(ratios), max(ratios))
+
+
+def text_lengths(count: int) -> list[int]:
+    """So many lengths, evenly from MVSA-Single's distribution, in an order that is always the same."""
+    shares = (np.arange(count) + 0.5) / count
+    lengths = np.interp(shares, list(TEXT_LENGTHS), list(TEXT_LENGTHS.values())).astype(int)
+    return np.random.default_rng(0).permutation(lengths).tolist()
+
+
+def tiny_backbones(setting: Setting) -> Path:
+    return make_tiny_backbones(setting.folder / "backbones")
+
+
+def make_config(setting: Setting) -> ClipCaCgConfig:
+    """The default model, or one on the sample's tiny backbones."""
+    parts = {part: AutoConfig.from_pretrained(tiny_backbones(setting) / part) for part in ("text", "vision", "clip")}
+    if setting.size == "tiny":
+        parts = {f"{name}_config": part for name, part in parts.items()}
+        return ClipCaCgConfig(hidden_size=64, num_attention_heads=4, projection_dim=32, **parts)
+    config = ClipCaCgConfig()
+    config.clip_config.text_config.eos_token_id = parts["clip"].text_config.eos_token_id  # of the tiny tokenizer
+    return config
+
+
+def make_model(setting: Setting) -> ClipCaCgForSequenceClassification:
+    """The model with random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    return ClipCaCgForSequenceClassification(make_config(setting)).eval().to(setting.device)
+
+
+def make_processor(setting: Setting) -> ClipCaCgProcessor:
+    """The sample's tokenizers and, for the base size, the image processors of ResNet-50 and CLIP ViT-B/32."""
+    names = [tiny_backbones(setting) / part for part in ("text", "vision", "clip")]
+    processor = ClipCaCgProcessor.from_backbones(*names)
+    if setting.size == "base":
+        processor.image_processor = ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875)
+        processor.clip_image_processor = CLIPImageProcessor()
+    return processor
+
+
+def make_texts(lengths: list[int], pad_to: int, text_config: Any) -> tuple[Tensor, Tensor]:
+    """Random token ids and their mask, both (batch, pad_to)."""
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.arange(pad_to) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(4, text_config.vocab_size - 2, mask.shape, generator=generator)
+    return torch.where(mask.bool(), ids, text_config.pad_token_id), mask
+
+
+def make_inputs(setting: Setting, lengths: list[int]) -> dict[str, Tensor]:
+    """Random posts whose texts have these lengths, padded to the longest."""
+    config = make_config(setting)
+    input_ids, attention_mask = make_texts(lengths, max(lengths), config.text_config)
+    clip_lengths = [min(length, CLIP_LIMIT) for length in lengths]
+    clip_text = config.clip_config.text_config
+    clip_input_ids, clip_attention_mask = make_texts(clip_lengths, max(clip_lengths), clip_text)
+    clip_input_ids[torch.arange(len(lengths)), torch.tensor(clip_lengths) - 1] = clip_text.eos_token_id
+    edge = config.clip_config.vision_config.image_size
+    pictures = torch.randn(len(lengths), 3, edge, edge, generator=torch.Generator().manual_seed(0))
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "pixel_values": pictures,
+        "clip_input_ids": clip_input_ids,
+        "clip_attention_mask": clip_attention_mask,
+        "clip_pixel_values": pictures,
+    }
+    return {name: value.to(setting.device) for name, value in inputs.items()}
+
+
+def make_posts(setting: Setting, count: int) -> datasets.Dataset:
+    """Posts with pieces of two real photographs, 600 x 400, and texts of MVSA's lengths; "the" is one token."""
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    folder = setting.folder / "pictures"
+    folder.mkdir(exist_ok=True)
+    paths = [str(folder / f"{number}.jpg") for number in range(count)]
+    for number, path in enumerate(paths):
+        if not Path(path).exists():
+            left, top = number % 40, number % 27
+            photographs[number % 2].crop((left, top, left + 600, top + 400)).save(path, quality=85)
+    posts = {
+        "id": [str(number) for number in range(count)],
+        "text": [" ".join(["the"] * (length - 2)) for length in text_lengths(count)],
+        "image": paths,
+        "label": [number % 3 for number in range(count)],
+    }
+    features = datasets.Features(
+        id=datasets.Value("string"),
+        text=datasets.Value("string"),
+        image=datasets.Image(decode=False),
+        label=datasets.ClassLabel(names=NAMES),
+    )
+    return datasets.Dataset.from_dict(posts, features=features)

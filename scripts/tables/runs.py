@@ -1,0 +1,376 @@
+"""Train what the paper's Tables III and IV compare, under one protocol, and make the tables.
+
+    python scripts/reproduce.py --smoke      # both tables on the drawn sample, in a minute or two; not a result
+    python scripts/reproduce.py --config scripts/configs/mvsa_single.yaml --data_dir MVSA_Single --splits clmlf
+    python scripts/reproduce.py --table 4 --config ... --data_dir ... --splits cheema --folds 1-10 --seeds 1
+    python scripts/reproduce.py --table 3 --config ... --data_dir ... --rows clmlf full --trials
+
+Table IV is CLIP-CA-CG by its config fields. Table III holds the other systems in `baselines/` and the floors, trained
+by the same recipe on the same posts. The config is one of `train.py`'s, and every flag of `train.py` overrides it here
+too, except that `--output_dir` is the folder of the results (default: `scripts/results/CONFIG`). Two more keys may
+stand in it:
+
+    tuning: {learning_rate: [1.0e-4, 3.0e-4], num_train_epochs: [10], dropout: [0.1, 0.3]}
+    systems: {clmlf: {hidden_size: 384}}      # sizes of the other systems, where their defaults are not wanted
+
+With `--trials` every row tries the whole grid, with the first seed on the first fold. The best validation accuracy
+decides, and the row's runs use what it chose; a trial never sees a test post. Without it the config's values hold.
+
+Each run that ends is one line of `runs.jsonl`. What is there is not trained again, so the same command goes on after a
+kill; a changed config, or changed posts, are other runs. A run that fails is a line too: the others go on, the command
+ends with status 1, and the next one tries it again. A protocol (`--splits`, `--group_duplicates`, `--folds`) is a
+section of the tables, and those of earlier commands stay.
+
+The outputs of frozen backbones come from the feature cache. No checkpoint is written: the weights of the best epoch by
+validation, as far as they are trained, are kept in memory and put back before anything is measured. That is one copy
+of them, where a checkpoint an epoch and run would be gigabytes.
+"""
+
+import gc
+import hashlib
+import logging
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+
+from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.baselines import SYSTEMS
+from clipcacg.scripts.baselines.logistic_regression import CHOICES, fit, majority, pooled_features
+from clipcacg.scripts.baselines.sentibank_sentistrength import LexiconCollator, SentiBankSentiStrength
+from clipcacg.scripts.data.collator import PostCollator
+from clipcacg.scripts.data.features import add_digests, cache_features
+from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts, one_sentence
+from clipcacg.scripts.reporting.run_facts import hardware_name
+from clipcacg.scripts.tables.rendering import PREDICTIONS_FILE, RUNS_FILE, append_line, read_lines, write_tables
+from clipcacg.scripts.tables.rows import ROWS, WORD_VECTORS, ReproduceArguments, Settings, folds_of, parse, short_hash
+from clipcacg.scripts.training.metrics import load_metric, score
+from clipcacg.scripts.training.run import (
+    adapt_to_data,
+    backbone_names,
+    build,
+    compute_features,
+    data_kind,
+    label_fields,
+    limit_and_freeze,
+    make_trainer,
+    set_loss,
+    set_up_logging,
+    split_name,
+    split_settings,
+)
+
+logger = logging.getLogger(__name__)
+
+DATA_NAMES = {"sample": "the drawn sample", "mvsa-single": "MVSA-Single", "mvsa-multiple": "MVSA-Multiple"}
+
+
+@dataclass
+class Fold:
+    """The posts of one fold, or of a protocol without folds (`number` None); all rows share them."""
+
+    number: int | None
+    posts: datasets.DatasetDict
+    settings: Settings
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What a run's line says of its posts."""
+        kind = data_kind(self.settings.data, self.posts)
+        return {
+            "data": DATA_NAMES.get(kind) or Path(self.settings.data.dataset_name).name,
+            "protocol": protocol(self.settings.data, self.posts),
+            "fold": self.number,
+            "data_hash": self.hash(),
+            "posts": {split: len(dataset) for split, dataset in self.posts.items()},
+            "published_on": kind.replace("-", "_"),
+        }
+
+    def hash(self) -> str:
+        """A digest of the posts, in their splits and order: IDs, labels, texts and the pictures' bytes."""
+        digest = hashlib.sha256()
+        for split, dataset in sorted(self.posts.items()):
+            columns = ["id", "label", "text_digest", "image_digest"]
+            for row in dataset.select_columns(columns):
+                digest.update(" ".join([split, *(str(row[column]) for column in columns)]).encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def measured(self) -> str:
+        return "test" if "test" in self.posts else "validation"
+
+    @cached_property
+    def pooled(self) -> tuple[dict[str, np.ndarray], int, int]:
+        """Pooled states (posts, text width + image width) of each split, the text width, and the encoders' size."""
+        settings = self.settings.for_row("regression_both")
+        model, processor = build_system("concatenation", settings, label_names(self.posts))
+        model.freeze_backbones(True, True, True)
+        device, workers = settings.training.device, settings.training.dataloader_num_workers
+        posts, stores = cache_features(
+            model, processor, self.posts, settings.model.cache_dtype, device=device, num_workers=workers
+        )
+        collate, pooled = PostCollator(processor, model.config, stores), {}
+        for split, dataset in posts.items():
+            batches = DataLoader(dataset, batch_size=64, collate_fn=collate, num_workers=workers)
+            names = ("text_features", "attention_mask", "image_features")
+            pooled[split] = np.concatenate([pooled_features(*(batch[name] for name in names)) for batch in batches])
+        encoders = sum(sizes(encoder)["total"] for encoder in model.backbones().values())
+        return pooled, model.config.text_config.hidden_size, encoders
+
+
+def load_fold(number: int | None, settings: Settings) -> Fold:
+    """Load the posts of a fold, once for all rows.
+
+    Raises:
+        ValueError: If they have no classes, or no training or validation split.
+    """
+    if number is not None:
+        settings = replace(settings, data=replace(settings.data, splits=f"cheema:{number}"))
+    posts = load_posts(settings.data)
+    if label_names(posts) is None:
+        raise ValueError("The tables are of classes, and these labels are numbers.")
+    if not {"train", "validation"} <= posts.keys():
+        raise ValueError("The tables need a training and a validation split.")
+    for column in ("text", "image"):
+        posts = datasets.DatasetDict({split: add_digests(dataset, column) for split, dataset in posts.items()})
+    return Fold(number, posts, settings)
+
+
+def protocol(data: DataArguments, posts: datasets.DatasetDict) -> str:
+    """What two runs must have in common to stand in one table; the folds of a split do."""
+    split = split_name(data, posts)
+    parts = ["folds of cheema" if split.startswith("cheema:") else f"split {Path(split).name}"]
+    for name, value in split_settings(data).items():
+        parts.append(name.replace("_", " ") + ("" if value is True else f" {value}"))
+    return ", ".join(parts)
+
+
+class KeepBest(TrainerCallback):
+    """Keeps what is trained of the best epoch's weights in memory; of equals the first."""
+
+    def __init__(self, metric: str, greater_is_better: bool) -> None:
+        self.metric, self.sign = f"eval_{metric.removeprefix('eval_')}", 1 if greater_is_better else -1
+        self.value, self.epoch, self.state = -np.inf, None, {}
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: PreTrainedModel, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        if self.sign * metrics[self.metric] > self.value:
+            self.value, self.epoch = self.sign * metrics[self.metric], state.epoch
+            frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+            kept = {name: value for name, value in model.state_dict().items() if name not in frozen}
+            self.state = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
+
+    def restore(self, model: PreTrainedModel) -> None:
+        model.load_state_dict(self.state, strict=False)
+
+
+def build_system(name: str, settings: Settings, names: list[str]) -> tuple[PreTrainedModel, ClipCaCgProcessor]:
+    """One of the other systems and its processor, as `train.build` makes ours."""
+    backbones = backbone_names(settings.model, settings.data.is_sample)
+    fields = {**settings.systems.get(name, {}), **label_fields(names), "dropout": settings.model.dropout}
+    model = SYSTEMS[name].from_backbones(**backbones, **fields)
+    processor = ClipCaCgProcessor.from_backbones(**backbones)
+    limit_and_freeze(model, processor, settings.model)
+    return model, processor
+
+
+def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetDict) -> dict[str, Any]:
+    """Train a row, and answer the posts that are not for training.
+
+    Returns:
+        logits ({split: (posts, labels)}), parameters, seconds of training, and best_epoch.
+    """
+    training, system = settings.training, ROWS[name].system
+    training.seed = seed
+    set_seed(seed)
+    adapt_to_data(training, posts, settings.model.modality)
+    if system:
+        model, processor = build_system(system, settings, label_names(posts))
+    else:
+        model, processor = build(settings.model, settings.data.is_sample, label_names(posts))
+    set_loss(model, training, settings.model, posts["train"])
+    features = None
+    if not all(sizes(encoder)["trainable"] for encoder in model.backbones().values()):
+        posts, features = compute_features(training, settings.model, model, processor, posts)
+    trainer = make_trainer(training, model, processor, posts, features)
+    trainer.remove_callback(PrinterCallback)
+    if isinstance(model, SentiBankSentiStrength):
+        trainer.data_collator = LexiconCollator(trainer.data_collator)
+    best = KeepBest(training.metric_for_best_model, training.greater_is_better)
+    trainer.add_callback(best)
+    seconds = trainer.train().metrics["train_runtime"]
+    best.restore(model)
+    logits = {split: trainer.predict(posts[split]).predictions for split in posts if split != "train"}
+    return {"logits": logits, "parameters": sizes(model), "seconds": seconds, "best_epoch": best.epoch}
+
+
+def sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Trainable and all parameters."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return {"trainable": sum(n for n, trained in counts if trained), "total": sum(n for n, _ in counts)}
+
+
+def fit_floor(name: str, fold: Fold) -> dict[str, Any]:
+    """Fit a floor, and answer as `train_row` does: the class that it chooses has the score 1."""
+    posts, floor = fold.posts, ROWS[name].floor
+    labels = {split: np.asarray(dataset["label"]) for split, dataset in posts.items()}
+    others, parameters, start = [split for split in posts if split != "train"], 0, time.perf_counter()
+    if floor == "majority":
+        answers, encoders = {split: majority(labels["train"], len(posts[split])) for split in others}, 0
+    else:
+        pooled, width, encoders = fold.pooled
+        part = {"text": slice(width), "image": slice(width, None), "both": slice(None)}[floor]
+        features, start = {split: states[:, part] for split, states in pooled.items()}, time.perf_counter()
+        pipeline = fit(features["train"], labels["train"], features["validation"], labels["validation"])
+        answers = {split: pipeline.predict(features[split]) for split in others}
+        parameters = pipeline[-1].coef_.size + pipeline[-1].intercept_.size
+    return {
+        "logits": {split: np.eye(len(label_names(posts)))[answer] for split, answer in answers.items()},
+        "parameters": {"trainable": parameters, "total": parameters + encoders},
+        "seconds": time.perf_counter() - start,
+        "best_epoch": None,
+    }
+
+
+def run(name: str, fold: Fold, settings: Settings, seed: int | None, measured: str) -> tuple[dict[str, Any], Any]:
+    """One run: train, and score the validation split and the measured one.
+
+    Returns:
+        What goes into its line, and {id, label, prediction} of the posts that are measured.
+    """
+    wanted = {split: fold.posts[split] for split in ("train", "validation", measured)}
+    if seed is None:
+        found = fit_floor(name, fold)
+    else:
+        found = train_row(name, settings, seed, datasets.DatasetDict(wanted))
+    metric, names, logits = load_metric(regression=False), label_names(fold.posts), found.pop("logits")
+    labels = {split: np.asarray(fold.posts[split]["label"]) for split in logits}
+    found["metrics"] = {split: score(logits[split], labels[split], metric, names) for split in logits}
+    found["hardware"] = hardware_name(settings.training)
+    predictions = logits[measured].argmax(axis=-1).tolist()
+    posts = {"id": list(fold.posts[measured]["id"]), "label": labels[measured].tolist(), "prediction": predictions}
+    return found, posts
+
+
+class Runner:
+    """Goes through runs, and skips those whose line is there."""
+
+    def __init__(self, own: ReproduceArguments, settings: Settings) -> None:
+        self.folder, self.settings, self.failed = Path(settings.training.output_dir), settings, 0
+        self.seeds = [settings.training.seed + number for number in range(own.seeds)]
+        self.hashes = {name: short_hash(settings.describe(name)) for name in ROWS}
+        self.chosen: dict[str, dict[str, Any] | None] = {}
+        self.lines = {line["run"]: line for line in read_lines(self.folder / RUNS_FILE) if "error" not in line}
+        self.commit = commit()
+
+    def row(self, name: str, fold: Fold) -> None:
+        """All runs of a row on a fold, after its trials if they are due."""
+        floor = ROWS[name].floor
+        if name not in self.chosen:
+            self.chosen[name] = {} if floor else self.choose(name, fold)
+        if self.chosen[name] is not None:
+            for seed in [None] if floor else self.seeds:  # floors have no dice
+                self.once(name, fold, seed, self.chosen[name])
+
+    def choose(self, name: str, fold: Fold) -> dict[str, Any] | None:
+        """The values with the best validation accuracy, the first of equals; None if every trial failed."""
+        trials = self.settings.trials()
+        lines = [self.once(name, fold, self.seeds[0], values, is_trial=True) for values in trials]
+        scores = [-1 if line is None else line["metrics"]["validation"]["accuracy"] for line in lines]
+        if not trials:
+            return {}
+        return None if max(scores) < 0 else trials[int(np.argmax(scores))]
+
+    def once(
+        self, name: str, fold: Fold, seed: int | None, values: dict[str, Any], is_trial: bool = False
+    ) -> dict[str, Any] | None:
+        """The line of a run, trained now if it is not there; None if it fails, which is a line too."""
+        line = self.start_of_line(name, fold, seed, values, is_trial)
+        if line["run"] in self.lines:
+            return self.lines[line["run"]]
+        told = [f"{name},", line["kind"], *(f"{key} {line[key]}" for key in ("fold", "seed") if line[key] is not None)]
+        what = " ".join([*told, *(f"{key} {value}" for key, value in values.items())])
+        try:
+            found, posts = run(name, fold, self.settings.for_row(name, values), seed, line["measured"])
+        except Exception as error:  # whatever it is, the other runs go on
+            logger.exception("%s failed", what)
+            self.failed += 1
+            append_line(self.folder / RUNS_FILE, line | {"error": f"{type(error).__name__}: {error}"})
+            return None
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        if not is_trial:
+            append_line(self.folder / PREDICTIONS_FILE, {"run": line["run"], **posts})
+        append_line(self.folder / RUNS_FILE, line | found)  # last: with it the run is done
+        accuracies = ", ".join(f"{split} {scores['accuracy']:.4f}" for split, scores in found["metrics"].items())
+        logger.info("%s: accuracy %s in %.1f seconds", what, accuracies, found["seconds"])
+        return self.lines.setdefault(line["run"], line | found)
+
+    def start_of_line(
+        self, name: str, fold: Fold, seed: int | None, values: dict[str, Any], is_trial: bool
+    ) -> dict[str, Any]:
+        """What is known of a run before it starts; `run` is a hash of what makes it this one and no other."""
+        row, notes, trials = ROWS[name], [], len(self.settings.trials()) or 1
+        key = {"kind": "trial" if is_trial else "run", "row": name, "seed": seed, "values": values}
+        key |= {"config_hash": self.hashes[name]}
+        key |= {part: fold.facts[part] for part in ("protocol", "fold", "data_hash")}
+        if name in WORD_VECTORS and self.settings.word_vectors:
+            notes.append(f"text encoder: {Path(self.settings.word_vectors).name}")
+        if row.floor:
+            trials = 0 if row.floor == "majority" else len(CHOICES)
+        facts = {"measured": "validation" if is_trial else fold.measured, "trials": trials, "notes": notes}
+        config = {"commit": self.commit, "config": self.settings.describe(name)}
+        return {"run": short_hash(key), **key, **fold.facts, **facts, **config}
+
+
+def commit() -> str | None:
+    """The commit of this code, marked if there are changes on top of it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def quieten() -> None:
+    """One line a run, and no bar for each backbone that is loaded."""
+    set_up_logging(is_main=True)
+    logger.setLevel(logging.INFO)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def main(argv: list[str] | None = None) -> None:
+    with one_sentence():
+        own, settings = parse(sys.argv[1:] if argv is None else argv)
+        folds = folds_of(own, settings.data)
+    quieten()
+    runner, tables = Runner(own, settings), []
+    for number in folds:
+        with one_sentence():
+            fold = load_fold(number, settings)
+            logger.info("%s, %s: %s", fold.facts["data"], fold.facts["protocol"], fold.facts["posts"])
+        for name in own.row_names():
+            runner.row(name, fold)
+        tables = write_tables(runner.folder, ROWS, runner.hashes, own.table, own.smoke)
+    for path in tables:
+        print(path.read_text(encoding="utf-8"))
+    if runner.failed:
+        sys.exit(f"{runner.failed} runs failed; the same command tries them again.")
+
+
+if __name__ == "__main__":
+    main()

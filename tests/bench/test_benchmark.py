@@ -1,0 +1,88 @@
+"""The benchmark's own arithmetic, and a smoke run of what it measures; no test here looks at a time."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipcacg.scripts import benchmark
+from clipcacg.scripts.bench import SECTIONS
+from clipcacg.scripts.bench.growth import exponent
+from clipcacg.scripts.bench.setting import Setting, in_turn, make_posts, make_processor, ratio, text_lengths
+
+KEYS = {
+    "fusion_overhead_forward",
+    "fusion_overhead_train",
+    "padding_speedup",
+    "cache_epoch_speedup",
+    "cache_bytes_per_post",
+    "processor_speedup",
+    "predict_efficiency",
+}
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    return Setting(tmp_path, tmp_path / "plot.png", "tiny", 1, 4, 8, None, None)
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    figure = ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0], "a / b")
+    assert (figure.value, figure.low, figure.high) == (3.0, 2.0, 4.0)
+
+
+def test_cases_run_in_turn_and_the_first_round_is_left_out() -> None:
+    ran: list[str] = []
+    times = in_turn(2, a=lambda: ran.append("a"), b=lambda: ran.append("b"))
+    assert ran == ["a", "b"] * 3 and [len(rounds) for rounds in times.values()] == [2, 2]
+
+
+def test_growth_of_a_square_has_the_exponent_two() -> None:
+    assert exponent([1, 10, 100], [1.0, 7.0, 10000.0]) == pytest.approx(2)
+
+
+def test_texts_have_the_lengths_of_mvsa(setting: Setting) -> None:
+    lengths = torch.tensor(text_lengths(4000), dtype=torch.float)
+    assert 28 <= lengths.median() <= 33 and 3 <= lengths.min() and lengths.max() <= 130
+    posts, processor = make_posts(setting, 30), make_processor(setting)
+    tokens = [len(ids) for ids in processor.tokenizer(list(posts["text"]), truncation=True)["input_ids"]]
+    assert tokens == [min(128, length) for length in text_lengths(30)]
+
+
+def test_a_smoke_run_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "bench.json"
+    flags = f"--size tiny --repeats 1 --batch_size 4 --num_posts 8 --output {output}".split()
+    benchmark.main([*flags, "--only", "fusion", "padding", "cache", "pictures", "prediction"])
+    figures = json.loads(output.read_text())
+    assert figures.keys() >= KEYS
+    assert all(figures[key] > 0 for key in KEYS)
+    assert figures["padding_difference"] < 1e-5
+    printed = capsys.readouterr().out
+    assert all(key in printed for key in KEYS)
+
+
+def test_a_section_that_does_not_exist_is_told() -> None:
+    with pytest.raises(SystemExit, match="there is no section speed; there are fusion"):
+        benchmark.main(["--only", "speed"])
+
+
+@pytest.mark.slow
+def test_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, sizes in (("POSTS", [4, 8]), ("BATCHES", [1, 2]), ("LENGTHS", [8, 16])):
+        monkeypatch.setattr(sys.modules[exponent.__module__], name, sizes)
+    output = tmp_path / "bench.json"
+    flags = f"--size tiny --repeats 1 --batch_size 4 --num_posts 8 --output {output}".split()
+    others = [name for name in SECTIONS if name not in ("fusion", "padding", "cache", "pictures", "prediction")]
+    benchmark.main([*flags, "--only", *others])
+    figures = json.loads(output.read_text())
+    assert {
+        "peak_memory_ratio",
+        "bf16_speedup",
+        "growth_batch",
+        "predict_memory_growth",
+        "two_process_speedup",
+    } <= set(figures)
+    assert figures.get("onnx_difference", 0) < 1e-4
+    assert (tmp_path / "bench.png").stat().st_size > 1000

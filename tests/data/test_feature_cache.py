@@ -1,0 +1,344 @@
+"""The cache of frozen backbones' outputs: same numbers, computed once, never stale."""
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from test_train import flags, results
+from transformers import BertweetTokenizer
+
+from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
+from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.data import features as feature_cache
+from clipcacg.scripts.data.collator import PostCollator
+from clipcacg.scripts.data.features import FEATURES, cache_features, key
+from clipcacg.scripts.data.loading import DataArguments, load_posts
+from clipcacg.scripts.training import run as train
+
+MODES = {
+    "encoder": {},
+    "feature": {"clip_mode": "feature"},
+    "none": {"clip_mode": "none"},
+    "image": {"modality": "image"},
+    "text": {"modality": "text"},
+}
+NEEDED = {
+    "encoder": {"text", "vision", "clip.text", "clip.vision"},
+    "feature": {"text", "vision"},
+    "none": {"text", "vision"},
+    "image": {"vision"},
+    "text": {"text"},
+}
+
+
+@pytest.fixture(scope="module")
+def posts(posts_folder: Path) -> datasets.DatasetDict:
+    return load_posts(DataArguments(data_dir=str(posts_folder), max_train_samples=12, max_eval_samples=5))
+
+
+@pytest.fixture
+def build(backbones: Path) -> Callable[..., tuple[ClipCaCgForSequenceClassification, ClipCaCgProcessor]]:
+    """A function that builds a small frozen model and its processor."""
+
+    def make(**config: object) -> tuple[ClipCaCgForSequenceClassification, ClipCaCgProcessor]:
+        torch.manual_seed(0)
+        names = [backbones / part for part in ("text", "vision", "clip")]
+        if {"clip_mode", "modality"} & config.keys():
+            names.pop()
+        model = ClipCaCgForSequenceClassification.from_backbones(
+            *names, hidden_size=32, num_attention_heads=4, **config
+        )
+        model.freeze_backbones(text=True, vision=True, clip=True)
+        return model, ClipCaCgProcessor.from_backbones(*names)
+
+    return make
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 5e-3)])
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_from_the_cache_are_those_of_the_posts(
+    mode: str, dtype: str, tolerance: float, build: Callable, posts: datasets.DatasetDict, tmp_path: Path
+) -> None:
+    model, processor = build(**MODES[mode])
+    cached, stores = cache_features(model, processor, posts, dtype, tmp_path)
+    assert set(stores) == NEEDED[mode]
+    with torch.inference_mode():
+        direct = model(**PostCollator(processor, model.config)(list(posts["train"])))
+        batch = PostCollator(processor, model.config, stores)(list(cached["train"]))
+        from_cache = model(**batch)
+    assert not {FEATURES[name].input for name in stores} & set(batch)
+    torch.testing.assert_close(from_cache.logits, direct.logits, atol=tolerance, rtol=0)
+    torch.testing.assert_close(from_cache.loss, direct.loss, atol=tolerance, rtol=0)
+
+
+def test_only_what_is_frozen_is_cached(build: Callable, posts: datasets.DatasetDict, tmp_path: Path) -> None:
+    model, processor = build(clip_mode="feature")
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match="--freeze_text"):
+        cache_features(model, processor, posts, folder=tmp_path)
+    model.freeze_backbones(vision=True)
+    cached, stores = cache_features(model, processor, posts, folder=tmp_path)
+    batch = PostCollator(processor, model.config, stores)(list(cached["test"]))
+    assert set(batch) == {"input_ids", "attention_mask", "image_features", "labels"}
+
+
+def test_each_text_and_picture_is_computed_once(
+    build: Callable, posts: datasets.DatasetDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: dict[str, int] = {}
+    original = feature_cache.outputs
+
+    def counting(model: object, backbone: str, inputs: torch.Tensor, mask: torch.Tensor | None) -> object:
+        computed[backbone] = computed.get(backbone, 0) + len(inputs)
+        return original(model, backbone, inputs, mask)
+
+    monkeypatch.setattr(feature_cache, "outputs", counting)
+    model, processor = build()
+    twice = datasets.concatenate_datasets([posts["train"], posts["train"]])
+    posts = datasets.DatasetDict(posts, train=twice)
+    cached, _ = cache_features(model, processor, posts, folder=tmp_path)
+    unique = {
+        column: len({digest for split in cached.values() for digest in split[f"{column}_digest"]})
+        for column in ("text", "image")
+    }
+    assert computed == {name: unique[feature.column] for name, feature in FEATURES.items()}
+    cache_features(model, processor, posts, folder=tmp_path)
+    ablation, _ = build(modality="image")
+    cache_features(ablation, processor, posts, folder=tmp_path)
+    assert computed == {name: unique[feature.column] for name, feature in FEATURES.items()}
+
+
+def test_another_picture_under_the_same_name_is_computed_anew(build: Callable, tmp_path: Path) -> None:
+    model, processor = build(modality="image")
+    rows = {"image": [str(tmp_path / "a.png")], "label": [0]}
+    values = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / "a.png")
+        posts = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
+        cached, stores = cache_features(model, processor, datasets.DatasetDict(test=posts), folder=tmp_path)
+        values.append(PostCollator(processor, model.config, stores)(list(cached["test"]))["image_features"])
+    assert not torch.allclose(*values)
+
+
+def test_the_key_changes_with_whatever_the_outputs_depend_on(
+    build: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = build()
+    keys = {name: key(model, processor, name, "float32") for name in FEATURES}
+    processor(images=Image.new("RGB", (20, 30)), text="used a little", return_tensors="pt")
+    assert keys == {name: key(model, processor, name, "float32") for name in FEATURES}
+    assert key(model, processor, "text", "float16") != keys["text"]
+
+    with monkeypatch.context() as patch:
+        for library in feature_cache.DECIDING:
+            patch.setattr(
+                feature_cache, "version", lambda name, changed=library: "0" if name == changed else version(name)
+            )
+            assert not set(keys.values()) & {key(model, processor, name, "float32") for name in FEATURES}, library
+    with monkeypatch.context() as patch:
+        changed = tmp_path / "code.py"
+        changed.write_text("another version")
+        patch.setattr(feature_cache.inspect, "getfile", lambda source: str(changed))
+        assert not set(keys.values()) & {key(model, processor, name, "float32") for name in FEATURES}
+
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    again = ClipCaCgForSequenceClassification.from_pretrained(tmp_path / "saved")
+    reloaded = ClipCaCgProcessor.from_pretrained(tmp_path / "saved")
+    assert keys == {name: key(again, reloaded, name, "float32") for name in FEATURES}
+
+    reloaded.tokenizer.truncation_side = "left"
+    assert key(again, reloaded, "text", "float32") != keys["text"]
+    reloaded.clip_image_processor.size = {"shortest_edge": 900}  # a large JPEG is then decoded at another scale
+    assert key(again, reloaded, "vision", "float32") != keys["vision"]
+    processor.tokenizer.model_max_length = 9
+    assert key(model, processor, "text", "float32") != keys["text"]
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    assert key(model, processor, "vision", "float32") != keys["vision"]
+    assert key(model, processor, "clip.vision", "float32") == keys["clip.vision"]
+    with torch.no_grad():
+        next(model.backbones()["clip.text"].parameters()).view(-1)[0] += 1e-3
+    assert key(model, processor, "clip.text", "float32") != keys["clip.text"]
+    model.backbones()["clip.vision"].config.hidden_act = "gelu"
+    assert key(model, processor, "clip.vision", "float32") != keys["clip.vision"]
+
+
+def test_a_run_that_was_broken_off_goes_on(
+    build: Callable, posts: datasets.DatasetDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_cache, "POSTS_A_FILE", 1)  # a file after every batch
+    model, processor = build(modality="image")
+    original, calls = feature_cache.outputs, []
+
+    def broken_off(*arguments: object) -> object:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return original(*arguments)
+
+    many = datasets.DatasetDict(train=datasets.concatenate_datasets([numbered_pictures(tmp_path, 40)]))
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "outputs", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            cache_features(model, processor, many, folder=tmp_path / "cache")
+    counted = []
+    monkeypatch.setattr(feature_cache, "outputs", lambda m, b, i, k: counted.append(len(i)) or original(m, b, i, k))
+    cached, stores = cache_features(model, processor, many, folder=tmp_path / "cache")
+    assert sum(counted) == 8, "32 of the 40 were there"
+    assert all(digest in stores["vision"] for digest in cached["train"]["image_digest"])
+
+
+def numbered_pictures(folder: Path, count: int) -> datasets.Dataset:
+    paths = [str(folder / f"{number}.png") for number in range(count)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(path)
+    rows = {"id": list(map(str, range(count))), "image": paths, "label": [0] * count}
+    return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
+
+
+def fill_in_process(backbones: Path, folder: Path, posts_folder: Path, counts: multiprocessing.Queue) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    names = [backbones / part for part in ("text", "vision")]
+    model = ClipCaCgForSequenceClassification.from_backbones(*names, clip_mode="none")
+    model.freeze_backbones(text=True, vision=True)
+    original, counted = feature_cache.outputs, []
+    feature_cache.outputs = lambda m, b, i, k: counted.append(len(i)) or original(m, b, i, k)
+    posts = load_posts(DataArguments(data_dir=str(posts_folder)))
+    cache_features(model, ClipCaCgProcessor.from_backbones(*names), posts, folder=folder)
+    counts.put(sum(counted))
+
+
+def test_two_processes_at_a_time_share_the_work(backbones: Path, posts_folder: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    counts = context.Queue()
+    arguments = (backbones, tmp_path, posts_folder, counts)
+    processes = [context.Process(target=fill_in_process, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    computed = counts.get(timeout=120) + counts.get(timeout=120)
+    for process in processes:
+        process.join()
+    posts = load_posts(DataArguments(data_dir=str(posts_folder)))
+    texts = {text for split in posts.values() for text in split["text"]}
+    pictures = {Path(value["path"]).read_bytes() for split in posts.values() for value in split["image"]}
+    assert computed == len(texts) + len(pictures)
+    assert not list(tmp_path.glob("*/tmp*"))
+
+
+def test_training_from_the_cache_gives_the_same_scores(
+    posts_folder: Path, backbones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_cache, "CACHE_FOLDER", tmp_path / "cache")
+    frozen = ["--freeze_text", "--freeze_vision", "--freeze_clip"]
+    for name, more in (("direct", []), ("cached", ["--cache_features", "--dataloader_num_workers", "1"])):
+        train.main(flags(posts_folder, backbones, tmp_path / name, *frozen, *more))
+    with monkeypatch.context() as patch:  # everything is there: neither a picture nor a backbone is asked again
+        patch.setattr(ClipCaCgForSequenceClassification, "encode", lambda *_: pytest.fail("a backbone was run"))
+        patch.setattr("collator.picture", lambda value: pytest.fail("a picture was read"))
+        train.main(flags(posts_folder, backbones, tmp_path / "again", *frozen, "--cache_features"))
+    assert results(tmp_path / "again")["eval_loss"] == pytest.approx(
+        results(tmp_path / "cached")["eval_loss"], abs=1e-6
+    )
+    direct, cached = results(tmp_path / "direct"), results(tmp_path / "cached")
+    for score in ("accuracy", "f1", "f1_macro", "loss"):
+        assert cached[f"eval_{score}"] == pytest.approx(direct[f"eval_{score}"], abs=1e-4)
+        assert cached[f"test_{score}"] == pytest.approx(direct[f"test_{score}"], abs=1e-4)
+    probabilities = [
+        [json.loads(line)["probabilities"]["positive"] for line in (tmp_path / name / "predictions.jsonl").open()]
+        for name in ("direct", "cached")
+    ]
+    assert probabilities[1] == pytest.approx(probabilities[0], abs=1e-3)
+
+
+def test_pictures_that_change_or_lie_elsewhere_are_refused(
+    posts_folder: Path, backbones: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="--augment changes every picture"):
+        train.main(flags(posts_folder, backbones, tmp_path, "--freeze_vision", "--cache_features", "--augment"))
+    with pytest.raises(ValueError, match="https://example.org/a.jpg"):
+        feature_cache.content({"bytes": None, "path": "https://example.org/a.jpg"})
+
+
+def test_a_number_too_large_for_the_dtype_is_told(
+    build: Callable, posts: datasets.DatasetDict, tmp_path: Path
+) -> None:
+    model, processor = build(modality="text")
+    norm = [m for m in model.backbones()["text"].modules() if isinstance(m, torch.nn.LayerNorm)][-1]
+    torch.nn.init.constant_(norm.bias, 1e6)
+    with pytest.raises(ValueError, match="--cache_dtype float32"):
+        cache_features(model, processor, posts, "float16", tmp_path)
+
+
+def test_a_broken_file_of_the_cache_is_named(build: Callable, posts: datasets.DatasetDict, tmp_path: Path) -> None:
+    model, processor = build(modality="image")
+    cache_features(model, processor, posts, folder=tmp_path)
+    part = next(tmp_path.glob("*/*.safetensors"))
+    part.write_bytes(part.read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"{part.name} is broken: delete it"):
+        cache_features(model, processor, posts, folder=tmp_path)
+
+
+def test_what_a_killed_process_left_is_swept(build: Callable, posts: datasets.DatasetDict, tmp_path: Path) -> None:
+    model, processor = build(modality="image")
+    _, stores = cache_features(model, processor, posts, folder=tmp_path)
+    (stores["vision"].folder / "partial-left").mkdir()
+    _, stores = cache_features(model, processor, posts, folder=tmp_path)
+    assert not list(stores["vision"].folder.glob("partial-*"))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_model_comes_back_in_the_mode_it_was_in(
+    mode: bool, build: Callable, posts: datasets.DatasetDict, tmp_path: Path
+) -> None:
+    model, processor = build(modality="text")
+    cache_features(model.train(mode), processor, posts, folder=tmp_path)
+    assert model.training is mode
+
+
+def test_bytes_of_a_picture_are_read_as_its_file_is(build: Callable, tmp_path: Path) -> None:
+    """A large JPEG, which is decoded at a fraction of its size, from a path and from the bytes of a Parquet file."""
+    _, processor = build()
+    path = tmp_path / "large.jpg"
+    Image.effect_noise((800, 640), 90).convert("RGB").save(path)
+    values = [{"path": str(path), "bytes": None}, {"path": "large.jpg", "bytes": path.read_bytes()}]
+    views = [processor(images=feature_cache.picture(value), return_tensors="pt") for value in values]
+    for name in ("pixel_values", "clip_pixel_values"):
+        assert torch.equal(views[0][name], views[1][name])
+
+
+def test_a_tokenizer_without_a_fast_form_has_a_key(build: Callable, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("a 1\nb 2\n")
+    (tmp_path / "bpe.codes").write_text("a b 3\n")
+    model, processor = build(clip_mode="none")
+    processor.tokenizer = BertweetTokenizer(str(tmp_path / "vocab.txt"), str(tmp_path / "bpe.codes"))
+    assert not processor.tokenizer.is_fast
+    before = key(model, processor, "text", "float32")
+    assert before == key(model, processor, "text", "float32")
+    (tmp_path / "vocab.txt").write_text("a 1\nc 2\n")
+    processor.tokenizer = BertweetTokenizer(str(tmp_path / "vocab.txt"), str(tmp_path / "bpe.codes"))
+    assert key(model, processor, "text", "float32") != before
+
+
+def test_a_write_that_breaks_off_leaves_no_file(
+    build: Callable, posts: datasets.DatasetDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = build(modality="image")
+
+    def broken_off(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "save_file", broken_off)
+        with pytest.raises(OSError, match="No space left"):
+            cache_features(model, processor, posts, folder=tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    cached, stores = cache_features(model, processor, posts, folder=tmp_path)
+    assert all(digest in stores["vision"] for digest in cached["train"]["image_digest"])

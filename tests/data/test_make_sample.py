@@ -1,0 +1,198 @@
+"""The sample: its layout and labels, the tiny backbones, and that both are made once, whole and repeatably."""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from clipcacg.scripts.data import sample as module
+from clipcacg.scripts.data.sample import make_sample, make_tiny_backbones
+
+ODD_TEXTS = ["naïve café — “ok…”", "中文 한국어 ру́сский", "👩‍👩‍👧 ❤️ \u200d", "a\x00b \x7f ÿ", "𝒳𐍈 ﷽", "<s> </s>"]
+FRESH_LOAD = """
+import sys, warnings
+warnings.simplefilter("error")
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+for name in ("text", "vision", "clip"):
+    _, info = AutoModel.from_pretrained(f"{sys.argv[1]}/{name}", output_loading_info=True)
+    assert not any(info.values()), info
+    for part, names in ((AutoTokenizer, ("text", "clip")), (AutoImageProcessor, ("vision", "clip"))):
+        if name in names:
+            print(name, type(part.from_pretrained(f"{sys.argv[1]}/{name}")).__name__)
+"""
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def label_pairs(folder: Path) -> list[tuple[str, str]]:
+    rows = (folder / "labelResultAll.txt").read_text(encoding="utf-8").splitlines()
+    assert rows[0] == "ID\ttext,image"
+    return [tuple(row.split("\t")[1].split(",")) for row in rows[1:]]
+
+
+def test_layout_of_the_posts(tmp_path: Path):
+    folder = make_sample(tmp_path / "posts", num_posts=80)
+    numbers = range(1, 81)
+    expected = {f"data/{number}.{ending}" for number in numbers for ending in ("jpg", "txt")}
+    assert set(content(folder)) == expected | {"labelResultAll.txt", module.MARKER}
+    texts = [(folder / f"data/{number}.txt").read_bytes() for number in numbers]
+    not_utf8 = [text for text in texts if "\ufffd" in text.decode("utf-8", errors="replace")]
+    assert 0 < len(not_utf8) < 40
+    assert all(text.decode("gb18030").strip() for text in not_utf8)
+    sizes = set()
+    for number in numbers:
+        with Image.open(folder / f"data/{number}.jpg") as picture:
+            picture.load()
+            sizes.add(picture.size)
+    assert len(sizes) > 40 and all(96 <= side <= 160 for size in sizes for side in size)
+
+
+def test_labels_need_both_modalities(tmp_path: Path):
+    counts = Counter(label_pairs(make_sample(tmp_path / "posts", num_posts=400)))
+    opposed = {("positive", "negative"), ("negative", "positive")}
+    assert sum(counts[pair] for pair in opposed) == 10
+    kept = {pair: count for pair, count in counts.items() if pair not in opposed}
+    assert len(kept) == 7 and max(kept.values()) - min(kept.values()) <= 1
+    for side in (0, 1):
+        best: dict[str, Counter] = {}
+        for pair, count in kept.items():
+            label = pair[0] if pair[1] == "neutral" else pair[1]
+            best.setdefault(pair[side], Counter())[label] += count
+        assert sum(max(labels.values()) for labels in best.values()) / sum(kept.values()) == pytest.approx(
+            5 / 7, abs=0.01
+        )
+
+
+@pytest.mark.parametrize("make", [lambda path, seed: make_sample(path, 20, seed), make_tiny_backbones])
+def test_the_seed_decides_every_byte(make, tmp_path: Path):
+    torch.manual_seed(5)
+    first, again, other = (content(make(tmp_path / name, seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert first == again
+    assert first.keys() == other.keys()
+    assert first != other
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_backbones_do_not_depend_on_the_process(backbones: Path, tmp_path: Path):
+    scripts = Path(module.__file__).parents[1]
+    command = [sys.executable, str(scripts / "make_sample.py"), str(tmp_path / "new"), "--num_posts", "3"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert content(tmp_path / "new/backbones") == content(backbones)
+    assert len(label_pairs(tmp_path / "new/posts")) == 3
+
+
+def test_a_finished_sample_is_reused_and_another_replaced(tmp_path: Path):
+    folder = make_sample(tmp_path / "posts", num_posts=8)
+    stamp = (folder / "data/1.jpg").stat().st_mtime_ns
+    assert make_sample(folder, num_posts=8) == folder
+    assert (folder / "data/1.jpg").stat().st_mtime_ns == stamp
+    assert len(label_pairs(make_sample(folder, num_posts=9))) == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".posts.lock", "posts"]
+
+
+def test_foreign_files_are_left_alone(tmp_path: Path):
+    (tmp_path / "posts").mkdir()
+    (tmp_path / "posts/mine.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match="posts"):
+        make_sample(tmp_path / "posts", num_posts=8)
+    assert content(tmp_path / "posts") == {"mine.txt": b"keep"}
+
+
+def test_an_interrupted_run_leaves_no_half_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    draw_picture, drawn = module.draw_picture, []
+
+    def draw_three(mood: int, rng: Random) -> Image.Image:
+        drawn.append(mood)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return draw_picture(mood, rng)
+
+    monkeypatch.setattr(module, "draw_picture", draw_three)
+    with pytest.raises(KeyboardInterrupt):
+        make_sample(tmp_path / "posts", num_posts=8)
+    assert not (tmp_path / "posts").exists()
+    monkeypatch.undo()
+    folder = make_sample(tmp_path / "posts", num_posts=8)
+    assert content(folder) == content(make_sample(tmp_path / "whole", num_posts=8))
+    assert not (tmp_path / ".posts.partial").exists()
+
+
+def test_two_processes_at_once(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=make_sample, args=(tmp_path / "posts", 60)) for _ in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert content(tmp_path / "posts") == content(make_sample(tmp_path / "alone", 60))
+
+
+def test_backbones_load_in_a_fresh_process_without_a_warning(backbones: Path):
+    command = [sys.executable, "-c", FRESH_LOAD, str(backbones)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    names = ["RobertaTokenizer", "ConvNextImageProcessor", "CLIPTokenizer", "CLIPImageProcessor"]
+    assert [line.split()[1] for line in result.stdout.splitlines()] == names
+    assert not [line for line in result.stderr.splitlines() if line and "Loading weights" not in line]
+    assert sum(len(data) for data in content(backbones).values()) < 4e6
+
+
+def test_shapes_and_special_tokens(backbones: Path):
+    text, vision, clip = (AutoConfig.from_pretrained(backbones / name) for name in ("text", "vision", "clip"))
+    tokenizer, clip_tokenizer = (AutoTokenizer.from_pretrained(backbones / name) for name in ("text", "clip"))
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, len(tokenizer) - 1]) == [
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "<mask>",
+    ]
+    assert (text.vocab_size, text.bos_token_id, text.pad_token_id, text.eos_token_id) == (len(tokenizer), 0, 1, 2)
+    assert (tokenizer.model_max_length, clip_tokenizer.model_max_length) == (128, 77)
+    ids = tokenizer("word " * 300, truncation=True, return_tensors="pt")
+    assert AutoModel.from_pretrained(backbones / "text").eval()(**ids).last_hidden_state.shape == (1, 128, 64)
+    assert clip.projection_dim == clip.text_config.projection_dim == clip.vision_config.projection_dim
+    tokens = (clip_tokenizer.bos_token_id, clip_tokenizer.eos_token_id, clip_tokenizer.pad_token_id)
+    assert (clip.text_config.bos_token_id, clip.text_config.eos_token_id, clip.text_config.pad_token_id) == tokens
+    pixels = AutoImageProcessor.from_pretrained(backbones / "vision")(Image.new("RGB", (90, 150)), return_tensors="pt")
+    features = AutoModel.from_pretrained(backbones / "vision")(**pixels).last_hidden_state
+    assert features.shape == (1, vision.hidden_sizes[-1], 4, 4)
+
+
+def test_clip_pools_at_the_end_of_the_text(backbones: Path):
+    tokenizer, model = AutoTokenizer.from_pretrained(backbones / "clip"), AutoModel.from_pretrained(backbones / "clip")
+    batch = tokenizer(
+        ["short", "rather a long text “so much longer” " * 40], padding=True, truncation=True, return_tensors="pt"
+    )
+    assert batch["input_ids"].shape == (2, 77)
+    output = model.text_model.eval()(**batch)
+    ends = batch["attention_mask"].sum(1) - 1
+    assert (batch["input_ids"][[0, 1], ends] == tokenizer.eos_token_id).all() and ends[0] < 10
+    assert torch.equal(output.pooler_output, output.last_hidden_state[[0, 1], ends])
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_tokenizers_spell_any_text(text: str, backbones: Path):
+    tokenizer, clip_tokenizer = (AutoTokenizer.from_pretrained(backbones / name) for name in ("text", "clip"))
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids[1:-1], clean_up_tokenization_spaces=False) == text
+    # CLIP lowers and spaces out the words, but loses no letter; its unknown token would end the text early.
+    ids = clip_tokenizer(text)["input_ids"]
+    assert ids.count(clip_tokenizer.eos_token_id) == 1
+
+
+def test_marker_says_what_made_the_folder(backbones: Path):
+    assert json.loads((backbones / module.MARKER).read_text(encoding="utf-8"))["seed"] == 0

@@ -1,0 +1,167 @@
+"""Writing MVSA as a Parquet data set: what `load_dataset` reads back, what is never overwritten, who may see it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from clipcacg.scripts import prepare_mvsa
+from clipcacg.scripts.data.mvsa import load_mvsa, split_mvsa
+
+RAW = datasets.Image(decode=False)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """Forty posts in the official layout, four to a text, the last one without its text."""
+    folder = tmp_path / "mvsa"
+    (folder / "data").mkdir(parents=True)
+    names = ("negative", "neutral", "positive")
+    rows = [f"{i}\t{names[i % 3]},neutral\n" for i in range(40)]
+    (folder / "labelResultAll.txt").write_text("ID\ttext,image\n" + "".join(rows))
+    for i in range(40):
+        noise = np.random.default_rng(i).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / "data" / f"{i}.jpg")
+        (folder / "data" / f"{i}.txt").write_text(
+            f"post {i // 4} “quoted”\n", encoding="gb18030" if i % 2 else "utf-8"
+        )
+    (folder / "data" / "39.txt").unlink()
+    return folder
+
+
+@pytest.fixture
+def run(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run the script in this process on the posts that are whole; returns the output folder."""
+
+    def run_main(*flags: str, folder: Path = tmp_path / "out") -> Path:
+        monkeypatch.setattr(sys, "argv", ["prepare_mvsa.py", str(data_dir), str(folder), "--on_error", "skip", *flags])
+        prepare_mvsa.main()
+        return folder
+
+    return run_main
+
+
+def reload(folder: Path) -> datasets.DatasetDict:
+    """Load an output as anybody would, with a cache of its own."""
+    return datasets.load_dataset(str(folder), cache_dir=str(folder.parent / "cache"))
+
+
+def test_command_line_writes_what_load_dataset_reads(data_dir: Path, tmp_path: Path):
+    command = [sys.executable, prepare_mvsa.__file__, "mvsa", "out", "--seed", "1", "--group_duplicates"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    failed = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr and not (tmp_path / "out").exists()
+    assert "prepare_mvsa.py: problems in" in failed.stderr and "labelResultAll.txt:41: missing text" in failed.stderr
+    subprocess.run([*command, "--on_error", "skip"], cwd=tmp_path, env=env, check=True)
+    expected = split_mvsa(load_mvsa(data_dir, on_error="skip"), seed=1, group_duplicates=True)
+    loaded = reload(tmp_path / "out")
+    assert list(loaded) == ["train", "validation", "test"]
+    for split, dataset in loaded.items():
+        assert dataset.features == expected[split].features
+        for post, source in zip(dataset, expected[split], strict=True):
+            assert np.array_equal(post.pop("image"), source.pop("image")) and post == source
+        for picture in dataset.cast_column("image", RAW)["image"]:
+            assert picture["bytes"] == (data_dir / "data" / picture["path"]).read_bytes()
+    assert len(split_mvsa(loaded["train"], group_duplicates=True)) == 3  # pictures are compared without their files
+
+
+def test_card_describes_the_splits(run, data_dir: Path):
+    folder = run("--splits", "random", "--seed", "7")
+    card = (folder / "README.md").read_text()
+    data = prepare_mvsa.DatasetCard(card).data.to_dict()
+    assert data["license"] == "other" and data["pretty_name"] == "MVSA-Single"
+    assert [part["num_examples"] for part in data["dataset_info"]["splits"]] == [31, 4, 4]
+    labels = list(reload(folder)["train"]["label"])
+    assert f"| train | {labels.count(0)} | {labels.count(1)} | {labels.count(2)} | 31 |" in card
+    assert "Split: random, seed 7, duplicates not looked for" in card
+    assert str(data_dir) not in card
+
+
+def test_shards_and_row_groups_bound_the_memory(run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prepare_mvsa, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(prepare_mvsa, "BATCH_ROWS", 3)
+    folder = run()
+    files = sorted((folder / "data").glob("train-*"))
+    assert len(files) > 1 and files[0].name == f"train-00000-of-{len(files):05d}.parquet"
+    metadata = pq.read_metadata(files[0])
+    assert max(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)) == 3
+    assert len(reload(folder)["train"]) == 31
+
+
+def test_max_samples(run):
+    assert [len(part) for part in reload(run("--max_samples", "5")).values()] == [5, 4, 4]
+    with pytest.raises(SystemExit, match="must be at least 1, not 0"):
+        run("--max_samples", "0")
+
+
+def test_only_an_earlier_output_is_replaced(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = run("--max_samples", "5")
+    (folder / "data" / "train-00001-of-00002.parquet").write_bytes(b"of an earlier run")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(prepare_mvsa, "make_card", lambda *_: (_ for _ in ()).throw(RuntimeError("broken off")))
+        run()
+    assert (folder / "data" / "train-00001-of-00002.parquet").exists()
+    assert sorted(path.name for path in run().iterdir()) == ["README.md", "data"]
+    assert len(reload(folder)["train"]) == 31
+    for name in ("notes.txt", "data/notes.txt"):
+        (folder / name).write_text("mine")
+        with pytest.raises(SystemExit, match="out is neither empty nor an earlier output of prepare_mvsa.py"):
+            run()
+        assert (folder / name).read_text() == "mine"
+        (folder / name).unlink()
+    (folder / "README.md").write_text("my own data set")
+    with pytest.raises(SystemExit, match="neither empty"):
+        run()
+    with pytest.raises(SystemExit, match="neither empty"):
+        run(folder=tmp_path / "mvsa")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A Hub that remembers the calls; `hub.private` is what it says of the data set."""
+    hub = SimpleNamespace(private=True, created=[], uploaded=[])
+
+    class FakeApi:
+        """The three calls that the script makes."""
+
+        def create_repo(self, name: str, **options) -> SimpleNamespace:
+            hub.created.append(options)
+            return SimpleNamespace(repo_id=f"user/{name}")
+
+        def repo_info(self, name: str, repo_type: str) -> SimpleNamespace:
+            return SimpleNamespace(private=hub.private)
+
+        def upload_folder(self, **options) -> None:
+            hub.uploaded.append(options)
+
+    monkeypatch.setattr(prepare_mvsa, "HfApi", FakeApi)
+    return hub
+
+
+def test_nothing_is_pushed_unasked(run, hub: SimpleNamespace):
+    run()
+    assert not hub.created and not hub.uploaded
+
+
+def test_push_is_private(run, hub: SimpleNamespace):
+    folder = run("--push_to_hub", "mvsa")
+    assert hub.created == [{"repo_type": "dataset", "private": True, "exist_ok": True}]
+    (upload,) = hub.uploaded
+    assert upload["repo_id"] == "user/mvsa" and upload["repo_type"] == "dataset" and upload["folder_path"] == folder
+    assert "data/*.parquet" in upload["delete_patterns"]
+
+
+def test_push_to_a_public_data_set_needs_the_flag(run, hub: SimpleNamespace):
+    hub.private = False
+    with pytest.raises(SystemExit, match="user/mvsa is public, so nothing is uploaded"):
+        run("--push_to_hub", "mvsa")
+    assert not hub.uploaded
+    run("--push_to_hub", "mvsa", "--public")
+    assert hub.created[-1]["private"] is False and len(hub.uploaded) == 1

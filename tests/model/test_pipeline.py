@@ -1,0 +1,137 @@
+"""The pipeline: from a checkpoint's own code, with the numbers of `scripts/predict.py`."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
+from clipcacg.pipeline_clipcacg import ImageTextSentimentPipeline
+from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.reporting import predictions as predict
+
+TASK = "image-text-sentiment"
+
+
+def posts_of(folder: Path, count: int) -> list[dict[str, Any]]:
+    return [
+        {"image": str(folder / f"data/{number}.jpg"), "text": f"post {number} " * number}
+        for number in range(1, count + 1)
+    ]
+
+
+@pytest.fixture
+def sentiment(checkpoint: Path) -> ImageTextSentimentPipeline:
+    return pipeline(TASK, model=str(checkpoint), trust_remote_code=True)
+
+
+def test_it_gives_the_numbers_of_predict(checkpoint: Path, posts_folder: Path, tmp_path: Path) -> None:
+    """In a fresh process where this project cannot be imported, from an empty folder."""
+    posts = posts_of(posts_folder, 5)
+    (tmp_path / "posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
+    predict.main([str(checkpoint), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "out.jsonl")])
+    expected = [json.loads(line)["probabilities"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    code = (
+        "import json, sys; sys.modules['clipcacg'] = None\n"
+        "from transformers import pipeline\n"
+        f"sentiment = pipeline({TASK!r}, model=sys.argv[1], trust_remote_code=True)\n"
+        "json.dump(sentiment(json.loads(sys.argv[2])), open('found.json', 'w'))\n"
+    )
+    (tmp_path / "empty").mkdir()
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", code, str(checkpoint), json.dumps(posts)]
+    subprocess.run(command, check=True, cwd=tmp_path / "empty", env=environment, capture_output=True)
+    for found, scores in zip(json.loads((tmp_path / "empty/found.json").read_text()), expected, strict=True):
+        assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(scores, abs=1e-5)
+
+
+def test_batches_and_data_sets_give_the_same_as_single_posts(
+    sentiment: ImageTextSentimentPipeline, posts_folder: Path
+) -> None:
+    posts = posts_of(posts_folder, 7)
+    single = [sentiment(post) for post in posts]
+    table = datasets.Dataset.from_list(posts).cast_column("image", datasets.Image())
+    for several in (sentiment(posts, batch_size=3), list(sentiment(table, batch_size=4))):
+        for one, other in zip(single, several, strict=True):
+            assert [entry["label"] for entry in one] == [entry["label"] for entry in other]
+            assert [entry["score"] for entry in one] == pytest.approx([entry["score"] for entry in other], abs=1e-5)
+
+
+def test_every_form_of_a_picture(sentiment: ImageTextSentimentPipeline, posts_folder: Path) -> None:
+    path = posts_folder / "data/3.jpg"
+    expected = sentiment({"image": str(path), "text": "hello"})
+    for image in (Image.open(path), path, base64.b64encode(path.read_bytes()).decode()):
+        assert sentiment({"image": image, "text": "hello"}) == expected
+
+
+def test_the_likeliest_come_first_and_top_k_cuts(sentiment: ImageTextSentimentPipeline, posts_folder: Path) -> None:
+    post = posts_of(posts_folder, 1)[0]
+    every = sentiment(post)
+    assert sorted(every, key=lambda entry: -entry["score"]) == every
+    assert sum(entry["score"] for entry in every) == pytest.approx(1)
+    assert {entry["label"] for entry in every} == {"negative", "neutral", "positive"}
+    assert sentiment(post, top_k=2) == every[:2]
+    for top_k in (0, -1):
+        with pytest.raises(ValueError, match=f"top_k must be at least 1, not {top_k}"):
+            sentiment(post, top_k=top_k)
+
+
+@pytest.mark.parametrize("part", ["image", "text"])
+def test_one_modality_does_with_its_part(part: str, backbones: Path, posts_folder: Path) -> None:
+    names = {"text_model": backbones / "text", "vision_model": backbones / "vision"}
+    model = ClipCaCgForSequenceClassification.from_backbones(
+        **names, modality=part, hidden_size=32, num_attention_heads=4, problem_type="regression", num_labels=1
+    )
+    sentiment = ImageTextSentimentPipeline(model, processor=ClipCaCgProcessor.from_backbones(**names), task=TASK)
+    post = posts_of(posts_folder, 1)[0]
+    (entry,) = sentiment({part: post[part]})
+    assert torch.isfinite(torch.tensor(entry["score"])) and entry == sentiment(post)[0]
+    other = {"image": "text", "text": "image"}[part]
+    with pytest.raises(ValueError, match=f"reads {part} of a post, but {part} is missing"):
+        sentiment({other: post[other]})
+
+
+def test_a_post_without_its_picture_is_told(sentiment: ImageTextSentimentPipeline) -> None:
+    with pytest.raises(ValueError, match="image is missing"):
+        sentiment({"text": "alone"})
+    with pytest.raises(ValueError, match="image and text are missing: give "):
+        sentiment("just a string")
+
+
+def test_a_post_is_one_picture_and_one_text(sentiment: ImageTextSentimentPipeline, posts_folder: Path) -> None:
+    picture = str(posts_folder / "data/1.jpg")
+    for image, text, words in (
+        (picture, ["I love it", "I hate it"], r"text\[0\] must be a string, not list"),
+        ([picture, picture], "I love it", r"images\[0\] must be a PIL image, .* not list"),
+        (picture, 5, r"text\[0\] must be a string, not int"),
+        (5, "I love it", r"images\[0\] must be a PIL image, .* not int"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            sentiment({"image": image, "text": text})
+    with pytest.raises(ValueError, match="is not a picture"):
+        sentiment({"image": torch.zeros(2, 3, 32, 32), "text": "two pictures"})
+
+
+def test_a_tuple_is_several_posts_and_none_are_none(sentiment: ImageTextSentimentPipeline, posts_folder: Path) -> None:
+    posts = posts_of(posts_folder, 2)
+    assert sentiment(tuple(posts)) == sentiment(posts)
+    assert sentiment([]) == sentiment(()) == []
+
+
+def test_what_it_saves_is_a_whole_checkpoint(
+    sentiment: ImageTextSentimentPipeline, checkpoint: Path, posts_folder: Path, tmp_path: Path
+) -> None:
+    sentiment.save_pretrained(tmp_path / "saved")
+    assert {path.name for path in checkpoint.iterdir()} == {path.name for path in (tmp_path / "saved").iterdir()}
+    again = pipeline(TASK, model=str(tmp_path / "saved"), trust_remote_code=True)
+    post = posts_of(posts_folder, 1)[0]
+    assert again(post) == sentiment(post)

@@ -1,0 +1,254 @@
+"""A checkpoint is complete: where this project is not installed it loads, trains and saves itself again."""
+
+import importlib.util
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+
+from clipcacg.scripts.data.sample import make_tiny_backbones
+
+ROOT = Path(__file__).parents[2]
+CODE = [f"{part}_clipcacg.py" for part in ("configuration", "modeling", "pipeline", "processing")]
+MODEL = {"config.json", "model.safetensors", *CODE}
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
+PROCESSOR = {"processor_config.json", *TOKENIZER, *(f"clip_tokenizer/{name}" for name in TOKENIZER)}
+TRAINER = {"training_args.bin"}
+RESUME = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+# What each way to a checkpoint writes. The first generation is saved here, the second from remote code.
+FILES = {
+    "first/classifier": MODEL | PROCESSOR,
+    "first/base": MODEL | PROCESSOR,
+    "first/alone": MODEL,
+    "second/saved": MODEL,
+    "second/trained": MODEL | PROCESSOR | TRAINER,
+    "second/run/checkpoint-1": MODEL | PROCESSOR | TRAINER | RESUME,
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_clipcacg.ClipCaCgConfig",
+    "AutoModel": "modeling_clipcacg.ClipCaCgModel",
+    "AutoModelForSequenceClassification": "modeling_clipcacg.ClipCaCgForSequenceClassification",
+    "AutoProcessor": "processing_clipcacg.ClipCaCgProcessor",
+}
+HEAD = ["classifier.bias", "classifier.weight"]
+NOT_INSTALLED = "sys.modules['clipcacg'] = None  # whoever imports it gets a ModuleNotFoundError"
+# Runs calls one after the other, each forked from a process that has loaded torch and transformers and no code of
+# ours, each with an empty cache of remote code. That is a new process for each call, without a new process's seconds.
+SCRIPT = """
+from __future__ import annotations
+import sys
+{prelude}
+import importlib.util, json, os, shutil, traceback
+import torch
+import transformers as hf
+from transformers.utils import HF_MODULES_CACHE
+{functions}
+hf.Trainer, hf.AutoProcessor, hf.RobertaModel, hf.RobertaTokenizer, hf.ResNetModel, hf.CLIPModel, hf.CLIPTokenizer
+for name, arguments, answer in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        try:
+            result = globals()[name](*arguments)
+        except BaseException:
+            result = traceback.format_exc()
+        with open(answer, "w") as file:
+            json.dump(result, file)
+        os._exit(0)
+    os.wait()
+    shutil.rmtree(HF_MODULES_CACHE, ignore_errors=True)
+"""
+
+
+def fresh(workdir: Path, calls: dict[str, tuple], prelude: str = NOT_INSTALLED) -> dict[str, Any]:
+    """Call functions of this file, each in a fresh process in an empty folder, without the project and its caches.
+
+    Args:
+        workdir: For the caches and the results.
+        calls: Name of the result to the function and its arguments. An exception's result is its traceback.
+        prelude: Code that runs first.
+    """
+    (workdir / "empty").mkdir(parents=True)
+    functions = "\n".join({inspect.getsource(function): None for function, *_ in calls.values()})
+    tasks = [(c[0].__name__, c[1:], str(workdir / f"{i}.json")) for i, c in enumerate(calls.values())]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    env |= {"HF_HOME": str(workdir / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    script = SCRIPT.format(prelude=prelude, functions=functions)
+    command = [sys.executable, "-I", "-c", script, json.dumps(tasks, default=str)]
+    process = subprocess.run(command, cwd=workdir / "empty", env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-5000:]
+    assert not any((workdir / "empty").iterdir())
+    return {name: json.loads(Path(answer).read_text()) for name, (*_, answer) in zip(calls, tasks, strict=True)}
+
+
+def build(backbones: str, folder: str, posts: dict[str, list[str]]) -> dict[str, Any]:
+    """Build on backbones, save a checkpoint of either class, and return what they compute."""
+    from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, __file__
+    from clipcacg.processing_clipcacg import ClipCaCgProcessor
+
+    names = {f"{name}_model": f"{backbones}/{name}" for name in ("text", "vision", "clip")}
+    processor = ClipCaCgProcessor.from_backbones(**names)
+    model = ClipCaCgForSequenceClassification.from_backbones(**names, hidden_size=32)
+    for name, part in {"classifier": model, "base": model.model, "alone": model}.items():
+        part.save_pretrained(f"{folder}/{name}")
+        if name != "alone":
+            processor.save_pretrained(f"{folder}/{name}")
+    with torch.no_grad():
+        outputs = model(**processor(**posts, return_tensors="pt"))
+    return {name: outputs[name].tolist() for name in ("logits", "fused_embeds")} | {"file": __file__}
+
+
+def load_alone(auto_class: str, folder: str) -> str:
+    """Load with one Auto class, which finds no code that another has loaded before it."""
+    loaded = getattr(hf, auto_class).from_pretrained(folder, trust_remote_code=True)
+    return f"{type(loaded).__module__.partition('.')[0]} {type(loaded).__name__}"
+
+
+def load(folder: str, processor_folder: str, posts: dict[str, list[str]]) -> dict[str, Any]:
+    """Load with all Auto classes and return what the models compute, and which of their weights were amiss."""
+    result: dict[str, Any] = {"installed": importlib.util.find_spec("clipcacg") is not None}
+    result["labels"] = list(hf.AutoConfig.from_pretrained(folder, trust_remote_code=True).id2label.values())
+    processor = hf.AutoProcessor.from_pretrained(processor_folder, trust_remote_code=True)
+    for auto_class, name in (hf.AutoModel, "fused_embeds"), (hf.AutoModelForSequenceClassification, "logits"):
+        model, info = auto_class.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        result[f"{name} amiss"] = {kind: sorted(keys) for kind, keys in info.items() if keys}
+        with torch.no_grad():
+            result[name] = model(**processor(**posts, return_tensors="pt"))[name].tolist()
+    return result
+
+
+def train(first: str, second: str, posts: dict[str, list[str]]) -> dict[str, Any]:
+    """Save a second generation in two ways: a loaded model as it is, and another after one more step of training."""
+    hf.AutoModel.from_pretrained(f"{first}/base", trust_remote_code=True).save_pretrained(f"{second}/saved")
+    processor = hf.AutoProcessor.from_pretrained(f"{first}/classifier", trust_remote_code=True)
+    auto_class = hf.AutoModelForSequenceClassification
+    model = auto_class.from_pretrained(f"{first}/classifier", trust_remote_code=True)
+
+    def collate(rows: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+        images, text = zip(*rows, strict=True)
+        return {**processor(images=images, text=text, return_tensors="pt"), "labels": torch.tensor([0, 2])}
+
+    settings = {"per_device_train_batch_size": 2, "max_steps": 1, "save_steps": 1, "learning_rate": 0.01}
+    settings |= {"remove_unused_columns": False, "report_to": "none", "use_cpu": True}
+    arguments = hf.TrainingArguments(f"{second}/run", **settings)
+    rows = list(zip(posts["images"], posts["text"], strict=True))
+    trainer = hf.Trainer(model, arguments, collate, rows, processing_class=processor)
+    trainer.train()
+    trainer.save_model(f"{second}/trained")
+    with torch.no_grad():
+        return {"logits": model.eval()(**processor(**posts, return_tensors="pt")).logits.tolist()}
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_backbones(tmp_path_factory.getbasetemp() / "backbones")
+
+
+@pytest.fixture(scope="module")
+def posts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    files = [str(tmp_path_factory.mktemp("posts") / f"{colour}.png") for colour in ("red", "gray")]
+    for file in files:
+        Image.linear_gradient("L").convert("RGB").save(file)
+    Image.new("RGB", (90, 70), "red").save(files[0])
+    return {"images": files, "text": ["a good day", "what a dull and never ending afternoon"]}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def here(backbones: Path, checkpoints: Path, posts: dict) -> dict[str, Any]:
+    """What the models compute in this process, which saves the first generation."""
+    return build(str(backbones), str(checkpoints / "first"), posts)
+
+
+@pytest.fixture(scope="module")
+def first(here: dict, checkpoints: Path, posts: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The first generation loaded elsewhere; the last of these processes saves the second."""
+    calls: dict[str, tuple] = {}
+    for folder in ("first/classifier", "first/base"):
+        calls |= {f"{auto_class} {folder}": (load_alone, auto_class, checkpoints / folder) for auto_class in AUTO_MAP}
+        calls[folder] = (load, checkpoints / folder, checkpoints / folder, posts)
+    calls["first/alone"] = (load, checkpoints / "first/alone", checkpoints / "first/classifier", posts)
+    calls["train"] = (train, checkpoints / "first", checkpoints / "second", posts)
+    return fresh(tmp_path_factory.mktemp("elsewhere") / "work", calls)
+
+
+@pytest.fixture(scope="module")
+def second(first: dict, checkpoints: Path, posts: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The second generation loaded elsewhere again."""
+    trained = checkpoints / "second/trained"
+    calls: dict[str, tuple] = {f"{a} second/trained": (load_alone, a, trained) for a in AUTO_MAP}
+    calls |= {f: (load, checkpoints / f, trained, posts) for f in FILES if f.startswith("second")}
+    return fresh(tmp_path_factory.mktemp("elsewhere") / "work", calls)
+
+
+@pytest.mark.parametrize("auto_class", AUTO_MAP)
+@pytest.mark.parametrize("folder", ["first/classifier", "first/base", "second/trained"])
+def test_each_auto_class_loads_without_the_others(first: dict, second: dict, folder: str, auto_class: str):
+    result = (first | second)[f"{auto_class} {folder}"]
+    assert result == f"transformers_modules {AUTO_MAP[auto_class].partition('.')[2]}"
+
+
+@pytest.mark.parametrize("folder", FILES)
+def test_a_checkpoint_is_complete_and_no_more(second: dict, checkpoints: Path, folder: str):
+    path = checkpoints / folder
+    assert {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} == FILES[folder]
+    for name in CODE:
+        assert (path / name).read_bytes() == (ROOT / name).read_bytes()
+    assert json.loads((path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    if "processor_config.json" in FILES[folder]:
+        auto_map = json.loads((path / "processor_config.json").read_text())["auto_map"]
+        assert auto_map["AutoProcessor"] == AUTO_MAP["AutoProcessor"]
+
+
+@pytest.mark.parametrize("folder", FILES)
+def test_it_computes_the_same_elsewhere(here: dict, first: dict, second: dict, folder: str):
+    result = (first | second)[folder]
+    assert isinstance(result, dict), result
+    assert not result["installed"] and result["labels"] == ["negative", "neutral", "positive"]
+    headless = folder in ("first/base", "second/saved")
+    assert result["fused_embeds amiss"] == ({} if headless else {"unexpected_keys": HEAD})
+    assert result["logits amiss"] == ({"missing_keys": HEAD} if headless else {})
+    trained = folder in ("second/trained", "second/run/checkpoint-1")
+    name = "fused_embeds" if headless else "logits"
+    expected = first["train"] if trained else here
+    torch.testing.assert_close(result[name], expected[name], atol=1e-5, rtol=0)
+    if trained:  # the step was not for nothing
+        assert max_difference(expected["logits"], here["logits"]) > 1e-3
+
+
+def max_difference(a: list, b: list) -> float:
+    return (torch.tensor(a) - torch.tensor(b)).abs().max().item()
+
+
+@pytest.mark.slow
+def test_the_wheel_does_it_too(backbones: Path, posts: dict, tmp_path: Path):
+    ignore = shutil.ignore_patterns(".*", "build", "outputs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignore)  # building leaves files in it
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "wheel", *options, "-w", "..", "."], cwd=tmp_path / "checkout", check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    modules = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert sorted(modules) == [f"clipcacg/{name}" for name in CODE]
+    shutil.rmtree(tmp_path / "checkout")
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", site, wheel], check=True)
+
+    prelude = f"sys.path.insert(0, {str(site)!r})"
+    built = fresh(tmp_path / "a", {"built": (build, backbones, tmp_path / "first", posts)}, prelude)["built"]
+    assert Path(built["file"]).parent == site / "clipcacg"
+    folder = tmp_path / "first/classifier"
+    loaded = fresh(tmp_path / "b", {"loaded": (load, folder, folder, posts)})["loaded"]
+    assert max_difference(loaded["logits"], built["logits"]) < 1e-5

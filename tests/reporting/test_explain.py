@@ -1,0 +1,259 @@
+"""Explanations: attributions that add up, weights that belong where they are shown, and a figure for every model."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("captum", reason='needs the extra "explain"')
+
+from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
+from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.reporting import explanation as explain
+from clipcacg.scripts.reporting.explanation import (
+    Explanation,
+    HeatMap,
+    add_up,
+    draw,
+    find_words,
+    grid_shape,
+    light_up,
+    readable,
+    tint,
+    token_spans,
+)
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "explain.py"
+TEXT = "RT @anna: I LOVE  the beach 😊 (again)…\n#photo http://t.co/k5bdsbEr8G"
+WORDS = ["RT", "@anna:", "I", "LOVE", "the", "beach", "😊", "(again)…", "#photo", "http://t.co/k5bdsbEr8G"]
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.fixture(scope="module")
+def make(backbones: Path) -> Callable[..., tuple[Any, Any]]:
+    """A function that makes an untrained model and its processor; keywords are fields of the config."""
+
+    def build(**fields: Any) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        names = [backbones / part for part in ("text", "vision", "clip")]
+        model = ClipCaCgForSequenceClassification.from_backbones(*names, hidden_size=32, **fields)
+        if model.config.modality != "text":
+            # Untrained, a grey picture is all zeros, and scaling that to unit length is a step that no sum follows.
+            torch.nn.init.normal_(model.base_model.image_branch.projection.bias)
+        return model, ClipCaCgProcessor.from_backbones(*names)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def explained(make: Callable, picture: Image.Image) -> dict[str, Explanation]:
+    return {mode: explain.explain(*make(clip_mode=mode), picture, TEXT) for mode in ("encoder", "feature", "none")}
+
+
+@pytest.mark.parametrize("mode", ["encoder", "feature", "none"])
+def test_the_attribution_adds_up_to_the_score(explained: dict[str, Explanation], mode: str) -> None:
+    found = explained[mode].attribution
+    assert found.total == pytest.approx(found.difference, rel=0.05, abs=0.01)
+    assert abs(found.difference) > 0.01 and np.abs(found.words).sum() > 0.001
+    assert list(found.regions) == ["the vision encoder", "CLIP"][: 2 if mode == "encoder" else 1]
+    for heat_map in found.regions.values():
+        assert heat_map.weights.shape == (4, 4) and np.abs(heat_map.weights).max() > 0
+
+
+@pytest.mark.parametrize("mode", ["encoder", "feature", "none"])
+def test_attention_is_that_of_the_model(explained: dict, make: Callable, picture: Image.Image, mode: str) -> None:
+    model, processor = make(clip_mode=mode)
+    inputs = processor(images=picture, text=TEXT, return_tensors="pt")
+    with torch.inference_mode():
+        outputs = model(**inputs, output_attentions=True)
+    for side, weights in (("text", outputs.text_attentions), ("picture", outputs.image_attentions)):
+        attention, mean = explained[mode].attention[side], weights[0].mean(dim=(0, 1))
+        assert sum(attention.shares.values()) == pytest.approx(1, abs=1e-5)
+        assert ("first token" in attention.shares) == (mode != "none")
+        first = 0 if mode == "none" else 1
+        torch.testing.assert_close(
+            torch.from_numpy(attention.regions.weights.ravel()).float(), mean[first : first + 16]
+        )
+        # The second word is "@anna:", whatever pieces it is in; the markers around the text are left out.
+        name = "clip_input_ids" if mode == "encoder" else "input_ids"
+        owners = find_words(processor, TEXT, inputs)[1][name]
+        words = mean[first + 16 :]
+        expected = words[torch.from_numpy(owners == 1)].mean().item()
+        assert attention.words[1] == pytest.approx(expected, rel=1e-4) and (owners == 1).sum() > 1
+        assert attention.shares["words"] == pytest.approx(words[torch.from_numpy(owners >= 0)].sum().item(), rel=1e-4)
+
+
+def test_the_rest_of_an_explanation(explained: dict, make: Callable, picture: Image.Image) -> None:
+    model, processor = make(clip_mode="encoder")
+    inputs = processor(images=picture, text=TEXT, return_tensors="pt")
+    outputs = model(**inputs)
+    found = explained["encoder"]
+    assert list(found.probabilities) == ["negative", "neutral", "positive"]
+    assert list(found.probabilities.values()) == pytest.approx(outputs.logits.softmax(dim=-1)[0].tolist(), abs=1e-6)
+    assert found.predicted == max(found.probabilities, key=found.probabilities.get)
+    assert found.gate == pytest.approx(outputs.gate.mean().item()) and found.balance == 0.5
+    assert found.words == WORDS
+    part = processor.image_processor
+    again = (torch.from_numpy(found.view) - torch.tensor(part.image_mean)) / torch.tensor(part.image_std)
+    torch.testing.assert_close(again.permute(2, 0, 1).float(), inputs["pixel_values"][0], atol=1e-5, rtol=0)
+
+
+def test_twice_the_same_and_no_trace_in_the_model(make: Callable, picture: Image.Image) -> None:
+    model, processor = make(clip_mode="feature")
+    model.train()
+    first, second = (explain.explain(model, processor, picture, TEXT) for _ in range(2))
+    assert first.probabilities == second.probabilities and not model.training
+    np.testing.assert_array_equal(first.attribution.words, second.attribution.words)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_only_what_a_model_reads_can_matter(make: Callable, picture: Image.Image) -> None:
+    """With the text side cut off by hand, no word moves the score, and all pixels together move it by all it moves."""
+    model, processor = make(clip_mode="none", use_cross_attention=False, use_gating=False)
+    with torch.no_grad():
+        first = model.base_model.fusion.fusion.mlp[0]
+        first.weight[:, 32:64], first.weight[:, 96:] = 0, 0  # x = [image, text], then image, text
+    found = explain.explain(model, processor, picture, TEXT)
+    assert not found.attribution.words.any() and not found.attention
+    total = found.attribution.regions["the vision encoder"].weights.sum()
+    assert total == pytest.approx(found.attribution.difference, rel=0.05, abs=1e-3)
+
+
+def test_a_word_between_markers_gets_all_of_the_text(make: Callable) -> None:
+    model, processor = make(modality="text")
+    found = explain.explain(model, processor, text="wonderful").attribution
+    assert found.words == pytest.approx([found.difference], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("fields", "maps", "panels"),
+    [
+        ({"modality": "text"}, 0, 2),
+        ({"modality": "image"}, 1, 3),
+        ({"use_cross_attention": False}, 2, 5),
+        ({"use_gating": False}, 2, 9),
+        ({"num_labels": 1}, 2, 9),
+        ({"num_labels": 12, "clip_mode": "feature"}, 1, 8),
+        ({"num_labels": 2, "problem_type": "multi_label_classification", "clip_mode": "none"}, 1, 8),
+    ],
+)
+def test_every_model_has_a_figure(
+    make: Callable, picture: Image.Image, tmp_path: Path, fields: dict, maps: int, panels: int
+) -> None:
+    model, processor = make(**fields)
+    found = explain.explain(model, processor, picture, TEXT)
+    assert len(found.attribution.regions) == maps
+    figure = draw(found)
+    assert sum(axes.axison or bool(axes.images) for axes in figure.axes) == panels
+    for axes in figure.axes:  # what is not attribution does not call itself so
+        title = axes.get_title()
+        assert title.startswith(("The picture", "PREDICTION", "ATTENTION", "ATTRIBUTION")) or not axes.axison
+    figure.savefig(tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").width > 500
+
+
+def test_odd_texts_are_drawn(make: Callable, picture: Image.Image, recwarn: pytest.WarningsRecorder) -> None:
+    model, processor = make(clip_mode="feature")
+    for text in ("", " \n ", "$\\bad{$ and $", "<b>&amp;</b> _a_ ^", "🎉" * 3 + " 好 日", "word " * 400, "a" * 5000):
+        found = explain.explain(model, processor, picture, text)
+        assert found.words == text.split() and len(found.attribution.words) == len(found.words)
+        assert np.isfinite(found.attention["text"].words).all()
+        draw(found).savefig(io.BytesIO())
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_words_of_any_tokenizer(make: Callable, picture: Image.Image) -> None:
+    _, processor = make(clip_mode="encoder")
+    inputs = processor(images=picture, text=TEXT, return_tensors="pt")
+    words, owners = find_words(processor, TEXT, inputs)
+    assert words == WORDS
+    for name, tokenizer in (("input_ids", processor.tokenizer), ("clip_input_ids", processor.clip_tokenizer)):
+        ids = inputs[name][0]
+        assert len(owners[name]) == len(ids) and owners[name][0] == owners[name][-1] == -1
+        assert set(owners[name]) == {-1, *range(len(WORDS))}
+        for index, word in enumerate(WORDS):
+            pieces = tokenizer.decode(ids[torch.from_numpy(owners[name] == index)].tolist())
+            assert pieces.lower().replace(" ", "") == word.lower()
+
+
+class SlowTokenizer:
+    """Words in lower case, cut in two, in brackets; it does not know where they stood."""
+
+    is_fast, all_special_ids = False, [0, 1]
+    pieces = ["<s>", "</s>", "i", "lo", "ve", "the", "sea", "?"]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.pieces[ids[0]]
+
+
+def test_a_tokenizer_that_does_not_tell_positions() -> None:
+    spans = token_spans(SlowTokenizer(), "I LOVE the  sea", [0, 2, 3, 4, 5, 7, 6, 1])
+    assert spans == [(0, 0), (0, 1), (2, 4), (4, 6), (7, 10), (0, 0), (12, 15), (0, 0)]
+
+
+def test_small_sums() -> None:
+    assert add_up(np.array([1.0, 2, 4, 8]), np.array([-1, 0, 0, 2]), 3).tolist() == [6, 0, 8]
+    assert grid_shape(49, np.zeros((224, 224, 3))) == (7, 7)
+    assert grid_shape(12, np.zeros((96, 128, 3))) == (3, 4) and grid_shape(12, np.zeros((128, 96, 3))) == (4, 3)
+
+
+def test_overlays() -> None:
+    view = np.full((40, 40, 3), 0.5)
+    corner, even = np.zeros((4, 4)), np.full((4, 4), 0.25)
+    corner[0, 3] = 1
+    lit = light_up(HeatMap(view, corner))
+    assert lit[0, 39].min() == 0.5 and lit[39, 0].max() == pytest.approx(0.05)
+    assert light_up(HeatMap(view, even)) == pytest.approx(np.full((40, 40, 3), 0.275))
+    for weights, channel in ((corner, 0), (-corner, 2)):
+        tinted = tint(HeatMap(view, weights), limit=1)
+        assert tinted[0, 39].argmax() == channel and tinted[39, 0].tolist() == [0.5] * 3
+    assert tint(HeatMap(view, corner * 0), limit=0).tolist() == view.tolist()
+
+
+def test_what_the_font_lacks_is_named() -> None:
+    assert readable("yay🎉️!") == "yay[party popper]…"
+    assert readable("http://t.co/k5bdsbEr8G") == "http://t.co/k5bds…"
+    assert readable("好日") == "□□" and readable("👍🏽") == "[thumbs up sign]□"
+
+
+@pytest.mark.parametrize(
+    ("fields", "image", "text", "sentence"),
+    [
+        ({}, None, "text", "This model needs a picture."),
+        ({}, None, None, "This model needs a picture and a text."),
+        ({"modality": "text"}, None, None, "This model needs a text."),
+        ({}, "missing.jpg", "text", "There is no picture 'missing.jpg'."),
+    ],
+)
+def test_what_is_missing_is_said(make: Callable, fields: dict, image: Any, text: Any, sentence: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        explain.explain(*make(**fields), image, text)
+    assert str(caught.value) == sentence
+
+
+def test_on_the_command_line(make: Callable, picture: Image.Image, tmp_path: Path) -> None:
+    model, processor = make(clip_mode="encoder")
+    model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    picture.save(tmp_path / "post.png")
+    arguments = [str(tmp_path / "checkpoint"), "--text", TEXT, "--image"]
+    command = [sys.executable, "-I", str(SCRIPT), *arguments, "post.png", "-o", "out.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == explain.summary(explain.explain(model, processor, picture, TEXT))
+    assert Image.open(tmp_path / "out.png").width > 1500
+    with pytest.raises(SystemExit, match="There is no picture 'nothing.png'."):
+        explain.main([*arguments, "nothing.png"])

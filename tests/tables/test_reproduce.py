@@ -1,0 +1,317 @@
+"""The runner of the tables: rows, configs, runs that are killed, fail or are chosen, and the smoke test itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from clipcacg.scripts.baselines import SYSTEMS
+from clipcacg.scripts.data import mvsa
+from clipcacg.scripts.tables import rows as comparison
+from clipcacg.scripts.tables import runs as reproduce
+from clipcacg.scripts.tables.rendering import PREDICTIONS_FILE, RUNS_FILE, read_lines
+from clipcacg.scripts.tables.rows import ROWS, folds_of, parse, short_hash
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce.py"
+
+
+@pytest.fixture(autouse=True)
+def noise_as_before() -> Iterator[None]:
+    """The script silences bars, and lets its logger speak; the next test starts without."""
+    yield
+    reproduce.transformers.utils.logging.enable_progress_bar()
+    reproduce.datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def flags(posts_folder: Path, backbones: Path, tmp_path: Path) -> list[str]:
+    """The smoke test on fewer posts, and with one seed."""
+    names = [word for part in ("text", "vision", "clip") for word in (f"--{part}_model", str(backbones / part))]
+    caps = ["--max_train_samples", "48", "--max_eval_samples", "12", "--num_train_epochs", "1"]
+    output = ["--output_dir", str(tmp_path / "results"), "--seeds", "1"]
+    return ["--smoke", "--data_dir", str(posts_folder), *names, *caps, *output]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return read_lines(folder / "results" / RUNS_FILE)
+
+
+def with_config(folder: Path, **keys: Any) -> list[str]:
+    """The sample's config with more keys, as a file of its own."""
+    config = yaml.safe_load((comparison.CONFIGS / "sample.yaml").read_text()) | keys
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return ["--config", str(folder / "config.yaml")]
+
+
+def test_the_rows_are_those_of_the_tables() -> None:
+    table3 = [name for name, row in ROWS.items() if 3 in row.tables]
+    table4 = [row.label for row in ROWS.values() if 4 in row.tables]
+    assert table4 == ["V only", "T only", "w/o Clip", "w/o CA", "w/o CG", "CLIP-CA-CG"]
+    *floors, concatenation = table3[:5]
+    assert floors == ["majority", "regression_text", "regression_image", "regression_both"]
+    assert concatenation == "concatenation" and table3[5:-1] == list(SYSTEMS)[:-1] and table3[-1] == "full"
+    for name in table3[5:-1]:
+        assert (ROWS[name].fidelity, ROWS[name].published) == (SYSTEMS[name].fidelity, SYSTEMS[name].published)
+        assert ROWS[name].substitutions
+
+
+def test_an_ablation_is_one_field_of_the_full_model() -> None:
+    settings = parse(["--smoke", "--use_gating", "False"])[1]
+    full = settings.for_row("full").model
+    assert (full.use_gating, full.use_cross_attention, full.modality, full.clip_mode) == (
+        True,
+        True,
+        "both",
+        "encoder",
+    )
+    changes = {
+        "image_only": ("modality", "image"), "text_only": ("modality", "text"), "no_clip": ("clip_mode", "none"),
+        "no_cross_attention": ("use_cross_attention", False), "no_gating": ("use_gating", False),
+    }  # fmt: skip
+    for name, (key, value) in changes.items():
+        assert vars(settings.for_row(name).model) == {**vars(full), key: value}
+
+
+def test_flags_override_the_config_and_both_are_checked(tmp_path: Path) -> None:
+    own, settings = parse([*with_config(tmp_path, tuning={"dropout": [0.1, 0.2]}), "--learning_rate", "0.5"])
+    assert (settings.training.learning_rate, settings.training.save_strategy, own.seeds) == (0.5, "no", 3)
+    assert settings.training.output_dir == str(comparison.RESULTS / "config") and settings.grid == {}
+    assert parse(["--smoke"])[1].training.output_dir == "outputs/smoke"
+    faults = {
+        "--rows nobody": "no nobody", "--rows image_only --table 3": "none of these rows", "--seeds 0": "at least 1",
+        "--clip_mode none": "row of Table IV", "--augment": "cached", "--model_name_or_path x": "same backbones",
+        "--trials": "key tuning",
+    }  # fmt: skip
+    for words, message in faults.items():
+        with pytest.raises(ValueError, match=message):
+            parse(["--smoke", *words.split()])
+    for keys, message in (({"tuning": {"seed": [1]}}, "seed"), ({"systems": {"x": {}}}, "x"), ({"rate": 1}, "rate")):
+        with pytest.raises(ValueError, match=f"nothing is called {message}"):
+            parse(with_config(tmp_path, **keys))
+
+
+def test_folds() -> None:
+    def folds(*words: str) -> list[int | None]:
+        own, settings = parse(["--smoke", *words])
+        return folds_of(own, settings.data)
+
+    assert folds() == [None] and folds("--splits", "cheema") == list(range(1, 11))
+    assert folds("--splits", "cheema:3") == [3] and folds("--splits", "cheema", "--folds", "5,1-2") == [1, 2, 5]
+    for wrong in ("0-3", "11", "a", "3-1"):
+        with pytest.raises(ValueError, match="such as 1-10"):
+            folds("--splits", "cheema", "--folds", wrong)
+    with pytest.raises(ValueError, match="those of --splits cheema"):
+        folds("--folds", "1")
+
+
+def test_what_makes_a_run_another_one() -> None:
+    def hashes(*words: str) -> dict[str, str]:
+        settings = parse(["--smoke", *words])[1]
+        return {name: short_hash(settings.describe(name)) for name in ROWS}
+
+    def changed(*words: str) -> set[str]:
+        return {name for name, value in hashes(*words).items() if value != plain[name]}
+
+    plain, floors = hashes(), {name for name, row in ROWS.items() if row.floor}
+    assert len(set(plain.values())) == len(ROWS)
+    assert not changed("--output_dir", "x", "--seed", "7", "--logging_steps", "3", "--use_cpu", "False")
+    assert changed("--learning_rate", "0.3") == ROWS.keys() - floors
+    assert changed("--hidden_size", "32") == {name for name, row in ROWS.items() if row.fields}
+    assert changed("--text_model", "x") == ROWS.keys() - {"majority"}
+    assert changed("--word_vectors", "x") == set(comparison.WORD_VECTORS)
+
+
+def test_what_the_grid_holds_is_not_asked_of_the_config(tmp_path: Path) -> None:
+    words = [*with_config(tmp_path, tuning={"learning_rate": [0.1], "dropout": [0.2, 0.3]}), "--trials"]
+
+    def hashed(*more: str) -> str:
+        return short_hash(parse([*words, *more])[1].describe("full"))
+
+    assert hashed() == hashed("--learning_rate", "0.7", "--dropout", "0.5") != hashed("--num_train_epochs", "7")
+
+
+def test_a_killed_command_goes_on_without_repeating_a_run(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        *flags,
+        "--rows",
+        "majority",
+        "text_only",
+        "--seeds",
+        "3",
+        "--table",
+        "3",
+        "4",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while len(lines(tmp_path)) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    path = tmp_path / "results" / RUNS_FILE
+    with path.open("ab") as file:
+        file.write(b'{"run": "broken o')  # as if it had been killed while it wrote
+    before, known = path.read_bytes(), {line["run"] for line in lines(tmp_path)}
+    assert len(known) < 4 and not (tmp_path / "results/table4.md").exists()
+    reproduce.main(command[2:])
+    after = lines(tmp_path)
+    assert path.read_bytes().startswith(before) and known < {line["run"] for line in after}
+    assert sorted((line["row"], line["seed"] or 0) for line in after) == [
+        ("majority", 0), ("text_only", 42), ("text_only", 43), ("text_only", 44),
+    ]  # fmt: skip
+    printed, page = capsys.readouterr().out, (tmp_path / "results/table4.md").read_text()
+    assert page.startswith("# Smoke test, not a result. Table IV") and "±" in page and page in printed
+
+
+def test_what_is_done_is_not_trained_again(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [*flags, "--rows", "text_only", "majority"]
+    reproduce.main(arguments)
+    (line, floor), results = sorted(lines(tmp_path), key=lambda line: line["row"], reverse=True), tmp_path / "results"
+    assert (line["seed"], floor["seed"], line["posts"]) == (42, None, {"train": 48, "validation": 12, "test": 12})
+    answer = next(entry for entry in read_lines(results / PREDICTIONS_FILE) if entry["run"] == line["run"])
+    right = [label == prediction for label, prediction in zip(answer["label"], answer["prediction"], strict=True)]
+    assert sum(right) / 12 == pytest.approx(line["metrics"]["test"]["accuracy"]) and len(set(answer["id"])) == 12
+    assert line["parameters"]["trainable"] == line["parameters"]["total"] > 0 and line["seconds"] > 0
+    assert {path.suffix for path in results.iterdir()} == {".md", ".csv", ".png", ".jsonl"}
+
+    trained = []
+    real = reproduce.run
+    monkeypatch.setattr(reproduce, "run", lambda name, *rest: trained.append(name) or real(name, *rest))
+    reproduce.main(arguments)
+    assert trained == [] and len(lines(tmp_path)) == 2
+    reproduce.main([*arguments, "--learning_rate", "0.002"])
+    reproduce.main([*arguments, "--max_train_samples", "40"])
+    reproduce.main([*arguments, "--splits", "random", "--group_duplicates"])
+    assert trained == ["text_only", "majority", "text_only", "majority", "text_only"]
+    page = (results / "table4.md").read_text()  # three protocols of one config, and the other config is not in it
+    assert page.count("## ") == 3 and "group duplicates" in page and page.count("| T only") == 3
+
+
+def test_a_row_that_fails_lets_the_others_go_on(flags: list[str], backbones: Path, tmp_path: Path) -> None:
+    vectors, results = tmp_path / "glove", tmp_path / "results"
+    arguments = [*flags, "--rows", "majority", "mvan", "text_only", "--word_vectors", str(vectors)]
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        reproduce.main(arguments)
+    errors = {line["row"]: line.get("error", "") for line in lines(tmp_path)}
+    assert "glove" in errors["mvan"] and errors["majority"] == errors["text_only"] == ""
+    page = (results / "table3.md").read_text()
+    assert "0, 1 failed" in page and "- mvan: `" in page and "| Majority class" in page
+    vectors.symlink_to(backbones / "text")
+    reproduce.main(arguments)
+    assert [line["row"] for line in lines(tmp_path)] == ["majority", "mvan", "text_only", "mvan"]
+    page = (results / "table3.md").read_text()
+    assert "failed" not in page and "; text encoder: glove" in page
+
+
+def test_every_row_tries_the_grid_on_validation(flags: list[str], tmp_path: Path) -> None:
+    grid = {"learning_rate": [0.0, 0.01], "num_train_epochs": [2]}
+    arguments = [*flags, *with_config(tmp_path, tuning=grid), "--rows", "image_only", "regression_image", "--trials"]
+    reproduce.main([*arguments, "--seeds", "2"])
+    trials = [line for line in lines(tmp_path) if line["kind"] == "trial"]
+    runs = [line for line in lines(tmp_path) if line["row"] == "image_only" and line["kind"] == "run"]
+    assert [line["values"]["learning_rate"] for line in trials] == [0.0, 0.01]
+    assert all(line["metrics"].keys() == {"validation"} and line["seed"] == 42 for line in trials)
+    best = max(trials, key=lambda line: line["metrics"]["validation"]["accuracy"])
+    assert [line["values"] for line in runs] == [best["values"]] * 2 and [line["seed"] for line in runs] == [42, 43]
+    assert runs[0]["metrics"]["validation"] == best["metrics"]["validation"]
+    assert {line["trials"] for line in runs} == {2} and len(read_lines(tmp_path / "results" / PREDICTIONS_FILE)) == 3
+
+
+def test_the_best_epoch_is_measured(flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trainers = []
+    real = reproduce.make_trainer
+    monkeypatch.setattr(reproduce, "make_trainer", lambda *parts: trainers.append(real(*parts)) or trainers[-1])
+    more = ["--num_train_epochs", "6", "--learning_rate", "0.02", "--freeze_vision", "--early_stopping_patience", "3"]
+    reproduce.main([*flags, *more, "--rows", "image_only"])
+    (line,) = lines(tmp_path)
+    history = [
+        (entry["eval_accuracy"], -entry["epoch"]) for entry in trainers[0].state.log_history if "eval_loss" in entry
+    ]
+    accuracy, epoch = max(history)
+    assert (line["metrics"]["validation"]["accuracy"], line["best_epoch"]) == (accuracy, -epoch)
+    assert not list((tmp_path / "results").glob("checkpoint-*"))
+    assert line["parameters"]["trainable"] < line["parameters"]["total"]
+
+
+def test_the_kept_weights_are_copies_and_come_back() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    model[0].bias.requires_grad_(False)
+    best, state = reproduce.KeepBest("loss", greater_is_better=False), type("State", (), {"epoch": 1.0})
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    for epoch, loss in ((1.0, 0.5), (2.0, 0.5), (3.0, 0.7)):
+        state.epoch = epoch
+        best.on_evaluate(None, state, None, model=model, metrics={"eval_loss": loss})
+        with torch.no_grad():
+            model[0].weight += 1
+            model[1].running_mean += 1
+    best.restore(model)
+    assert best.epoch == 1.0 and best.state.keys() == kept.keys() - {"0.bias"}
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
+def test_folds_are_runs_of_one_section(
+    flags: list[str], posts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = sorted(path.stem for path in (posts_folder / "data").glob("*.txt"))
+    folds = [{"validation": ids[k : k + 10], "test": ids[k + 10 : k + 20]} for k in range(0, 100, 10)]
+    (tmp_path / "mvsa_single_cheema.json").write_text(json.dumps({"folds": folds}))
+    monkeypatch.setattr(mvsa, "SPLITS_FOLDER", tmp_path)
+    more = ["--splits", "cheema", "--folds", "2-3", "--rows", "majority", "regression_text"]
+    reproduce.main([*flags, *more])
+    found = lines(tmp_path)
+    assert [(line["row"], line["fold"]) for line in found] == [
+        ("majority", 2), ("regression_text", 2), ("majority", 3), ("regression_text", 3),
+    ]  # fmt: skip
+    page = (tmp_path / "results/table3.md").read_text()
+    assert page.count("## ") == 1 and "folds of cheema" in page and "±" in page
+
+
+def test_without_test_posts_validation_is_measured_and_the_title_says_so(
+    flags: list[str], posts_folder: Path, tmp_path: Path
+) -> None:
+    ids = [path.stem for path in (posts_folder / "data").glob("*.txt")]
+    (tmp_path / "held_back.json").write_text(json.dumps({"train": ids[:60], "validation": ids[60:90]}))
+    reproduce.main([*flags, "--splits", str(tmp_path / "held_back.json"), "--rows", "regression_both", "majority"])
+    assert {line["measured"] for line in lines(tmp_path)} == {"validation"}
+    page = (tmp_path / "results/table3.md").read_text()
+    assert page.startswith("# Smoke test, not a result. Table III: systems and floors, measured on VALIDATION posts\n")
+
+
+def test_a_system_of_two_inputs_on_cached_features(flags: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("vaderSentiment")
+    frozen = ["--freeze_text", "--freeze_vision", "--rows", "sentibank_sentistrength", "cnn_multi"]
+    reproduce.main([*flags, *frozen])
+    assert [set(line["metrics"]) for line in lines(tmp_path)] == [{"validation", "test"}] * 2
+    assert all(line["parameters"]["trainable"] < line["parameters"]["total"] for line in lines(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_the_smoke_test_of_both_tables(tmp_path: Path) -> None:
+    pytest.importorskip("vaderSentiment")
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--smoke"], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert time.monotonic() - started < 360
+    assert done.stdout.count("# Smoke test, not a result") == 2
+    found = read_lines(tmp_path / "outputs/smoke" / RUNS_FILE)
+    assert {line["row"] for line in found} == ROWS.keys() and not any("error" in line for line in found)
+    for table in (3, 4):
+        for suffix in ("md", "csv", "png"):
+            assert (tmp_path / f"outputs/smoke/table{table}.{suffix}").is_file()

@@ -1,0 +1,78 @@
+"""The ONNX file says what the model says, whatever the number of posts and tokens."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from inputs import TRANSFORMER, make_inputs
+
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
+
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+from clipcacg.scripts import export_onnx  # noqa: E402
+
+ONE_LAYER = {**TRANSFORMER, "num_hidden_layers": 1}
+BOTH = ["input_ids", "attention_mask", "pixel_values"]
+CLIP = ["clip_input_ids", "clip_attention_mask", "clip_pixel_values"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        pytest.param({}, BOTH + CLIP, id="encoder"),
+        pytest.param({"clip_mode": "feature"}, BOTH, id="feature", marks=pytest.mark.slow),
+        pytest.param({"clip_mode": "none"}, BOTH, id="none", marks=pytest.mark.slow),
+        pytest.param({"modality": "text"}, BOTH[:2], id="text", marks=pytest.mark.slow),
+        pytest.param({"modality": "image"}, BOTH[2:], id="image"),
+    ],
+)
+def test_the_file_gives_the_models_logits(
+    tiny_config: Callable[..., ClipCaCgConfig], fields: dict[str, str], names: list[str], tmp_path: Path
+) -> None:
+    text = {"model_type": "roberta", "vocab_size": 60, "max_position_embeddings": 42, **ONE_LAYER}
+    model = ClipCaCgForSequenceClassification(tiny_config(text_config=text, **fields)).eval()
+    example = make_inputs([6, 2], [5, 3])
+    file = tmp_path / "model.onnx"
+    export_onnx.export(model, {name: example[name] for name in names}, file)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(file)
+    assert {given.name: given.shape[:2] for given in session.get_inputs()} == {
+        name: ["batch", 3 if "pixel" in name else "clip_text_len" if "clip" in name else "text_len"] for name in names
+    }
+    for lengths, clip_lengths in (([9, 5, 1], [7, 4, 2]), ([1], [2]), ([3] * 7, [2] * 7), ([40, 1], [20, 4])):
+        inputs = make_inputs(lengths, clip_lengths)
+        inputs["attention_mask"][0, 0] = 0  # padding on the left too, and the text of one token is all padding
+        inputs = {name: inputs[name] for name in names}
+        assert export_onnx.largest_difference(model, inputs, file) < export_onnx.TOLERANCE
+
+
+def test_an_exported_gru_is_one_operator_and_no_other_is_touched(
+    tiny_config: Callable[..., ClipCaCgConfig], tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    text = {"model_type": "distilbert", "vocab_size": 60, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24}
+    model = ClipCaCgForSequenceClassification(tiny_config(text_config=text, modality="text")).eval()
+    example = {name: make_inputs([6, 2], [5, 3])[name] for name in BOTH[:2]}
+    before, state = model(**example).logits, {name: value.clone() for name, value in model.state_dict().items()}
+    export_onnx.export(model, example, tmp_path / "model.onnx")
+    operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert operators.count("GRU") == 2 and not {"Loop", "Scan"} & set(operators)
+    assert torch.equal(model(**example).logits, before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_the_script(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file is there; a file that says something else ends it with an error."""
+    monkeypatch.setattr(export_onnx, "TOLERANCE", -1.0)  # no difference is as small
+    with pytest.raises(SystemExit, match="is not the model"):
+        export_onnx.main([str(checkpoint), "-o", str(tmp_path / "new/model.onnx")])
+    assert (tmp_path / "new/model.onnx").is_file() and "on 5 other posts" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["export_onnx.py"])
+    with pytest.raises(SystemExit, match="export_onnx.py: "):
+        export_onnx.main([str(tmp_path / "nothing")])
