@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 from transformers import HfArgumentParser, TorchAoConfig
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
@@ -28,7 +27,7 @@ from clipcacg.scripts.training.evaluation import labelled_posts
 from clipcacg.scripts.training.metrics import load_metric, score
 
 # A module that is in neither of them, as a regular expression: the form in which a checkpoint keeps it.
-NOT_A_TEXT_TOWER = r"(?!.*\b(text_branch\.encoder|interaction\.text_model)\.).*"
+NOT_A_TEXT_TOWER = r"(?!.*\b(text_branch\.backbone|interaction\.clip_text)\.).*"
 
 
 @dataclass
@@ -46,6 +45,8 @@ def quantize(checkpoint: str) -> ClipCaCgForSequenceClassification:
     Raises:
         ValueError: If it reads no text.
     """
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig  # an optional extra
+
     settings = TorchAoConfig(Int8DynamicActivationInt8WeightConfig(), modules_to_not_convert=[NOT_A_TEXT_TOWER])
     model = ClipCaCgForSequenceClassification.from_pretrained(
         checkpoint, dtype=torch.float32, quantization_config=settings

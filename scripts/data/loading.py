@@ -1,20 +1,17 @@
-"""Posts from anywhere in one form, and a model's outputs as lines that a person or a program reads."""
+"""Load posts from any source in one form."""
 
 import io
-import json
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import datasets
-import torch
 from huggingface_hub.constants import HF_HOME
 
-from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.scripts.data.mvsa import load_mvsa, split_mvsa
 from clipcacg.scripts.data.sample import make_sample
 
@@ -238,28 +235,3 @@ def picture(value: Any) -> Any:
     file = io.BytesIO(value["bytes"])
     file.name = value["path"] or "A picture"
     return file
-
-
-def prediction(post_id: str, scores: torch.Tensor, config: ClipCaCgConfig) -> dict[str, Any]:
-    """What is written of one post: {id, label, probabilities} or, for a regression, {id, value}.
-
-    Args:
-        post_id: Goes into the line as it is.
-        scores: (labels,), the logits of the post.
-        config: Names the labels.
-    """
-    if is_regression(config):
-        return {"id": post_id, "value": round(scores.item(), 6)}
-    probabilities = scores.float().softmax(dim=-1).tolist()
-    named = {config.id2label[index]: round(value, 6) for index, value in enumerate(probabilities)}
-    return {"id": post_id, "label": max(named, key=named.get), "probabilities": named}
-
-
-def is_regression(config: ClipCaCgConfig) -> bool:
-    """Whether the model predicts a value, by transformers' own rule."""
-    return config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
-
-
-def write_line(file: TextIO, line: dict[str, Any]) -> None:
-    """Write one JSON line."""
-    file.write(json.dumps(line, ensure_ascii=False) + "\n")
