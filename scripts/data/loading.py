@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 from huggingface_hub.constants import HF_HOME
@@ -53,7 +53,9 @@ class DataArguments:
     )
     split_seed: int = field(default=42, metadata={"help": "Seed of a random split."})
     group_duplicates: bool = field(default=False, metadata={"help": "Keep duplicate posts in one split."})
-    on_error: str = field(default="raise", metadata={"help": "raise, or skip to leave faulty posts out."})
+    on_error: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "raise, or skip to leave faulty posts out."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many posts only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Validate and test on that many posts only."})
 

@@ -96,8 +96,8 @@ def split_name(arguments: DataArguments, posts: datasets.DatasetDict) -> str:
 
 
 def split_settings(arguments: DataArguments) -> dict[str, Any]:
-    """The other flags that decide which posts a split holds, those that were set and have an effect."""
-    names = ["max_train_samples", "max_eval_samples"] + ([] if arguments.dataset_name else ["group_duplicates"])
+    """The other flags that decide which posts a split holds, those that were set."""
+    names = ["max_train_samples", "max_eval_samples", "group_duplicates"]
     return {name: value for name in names if (value := getattr(arguments, name))}
 
 

@@ -16,13 +16,12 @@ from PIL import Image
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts import evaluate_checkpoint, train
 from clipcacg.scripts.data import mvsa
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.data.mvsa import MvsaDataError, load_mvsa, split_mvsa
 from clipcacg.scripts.reporting import predictions as predict
-from clipcacg.scripts.training import evaluation as evaluate_checkpoint
-from clipcacg.scripts.training import run as train
 
 # The same examples on every machine; a slow one is no fault.
 FIXED = settings(

@@ -9,17 +9,17 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from inputs import flags, results
 from PIL import Image
-from test_train import flags, results
 from transformers import BertweetTokenizer
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts import train
 from clipcacg.scripts.data import features as feature_cache
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.features import FEATURES, cache_features, key
 from clipcacg.scripts.data.loading import DataArguments, load_posts
-from clipcacg.scripts.training import run as train
 
 MODES = {
     "encoder": {},

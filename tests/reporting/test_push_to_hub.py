@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 from clipcacg.configuration_clipcacg import AUTO_MAP, ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts import train
 from clipcacg.scripts.reporting import hub as push_to_hub
 from clipcacg.scripts.reporting.hub import PushError, push_checkpoint
 from clipcacg.scripts.reporting.model_card import write_model_card
 from clipcacg.scripts.reporting.run_facts import RunFacts
-from clipcacg.scripts.training import run as train
 
 ROOT = Path(__file__).parents[2]
 TOKEN, STRANGER = "hf_" + "owner" * 7, "hf_" + "other" * 7
@@ -43,7 +43,7 @@ PUSHED = {
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content")  # huggingface_hub's own
 RUN = """
 import json, sys
-from clipcacg.scripts.training import run as train
+from clipcacg.scripts import train
 for arguments in json.loads(sys.argv[1]):
     try:
         train.main(arguments)
