@@ -16,7 +16,7 @@ import torch
 from test_train import flags
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel
-from clipcacg.scripts.reporting import predictions as predict
+from clipcacg.scripts import predict
 from clipcacg.scripts.reporting.report import escape_markdown, markdown_table, wrap_markdown
 from clipcacg.scripts.training import evaluation as evaluate_checkpoint
 from clipcacg.scripts.training import run as train
