@@ -18,7 +18,7 @@ HISTORY = [
     {"loss": 0.7, "epoch": 2.0, "step": 4},
     {"eval_loss": 1.2, "eval_accuracy": 0.6, "eval_f1": 0.5, "epoch": 2.0, "step": 4},
     {"train_runtime": 3.0, "train_loss": 0.9, "epoch": 2.0, "step": 4},
-    {"eval_loss": 1.0, "eval_accuracy": 0.5, "eval_f1": 0.4, "epoch": 2.0, "step": 4},  # the best checkpoint, evaluated again
+    {"eval_loss": 1.0, "eval_accuracy": 0.5, "eval_f1": 0.4, "epoch": 2.0, "step": 4},  # the best one again
 ]
 
 
