@@ -17,7 +17,7 @@ from test_train import flags
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel
 from clipcacg.scripts import predict
-from clipcacg.scripts.reporting.report import escape_markdown, markdown_table, wrap_markdown
+from clipcacg.scripts.reporting.tables import escape_markdown, markdown_table
 from clipcacg.scripts.training import evaluation as evaluate_checkpoint
 from clipcacg.scripts.training import run as train
 
@@ -142,10 +142,10 @@ def test_no_script_runs_them(
             train.main([*flags(posts_folder, backbones, tmp_path / "out"), "--model_name_or_path", str(trapped)])
         elif script == "explain":
             pytest.importorskip("captum")
-            pytest.importorskip("explain").main([str(trapped), *post])
+            pytest.importorskip("clipcacg.scripts.explain").main([str(trapped), *post])
         elif script == "demo":
             pytest.importorskip("gradio")
-            pytest.importorskip("demo").build_demo(str(trapped))
+            pytest.importorskip("clipcacg.scripts.reporting.page").build_demo(str(trapped))
         else:
             names = shutil.copytree(backbones, tmp_path / "backbones")
             (names / "text/model.safetensors").unlink()
@@ -236,6 +236,6 @@ def rendered(text: str) -> str:
 def test_markup_in_names_stays_text_in_tables_and_lines() -> None:
     table = rendered(markdown_table([["Name", "Value"], [MARKUP, MARKUP]]))
     assert set(Tags(table).found) <= {"table", "thead", "tbody", "tr", "th", "td"} and table.count("<td>") == 2
-    line = rendered(wrap_markdown(f"A label {escape_markdown(MARKUP)} in a line"))
+    line = rendered(f"A label {escape_markdown(MARKUP)} in a line")
     assert Tags(line).found == ["p"]
     assert set(Tags(rendered(MARKUP)).found) >= {"script", "img"}  # it would be markup otherwise
