@@ -145,7 +145,7 @@ def test_no_script_runs_them(
             pytest.importorskip("clipcacg.scripts.explain").main([str(trapped), *post])
         elif script == "demo":
             pytest.importorskip("gradio")
-            pytest.importorskip("clipcacg.scripts.reporting.page").build_demo(str(trapped))
+            pytest.importorskip("clipcacg.scripts.demo").main([str(trapped)])
         else:
             names = shutil.copytree(backbones, tmp_path / "backbones")
             (names / "text/model.safetensors").unlink()
