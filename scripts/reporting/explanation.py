@@ -374,14 +374,15 @@ def strongest(attribution: Attribution) -> float:
     return float(max((np.abs(heat_map.weights).max() for heat_map in attribution.regions.values()), default=0))
 
 
+Panel = Callable[[Axes], None] | None
+
+
 def draw(explanation: Explanation) -> Figure:
     """Draw the figure: columns for the post, for each direction of the attention, and for the attribution.
 
     Images are in the upper row, words in the lower one; panels that the model does not have are left out.
     """
-    columns = [post_column(explanation)]
-    columns += [attention_column(explanation, side) for side in explanation.attention]
-    columns += attribution_columns(explanation)
+    columns = build_columns(explanation)
     rows = [row for row in (0, 1) if any(column[row] for column in columns)]
     figure = Figure(figsize=(4.2 * len(columns), 4.4 * len(rows)), dpi=110, layout="constrained")
     total, difference = explanation.attribution.total, explanation.attribution.difference
@@ -398,44 +399,31 @@ def draw(explanation: Explanation) -> Figure:
     return figure
 
 
-Column = tuple[Callable[[Axes], None] | None, Callable[[Axes], None] | None]
-
-
-def post_column(explanation: Explanation) -> Column:
-    """The image, and below it the prediction with the gate and lambda."""
-    image = None
+def build_columns(explanation: Explanation) -> list[tuple[Panel, Panel]]:
+    """The upper and the lower panel of each column of the figure."""
+    image: Panel = None
     if explanation.view is not None:
         image = partial(show, image=explanation.view, title="The image as the vision encoder sees it")
-    return image, partial(draw_scores, explanation=explanation)
-
-
-def attention_column(explanation: Explanation, side: str) -> Column:
-    """Image regions and words that one side attends to."""
-    attention = explanation.attention[side]
-    regions, words = attention.shares["image"], attention.shares["words"]
-    peak = attention.regions.weights.max() / attention.regions.weights.mean()
-    heading = f"ATTENTION of the {side}"
-    title = f"{heading} to image regions\n{regions:.0%} of it; strongest: {peak:.1f} x the average"
-    style = {"title": f"{heading} to words\n{words:.0%} of it; other tokens: {1 - regions - words:.0%}"}
-    return (
-        partial(show, image=light_up(attention.regions), title=title),
-        partial(draw_words, words=explanation.words, weights=attention.words, colours=(GOLD, GOLD), **style),
-    )
-
-
-def attribution_columns(explanation: Explanation) -> list[Column]:
-    """What moved the score: a map per encoder that sees the image, and the words below the first map."""
+    columns: list[tuple[Panel, Panel]] = [(image, partial(draw_scores, explanation=explanation))]
+    bars = partial(draw_words, words=explanation.words)
+    for side, attention in explanation.attention.items():
+        heading, shares, weights = f"ATTENTION of the {side}", attention.shares, attention.regions.weights
+        peak, others = weights.max() / weights.mean(), 1 - shares["image"] - shares["words"]
+        title = f"{heading} to image regions\n{shares['image']:.0%} of it; strongest: {peak:.1f} x the average"
+        regions = partial(show, image=light_up(attention.regions), title=title)
+        title = f"{heading} to words\n{shares['words']:.0%} of it; other tokens: {others:.0%}"
+        columns.append((regions, partial(bars, weights=attention.words, colours=(GOLD, GOLD), title=title)))
     found = explanation.attribution
     heading = f"ATTRIBUTION to {readable(explanation.predicted)!r}\nby integrated gradients\n"
     maps = []
     for encoder, regions in found.regions.items():
         title = f"{heading}image regions, through {encoder}: {regions.weights.sum():+.2f}"
         maps.append(partial(show, image=tint(regions, strongest(found)), title=title))
-    words = None
+    words: Panel = None
     if found.words is not None:
-        style = {"title": f"{heading}words: {found.words.sum():+.2f}; red for, blue against", "colours": (RED, BLUE)}
-        words = partial(draw_words, words=explanation.words, weights=found.words, **style)
-    return list(zip_longest(maps, [words]))
+        title = f"{heading}words: {found.words.sum():+.2f}; red for, blue against"
+        words = partial(bars, weights=found.words, colours=(RED, BLUE), title=title)
+    return columns + list(zip_longest(maps, [words]))
 
 
 def show(axes: Axes, image: np.ndarray, title: str) -> None:
