@@ -276,9 +276,16 @@ def page(request: pytest.FixtureRequest, browser: Any, server: str) -> Iterator[
     context.close()
 
 
+def wait_for_images(page: Any) -> None:
+    """Wait for four marked images; the browser loads the last one only once it is in view."""
+    last = page.get_by_alt_text("The marked image").nth(3)
+    last.evaluate("element => element.scrollIntoView()", timeout=60_000)
+    last.wait_for(timeout=60_000)
+
+
 def check_answer(page: Any, tmp_path: Path) -> None:
     """A label, the words as they were typed, and four marked images."""
-    page.get_by_alt_text("The marked image").nth(3).wait_for(timeout=60_000)
+    wait_for_images(page)
     assert page.locator("[data-testid=label-output-value]").inner_text() in ("negative", "neutral", "positive")
     for words in page.locator(".textfield").all():
         assert words.inner_text().split() == TEXT.split()
@@ -334,4 +341,4 @@ def test_bad_files_and_examples(page: Any, posts: Path, tmp_path: Path) -> None:
     page.get_by_role("button", name="Draw an example").click()
     page.locator("img[src*='image.webp']").wait_for()
     page.get_by_role("button", name="Analyze").click()
-    page.get_by_alt_text("The marked image").nth(3).wait_for(timeout=60_000)
+    wait_for_images(page)
