@@ -17,9 +17,10 @@ from accelerate import PartialState
 
 from clipcacg.scripts.data.errors import one_sentence, set_up_logging
 from clipcacg.scripts.data.loading import label_names
-from clipcacg.scripts.reporting.report import plot_confusion_matrix, results_table
+from clipcacg.scripts.reporting.plots import plot_confusion_matrix
+from clipcacg.scripts.reporting.predictions import load_checkpoint
+from clipcacg.scripts.reporting.tables import results_table
 from clipcacg.scripts.training.evaluation import evaluate_posts, labelled_posts, parse_arguments
-from clipcacg.scripts.training.run import load_checkpoint
 
 
 @dataclass

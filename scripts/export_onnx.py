@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from clipcacg.scripts.data.errors import add_debug_flag, one_sentence, set_up_logging
+from clipcacg.scripts.reporting.predictions import load_checkpoint
 from clipcacg.scripts.training.onnx_export import example, export, largest_difference
-from clipcacg.scripts.training.run import load_checkpoint
 
 TOLERANCE = 1e-4
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence(argv):
         model, processor = load_checkpoint(arguments.checkpoint, dtype=torch.float32)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        export(model.eval(), example(model, processor, ["What a lovely morning!", "no"]), arguments.output)
+        export(model, example(model, processor, ["What a lovely morning!", "no"]), arguments.output)
         texts = ["", "The train is late, and it rains again. " * 2, "fine", "so happy today", "a"]
         others = example(model, processor, texts)
         difference = largest_difference(model, others, arguments.output)

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, one_sentence, set_up_logging
 from clipcacg.scripts.data.loading import label_names
+from clipcacg.scripts.reporting.predictions import load_checkpoint
 from clipcacg.scripts.training.evaluation import labelled_posts, parse_arguments
 from clipcacg.scripts.training.quantization import compare, quantize, summary
-from clipcacg.scripts.training.run import load_checkpoint
 
 
 @dataclass
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         quantized.save_pretrained(arguments.output)
         processor.save_pretrained(arguments.output)
         batches = DataLoader(posts, arguments.batch_size, collate_fn=PostCollator(processor, original.config))
-        results = compare({"float32": original.eval(), "int8": quantized}, batches)
+        results = compare({"float32": original, "int8": quantized}, batches)
     print(summary(results, torch.tensor(posts["label"]).numpy(), label_names({"": posts})))
 
 

@@ -11,7 +11,7 @@ from clipcacg.processing_clipcacg import NO_LIMIT
 from clipcacg.scripts.data.loading import SPLIT_NAMES, DataArguments, label_names
 from clipcacg.scripts.data.sample import MARKER
 from clipcacg.scripts.reporting.model_card import write_model_card
-from clipcacg.scripts.reporting.report import (
+from clipcacg.scripts.reporting.plots import (
     CONFUSION_MATRIX_FILE,
     CURVES_FILE,
     plot_confusion_matrix,

@@ -25,8 +25,8 @@ from clipcacg.scripts.data.features import FEATURES, FeatureStore, cache_feature
 from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, label_names, load_posts
 from clipcacg.scripts.data.sample import make_tiny_backbones
 from clipcacg.scripts.reporting.hub import check_repo_id, push_checkpoint
-from clipcacg.scripts.reporting.predictions import prediction_line, write_line
-from clipcacg.scripts.reporting.report import results_table
+from clipcacg.scripts.reporting.predictions import load_checkpoint, prediction_line, write_line
+from clipcacg.scripts.reporting.tables import results_table
 from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
 from clipcacg.scripts.training.metrics import load_metric, score
 from clipcacg.scripts.training.trainer import SentimentTrainer
@@ -80,22 +80,6 @@ def checkpoint_config(name: str) -> ClipCaCgConfig:
         return ClipCaCgConfig.from_pretrained(name)
 
 
-def load_checkpoint(name: str, **settings: Any) -> tuple[ClipCaCgForSequenceClassification, ClipCaCgProcessor]:
-    """Load a model and its processor.
-
-    Args:
-        name: Folder or Hub name.
-        settings: Keywords of the model's `from_pretrained`.
-
-    Raises:
-        InputError: If they cannot be loaded.
-    """
-    checkpoint_config(name)
-    with as_input_error(f"The checkpoint {name} cannot be loaded", OSError, ValueError, SafetensorError):
-        model = ClipCaCgForSequenceClassification.from_pretrained(name, **settings)
-        return model, ClipCaCgProcessor.from_pretrained(name)
-
-
 def build(
     arguments: ModelArguments, is_sample: bool, names: list[str] | None
 ) -> tuple[ClipCaCgForSequenceClassification, ClipCaCgProcessor]:
@@ -111,6 +95,7 @@ def build(
     """
     labels = label_fields(names)
     if arguments.model_name_or_path:
+        checkpoint_config(arguments.model_name_or_path)
         model, processor = load_checkpoint(
             arguments.model_name_or_path,
             dtype=torch.float32,

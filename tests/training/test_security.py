@@ -16,9 +16,8 @@ import torch
 from inputs import flags
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel
-from clipcacg.scripts import evaluate_checkpoint, train
-from clipcacg.scripts.reporting import predictions as predict
-from clipcacg.scripts.reporting.report import escape_markdown, markdown_table, wrap_markdown
+from clipcacg.scripts import evaluate_checkpoint, predict, train
+from clipcacg.scripts.reporting.tables import escape_markdown, markdown_table
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted([*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py")])
@@ -235,6 +234,6 @@ def rendered(text: str) -> str:
 def test_markup_in_names_stays_text_in_tables_and_lines() -> None:
     table = rendered(markdown_table([["Name", "Value"], [MARKUP, MARKUP]]))
     assert set(Tags(table).found) <= {"table", "thead", "tbody", "tr", "th", "td"} and table.count("<td>") == 2
-    line = rendered(wrap_markdown(f"A label {escape_markdown(MARKUP)} in a line"))
+    line = rendered(f"A label {escape_markdown(MARKUP)} in a line")
     assert Tags(line).found == ["p"]
     assert set(Tags(rendered(MARKUP)).found) >= {"script", "img"}  # it would be markup otherwise

@@ -17,9 +17,8 @@ import torch
 from inputs import SCRIPTS, flags, results, table_of_images
 from safetensors.torch import load_file
 
-from clipcacg.scripts import train
+from clipcacg.scripts import predict, train
 from clipcacg.scripts.data.loading import DataArguments, load_posts
-from clipcacg.scripts.reporting import predictions as predict
 from clipcacg.scripts.training import record, run
 from clipcacg.scripts.training.arguments import parse_arguments
 
