@@ -9,6 +9,8 @@ from typing import Any
 from transformers import BatchFeature, Pipeline
 from transformers.utils import ModelOutput
 
+from .processing_clipcacg import label_scores
+
 NEEDED = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}
 
 
@@ -94,9 +96,8 @@ class ImageTextSentimentPipeline(Pipeline):
 
     def postprocess(self, model_outputs: ModelOutput, top_k: int | None = None) -> list[dict[str, Any]]:
         """Logits (1, labels) to labels with their probabilities, the likeliest first."""
-        config, logits = self.model.config, model_outputs["logits"][0].float()
-        regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
-        scores = logits if regression else logits.softmax(dim=-1)
+        config = self.model.config
+        scores = label_scores(model_outputs["logits"][0], config)
         order = scores.argsort(descending=True)[:top_k].tolist()
         return [{"label": config.id2label[index], "score": scores[index].item()} for index in order]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub.utils import httpx
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, BitImageProcessor
@@ -128,6 +129,32 @@ class ClipCaCgProcessor(ProcessorMixin):
             data |= self._process_pictures(arrays, {**kwargs, "return_tensors": return_tensors})
         return BatchFeature({name: data[name] for name in self.model_input_names if name in data})
 
+    @staticmethod
+    def post_process(logits: torch.Tensor, config: ClipCaCgConfig) -> list[dict[str, Any]]:
+        """Turn logits into answers, one per example.
+
+        Args:
+            logits: (batch, labels), as the model returns them.
+            config: Config of the model: its `task` chooses the rule, its `id2label` names the labels.
+
+        Returns:
+            For one label per example `{"label": str, "scores": {label: probability}}`, for several
+            `{"labels": [every label with a probability of 0.5 or more], "scores": {label: probability}}`, for a
+            regression `{"value": float}`.
+        """
+        answers: list[dict[str, Any]] = []
+        for row in label_scores(logits, config):
+            if config.task == "regression":
+                answers.append({"value": row.item()})
+                continue
+            scores = {config.id2label[index]: score for index, score in enumerate(row.tolist())}
+            if config.task == "multi_label_classification":
+                chosen = [label for label, score in scores.items() if score >= 0.5]
+                answers.append({"labels": chosen, "scores": scores})
+            else:
+                answers.append({"label": config.id2label[int(row.argmax())], "scores": scores})
+        return answers
+
     def _check_image_keywords(self, kwargs: dict[str, Any]) -> None:
         parts = [part for part in (self.image_processor, self.clip_image_processor) if part is not None]
         known = set().union(*(part.valid_kwargs.__annotations__ for part in parts))
@@ -216,6 +243,23 @@ class ClipCaCgProcessor(ProcessorMixin):
             raise OSError(f"{pretrained_model_name_or_path} has no CLIP tokenizer in its {subfolder}.") from error
         clip_image_processor = cls.get_possibly_dynamic_module(clip["image_processor_type"])(**clip)
         return [*args, clip_image_processor, clip_tokenizer]
+
+
+def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
+    """Turn logits into one score per label.
+
+    Args:
+        logits: (..., labels).
+        config: Config of the model; its `task` chooses the rule.
+
+    Returns:
+        (..., labels) in float32: probabilities that add up to 1 for one label per example, independent probabilities
+        for several labels, the predicted values themselves for a regression.
+    """
+    logits = logits.float()
+    if config.task == "regression":
+        return logits
+    return logits.sigmoid() if config.task == "multi_label_classification" else logits.softmax(dim=-1)
 
 
 def _within_limit(tokenizer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -400,4 +444,4 @@ def _tokenizer(model: str | Path) -> Any:
     return tokenizer
 
 
-__all__ = ["ClipCaCgProcessor"]
+__all__ = ["ClipCaCgProcessor", "label_scores"]

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 from transformers import HfArgumentParser, TorchAoConfig
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
@@ -46,6 +45,8 @@ def quantize(checkpoint: str) -> ClipCaCgForSequenceClassification:
     Raises:
         ValueError: If it reads no text.
     """
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig  # an optional extra
+
     settings = TorchAoConfig(Int8DynamicActivationInt8WeightConfig(), modules_to_not_convert=[NOT_A_TEXT_TOWER])
     model = ClipCaCgForSequenceClassification.from_pretrained(
         checkpoint, dtype=torch.float32, quantization_config=settings

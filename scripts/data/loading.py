@@ -1,6 +1,9 @@
 """Load posts from any source in one form."""
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,6 +20,17 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_FOLDER = Path(HF_HOME) / "clipcacg" / "sample"
 SPLIT_NAMES = {"dev": "validation", "val": "validation", "valid": "validation"}  # other names that data sets use
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:  # to go when every command uses the one of errors.py
+    try:
+        yield
+    except (FloatingPointError, OSError, ValueError) as error:
+        message = str(error)
+        if message.startswith("Caught ") and "DataLoader worker" in message:
+            message = message.rstrip().rpartition("\n")[2].partition(": ")[2]
+        sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import PartialState
@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.collator import PostCollator
-from clipcacg.scripts.data.loading import locate_picture, one_sentence, prediction, write_line
+from clipcacg.scripts.data.loading import locate_picture, one_sentence
 from clipcacg.scripts.data.mvsa import Fault, read_text
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,29 @@ def as_post(row: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
     post_id = row.get("id")
     image = locate_picture(row.get("image") or None, folder)
     return {"id": str(number if post_id is None else post_id), "text": row.get("text"), "image": image}
+
+
+def prediction_line(post_id: str, logits: torch.Tensor, config: ClipCaCgConfig) -> dict[str, Any]:
+    """The line that is written for one post.
+
+    Args:
+        post_id: The post's ID.
+        logits: (labels,), the model's output for the post.
+        config: Config of the model.
+
+    Returns:
+        {id, label, probabilities}; {id, labels, probabilities} for several labels; {id, value} for a regression.
+    """
+    answer = ClipCaCgProcessor.post_process(logits[None], config)[0]
+    if "value" in answer:
+        return {"id": post_id, "value": round(answer["value"], 6)}
+    scores = {label: round(score, 6) for label, score in answer.pop("scores").items()}
+    return {"id": post_id, **answer, "probabilities": scores}
+
+
+def write_line(file: TextIO, line: dict[str, Any]) -> None:
+    """Write one JSON line."""
+    file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 @dataclass
@@ -232,7 +256,7 @@ def predict_rows(
     return [
         {"id": str(row["id"]), "error": row["error"]}
         if "error" in row
-        else prediction(str(row["id"]), next(scores), model.config)
+        else prediction_line(str(row["id"]), next(scores), model.config)
         for row in rows
     ]
 

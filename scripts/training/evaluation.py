@@ -22,7 +22,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.collator import PostCollator
-from clipcacg.scripts.data.loading import DataArguments, is_regression, label_names, load_posts, one_sentence
+from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts, one_sentence
 from clipcacg.scripts.reporting.report import plot_confusion_matrix, results_table
 from clipcacg.scripts.training.metrics import load_metric, score
 from clipcacg.scripts.training.run import set_up_logging
@@ -58,7 +58,7 @@ def labelled_posts(
     if split not in posts:
         raise ValueError(f"There is no post in the split {split!r}; there are some in {', '.join(posts)}.")
     names, known = label_names(posts), [model.config.id2label[index] for index in range(model.config.num_labels)]
-    if (names is None) != is_regression(model.config):
+    if (names is None) != (model.config.task == "regression"):
         raise ValueError("The model and the data do not go together: one has classes, the other numbers.")
     if names is not None and not set(names) <= set(known):
         raise ValueError(f"The data has the labels {', '.join(names)}, the model {', '.join(known)}.")

@@ -37,12 +37,11 @@ from clipcacg.scripts.data.loading import (
     label_names,
     load_posts,
     one_sentence,
-    prediction,
-    write_line,
 )
 from clipcacg.scripts.data.sample import MARKER, make_tiny_backbones
 from clipcacg.scripts.reporting.hub import check_repo_id, push_checkpoint
 from clipcacg.scripts.reporting.model_card import write_model_card
+from clipcacg.scripts.reporting.predictions import prediction_line, write_line
 from clipcacg.scripts.reporting.report import (
     CONFUSION_MATRIX_FILE,
     CURVES_FILE,
@@ -332,7 +331,9 @@ def evaluate_splits(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> d
         trainer.save_metrics(prefix, {**output.metrics, **details})
         if trainer.is_world_process_zero():
             scores = torch.from_numpy(output.predictions)
-            lines = [prediction(*post, trainer.model.config) for post in zip(posts[split]["id"], scores, strict=True)]
+            lines = [
+                prediction_line(*post, trainer.model.config) for post in zip(posts[split]["id"], scores, strict=True)
+            ]
             with (Path(trainer.args.output_dir) / "predictions.jsonl").open("w", encoding="utf-8") as file:
                 for line in lines:
                     write_line(file, line)

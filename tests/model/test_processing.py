@@ -24,7 +24,7 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 
 from clipcacg import processing_clipcacg
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, label_scores
 from clipcacg.scripts.data.sample import make_tiny_backbones
 
 pytestmark = pytest.mark.filterwarnings("error")  # nothing that is tested here may warn
@@ -439,3 +439,25 @@ def test_a_size_may_be_a_pair_as_in_the_parts(processor: ClipCaCgProcessor, size
 def test_a_share_to_crop_counts_for_the_scale_of_decoding(processor: ClipCaCgProcessor) -> None:
     few, many = ({"size": {"shortest_edge": 64}, "crop_pct": share} for share in (0.5, 0.05))
     assert processor._needed_edge(few) == 128 and processor._needed_edge(many) == 1280
+
+
+@pytest.mark.parametrize(
+    ("fields", "scores", "answer"),
+    [
+        ({}, [0.6225, 0.3775], {"label": "a"}),
+        ({"problem_type": "multi_label_classification"}, [0.8808, 0.8176], {"labels": ["a", "b"]}),
+        ({"num_labels": 1, "id2label": None}, [2.0], {"value": 2.0}),
+    ],
+)
+def test_one_rule_turns_logits_into_answers(
+    tiny_config: Callable, fields: dict[str, Any], scores: list[float], answer: dict[str, Any]
+) -> None:
+    config = tiny_config(**{"id2label": {0: "a", 1: "b"}, **fields})
+    logits = torch.tensor([[2.0, 1.5][: config.num_labels], [-3.0, -2.0][: config.num_labels]])
+    assert label_scores(logits, config)[0].tolist() == pytest.approx(scores, abs=1e-4)
+    assert label_scores(logits.bfloat16(), config).dtype == torch.float32
+    first, second = ClipCaCgProcessor.post_process(logits, config)
+    if "value" not in answer:
+        assert first.pop("scores") == pytest.approx(dict(zip("ab", scores, strict=True)), abs=1e-4)
+        assert second.get("label", second.get("labels")) == ("b" if "label" in answer else [])
+    assert first == answer

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from transformers import pipeline
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
@@ -162,3 +164,19 @@ def test_bf16_is_close_and_not_mixed_with_float32(
     assert rounded == pytest.approx(exact, abs=0.02) and rounded != pytest.approx(exact, abs=1e-6)
     with pytest.raises(SystemExit, match="does not belong to this model"):
         predict.main([*flags, "--output", str(tmp_path / "float32"), "--bf16"])
+
+
+def test_several_labels_get_the_same_probabilities_everywhere(
+    checkpoint: Path, posts_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint)
+    model.config.problem_type = "multi_label_classification"
+    model.classifier.bias.data = torch.tensor([-9.0, 5.0, 4.0])
+    model.save_pretrained(tmp_path)
+    ClipCaCgProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    post = {"image": str(posts_folder / "data/1.jpg"), "text": "so happy"}
+    predict.main([str(tmp_path), "--image", post["image"], "--text", post["text"]])
+    line = json.loads(capsys.readouterr().out)
+    assert line["labels"] == ["neutral", "positive"] and min(list(line["probabilities"].values())[1:]) > 0.9
+    entries = pipeline("image-text-sentiment", model=str(tmp_path), trust_remote_code=True)(post)
+    assert {entry["label"]: entry["score"] for entry in entries} == pytest.approx(line["probabilities"], abs=1e-5)
