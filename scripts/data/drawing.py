@@ -1,7 +1,7 @@
 """Write the texts and draw the images of the sample.
 
 A mood is a label: 0 negative, 1 neutral, 2 positive. It shows in the words of the sentence, the emoji, the expression
-of a face and the weather of a scene. Topics, user names, hashtags, links, sizes and most colours are independent of it.
+of a face and the weather of a scene. Topics, user names, hashtags, links, sizes and most colours do not depend on it.
 """
 
 import math

@@ -105,7 +105,7 @@ def random_split(
     Returns:
         `dict[str, list[int]]`: row numbers of each split, ascending.
 
-    Source: our choice. Distance is chi-square over the count of each label and the count of all posts, where the latter
+    Source: our choice. Distance is chi-square over the count of each label and the count of all posts; the latter
         weighs as much as all labels together. Without groups, every split ends within about one post of its share,
         in total and for each label.
     """

@@ -43,9 +43,9 @@ from clipcacg.scripts.reporting.explanation import (
 )
 
 try:
-    from clipcacg.scripts.data.drawing import draw_picture, write_tweet
+    from clipcacg.scripts.data.drawing import draw_image, write_tweet
 except ImportError:  # a Space has only this file and explain.py
-    draw_picture = None
+    draw_image = None
 
 MAX_BYTES = 10 * 2**20  # of a file
 MAX_BODY = 2**20  # bytes of any other request
@@ -247,7 +247,7 @@ def picture_panel(label: str, content: str) -> gr.Image:
 def draw_example() -> tuple[Image.Image, str]:
     """A drawn post that nobody has seen before."""
     rng = Random()
-    return draw_picture(rng.randrange(3), rng), write_tweet(rng.randrange(3), rng).strip()
+    return draw_image(rng.randrange(3), rng), write_tweet(rng.randrange(3), rng).strip()
 
 
 def build_demo(checkpoint: str) -> gr.Blocks:
@@ -267,7 +267,7 @@ def build_demo(checkpoint: str) -> gr.Blocks:
                     label="Text", max_lines=6, max_length=MAX_CHARACTERS, visible=config.modality != "image"
                 )
                 ask = gr.Button("Explain", variant="primary")
-                example = gr.Button("Draw an example", visible=draw_picture is not None)
+                example = gr.Button("Draw an example", visible=draw_image is not None)
             with gr.Column(min_width=300):
                 shown = build_panels(config)
 

@@ -30,8 +30,10 @@ from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.collator import PostCollator
-from clipcacg.scripts.data.loading import locate_picture, one_sentence
-from clipcacg.scripts.data.mvsa import Fault, read_text
+from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.images import locate_image
+from clipcacg.scripts.data.loading import one_sentence
+from clipcacg.scripts.data.mvsa import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +110,14 @@ def read_folder(folder: Path) -> Iterator[dict[str, Any]]:
                 "text": read_text(folder / f"{post_id}.txt"),
                 "image": str(folder / f"{post_id}.jpg"),
             }
-        except Fault as fault:
-            yield {"id": post_id, "error": ": ".join(fault.args)}
+        except InputError as error:
+            yield {"id": post_id, "error": str(error)}
 
 
 def as_post(row: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
     """What we read of a row, whatever else it holds; a row without an ID is called by its number."""
     post_id = row.get("id")
-    image = locate_picture(row.get("image") or None, folder)
+    image = locate_image(row.get("image") or None, folder)
     return {"id": str(number if post_id is None else post_id), "text": row.get("text"), "image": image}
 
 

@@ -408,7 +408,7 @@ def split_name(arguments: DataArguments, posts: datasets.DatasetDict) -> str:
 
 def split_settings(arguments: DataArguments) -> dict[str, Any]:
     """What else decides which posts are in a split, as far as it was asked for and is heeded."""
-    names = ["max_train_samples", "max_eval_samples"] + ([] if arguments.dataset_name else ["group_duplicates"])
+    names = ["max_train_samples", "max_eval_samples", "group_duplicates"]
     return {name: value for name in names if (value := getattr(arguments, name))}
 
 
