@@ -15,10 +15,11 @@ from .processing_clipcacg import ClipCaCgProcessor
 
 __version__ = version("clipcacg")
 
-AutoConfig.register(ClipCaCgConfig.model_type, ClipCaCgConfig)
-AutoModel.register(ClipCaCgConfig, ClipCaCgModel)
-AutoModelForSequenceClassification.register(ClipCaCgConfig, ClipCaCgForSequenceClassification)
-AutoProcessor.register(ClipCaCgConfig, ClipCaCgProcessor)
+if __name__ == "clipcacg":  # pytest also imports a checkout, as a package with the name of its folder
+    AutoConfig.register(ClipCaCgConfig.model_type, ClipCaCgConfig)
+    AutoModel.register(ClipCaCgConfig, ClipCaCgModel)
+    AutoModelForSequenceClassification.register(ClipCaCgConfig, ClipCaCgForSequenceClassification)
+    AutoProcessor.register(ClipCaCgConfig, ClipCaCgProcessor)
 
 __all__ = [
     "ClipCaCgConfig",

@@ -87,6 +87,7 @@ class ClipCaCgConfig(PreTrainedConfig):
         "image_embeds",
         "text_embeds",
         "gate",
+        "contrastive_loss",
         "image_attentions",
         "text_attentions",
         "image_hidden_states",

@@ -77,7 +77,7 @@ def example(
 ) -> dict[str, Tensor]:
     """A batch of these texts, each with a picture of one colour, as the model's mode needs it."""
     rows = [{"text": text, "image": Image.new("RGB", (64, 48), (40 * row, 90, 160))} for row, text in enumerate(texts)]
-    batch, required = PostCollator(processor, model.config)(rows), model.model.required_inputs()
+    batch, required = PostCollator(processor, model.config)(rows), model.config.required_inputs
     return {name: batch[name] for name in AXES if name.replace("attention_mask", "input_ids") in required}
 
 

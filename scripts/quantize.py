@@ -27,7 +27,7 @@ from clipcacg.scripts.training.evaluation import labelled_posts
 from clipcacg.scripts.training.metrics import load_metric, score
 
 # A module that is in neither of them, as a regular expression: the form in which a checkpoint keeps it.
-NOT_A_TEXT_TOWER = r"(?!.*\b(text_branch\.encoder|interaction\.text_model)\.).*"
+NOT_A_TEXT_TOWER = r"(?!.*\b(text_branch\.backbone|interaction\.clip_text)\.).*"
 
 
 @dataclass

@@ -23,6 +23,17 @@ from clipcacg.scripts.data.sample import make_sample, make_tiny_backbones
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the tests in two processes where pytest-xdist is installed, unless -n or --pdb says otherwise.
+
+    The worker processes call this hook too, and must not start workers of their own.
+    """
+    is_worker = hasattr(config, "workerinput")
+    if getattr(config.option, "numprocesses", 0) is None and not is_worker and not config.option.usepdb:
+        config.option.numprocesses = 2
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Every test starts from the same random numbers, in whatever order they run."""

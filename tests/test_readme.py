@@ -104,7 +104,7 @@ def test_the_code_builds_on_backbones(backbones: Path) -> None:
         code = code.replace(name, str(backbones / part))
     built: dict[str, object] = {}
     exec(code, built)
-    assert set(built["processor"].model_input_names) >= set(built["model"].model.required_inputs())
+    assert set(built["processor"].model_input_names) >= set(built["model"].config.required_inputs)
 
 
 def test_scoring_predicting_and_preparing(

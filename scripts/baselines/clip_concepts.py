@@ -57,7 +57,7 @@ class ClipConcepts(nn.Module):
         super().__init__()
         dtype = torch.get_default_dtype()
         clip.vision_config.projection_dim = clip.projection_dim
-        self.vision_model = CLIPVisionModelWithProjection._from_config(clip.vision_config, dtype=dtype)
+        self.clip_vision = CLIPVisionModelWithProjection._from_config(clip.vision_config, dtype=dtype)
         self.register_buffer("phrase_embeds", torch.zeros(len(phrases), clip.projection_dim))
         self.register_buffer("sentiments", torch.tensor([sentiment for _, sentiment in phrases]))
 

@@ -49,6 +49,10 @@ class CnnMultiConfig(BaselineConfig):
         self.branch_loss_weight = branch_loss_weight
         super().__init__(**kwargs)
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return ("text", "vision") if self.image_cnn == "encoder" else ("text",)
+
     def check_values(self) -> None:
         super().check_values()
         self.at_least_one("maps", "alexnet_width")
@@ -110,10 +114,6 @@ class CnnMulti(BaselineForSequenceClassification):
         ]
         self.joint = nn.Sequential(*hidden, nn.Linear(widths[-1], labels))
         self.post_init()
-
-    @staticmethod
-    def needed_backbones(config: CnnMultiConfig) -> tuple[str, ...]:
-        return ("text", "vision") if config.image_cnn == "encoder" else ("text",)
 
     def score(self, words: Tensor, mask: Tensor, feature_map: Tensor, **extras: Any) -> Scores:
         text = self.dropout(self.text_cnn(words, mask))

@@ -48,6 +48,10 @@ class SentiBankSentiStrengthConfig(BaselineConfig):
         self.phrases = [[phrase, float(sentiment)] for phrase, sentiment in phrases]
         super().__init__(**kwargs)
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return ("clip",) if self.phrases else ("vision",)
+
     def check_values(self) -> None:
         super().check_values()
         if self.phrases and self.clip_config is None:
@@ -126,13 +130,9 @@ class SentiBankSentiStrength(BaselineForSequenceClassification):
         self.post_init()
         self.train(self.training)
 
-    @staticmethod
-    def needed_backbones(config: SentiBankSentiStrengthConfig) -> tuple[str, ...]:
-        return ("clip",) if config.phrases else ("vision",)
-
     def backbones(self) -> dict[str, PreTrainedModel]:
         concepts = getattr(self, "concepts", None)
-        return super().backbones() | ({} if concepts is None else {"clip.vision": concepts.vision_model})
+        return super().backbones() | ({} if concepts is None else {"clip.vision": concepts.clip_vision})
 
     def encode(self, backbone: str, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         if backbone == "clip.vision":

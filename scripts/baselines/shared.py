@@ -25,9 +25,8 @@ from clipcacg.modeling_clipcacg import (
     ClipCaCgClassifierOutput,
     ClipCaCgForSequenceClassification,
     ClipCaCgPreTrainedModel,
-    NoBranch,
     as_mask,
-    drop_unused_pooler,
+    drop_pooler,
     dry_run,
     encoder_mask,
 )
@@ -93,15 +92,15 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__()
-        self.encoder = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
-        drop_unused_pooler(self.encoder)
+        self.backbone = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
+        drop_pooler(self.backbone)
 
     def forward(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, text_features: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """To the states (batch, text_len, width) and the bool mask (batch, text_len)."""
         if text_features is not None:
-            return text_features.to(self.encoder.dtype), as_mask(attention_mask, text_features[..., 0])
+            return text_features.to(self.backbone.dtype), as_mask(attention_mask, text_features[..., 0])
         if input_ids is None:
             raise ValueError("This system reads texts: give input_ids or text_features.")
         mask = as_mask(attention_mask, input_ids)
@@ -109,7 +108,7 @@ class TextEncoder(nn.Module):
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """(batch, text_len) to the encoder's last hidden state, which a cache may keep."""
-        return self.encoder(input_ids=input_ids, attention_mask=encoder_mask(mask)).last_hidden_state
+        return self.backbone(input_ids=input_ids, attention_mask=encoder_mask(mask)).last_hidden_state
 
 
 class ImageEncoder(nn.Module):
@@ -117,22 +116,22 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__()
-        self.encoder = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
+        self.backbone = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
         self.channels, unused = dry_run(config.vision_config)
         for name in unused:
-            self.encoder.set_submodule(name, nn.Identity())
+            self.backbone.set_submodule(name, nn.Identity())
 
     def forward(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
         """To the feature map (batch, channels, height, width)."""
         if image_features is not None:
-            return image_features.to(self.encoder.dtype)
+            return image_features.to(self.backbone.dtype)
         if pixel_values is None:
             raise ValueError("This system reads pictures: give pixel_values or image_features.")
         return self.encode(pixel_values)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """A picture to the encoder's last feature map, which a cache may keep."""
-        return self.encoder(pixel_values.to(self.encoder.dtype)).last_hidden_state
+        return self.backbone(pixel_values.to(self.backbone.dtype)).last_hidden_state
 
 
 class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
@@ -154,18 +153,12 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
         super().__init__(config)
         config.check_values()
         self.num_labels = config.num_labels
-        needed = self.needed_backbones(config)
-        self.text_branch = TextEncoder(config) if "text" in needed else NoBranch()
-        self.image_branch = ImageEncoder(config) if "vision" in needed else NoBranch()
-
-    @staticmethod
-    def needed_backbones(config: BaselineConfig) -> tuple[str, ...]:
-        """What a system with this config is built on; any other may be named in `from_backbones` all the same."""
-        return ("text", "vision")
+        self.text_branch = TextEncoder(config) if "text" in config.encoders else None
+        self.image_branch = ImageEncoder(config) if "vision" in config.encoders else None
 
     def backbones(self) -> dict[str, PreTrainedModel]:
         branches = {"text": self.text_branch, "vision": self.image_branch}
-        encoders = {name: getattr(branch, "encoder", None) for name, branch in branches.items()}
+        encoders = {name: getattr(branch, "backbone", None) for name, branch in branches.items()}
         return {name: encoder for name, encoder in encoders.items() if encoder is not None}
 
     @torch.no_grad()
@@ -211,8 +204,10 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
         Raises:
             ValueError: If an input that the system reads is missing.
         """
-        words, mask = self.text_branch(input_ids, attention_mask, text_features) or (None, None)
-        feature_map = self.image_branch(pixel_values, image_features)
+        words, mask = (
+            (None, None) if self.text_branch is None else self.text_branch(input_ids, attention_mask, text_features)
+        )
+        feature_map = None if self.image_branch is None else self.image_branch(pixel_values, image_features)
         scores = self.score(words, mask, feature_map, **extras)
         loss = None if labels is None else self.training_loss(scores, labels)
         output = ClipCaCgClassifierOutput(loss=loss, logits=scores.logits, fused_embeds=scores.fused)

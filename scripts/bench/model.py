@@ -173,7 +173,7 @@ def padding(setting: Setting) -> dict[str, Figure]:
 def modes(setting: Setting) -> dict[str, Figure]:
     """A forward pass as it is, in inference mode, over the same pass in another way; above 1 helps."""
     model, inputs = make_model(setting), make_inputs(setting, text_lengths(setting.batch_size))
-    encoder = model.model.image_branch.encoder
+    encoder = model.model.image_branch.backbone
     last = {**inputs, "pixel_values": inputs["pixel_values"].to(memory_format=torch.channels_last)}
     compiled = torch.compile(model)
 

@@ -152,7 +152,7 @@ def explain(model: PreTrainedModel, processor: Any, image: Any = None, text: str
         explanation.attention = read_attention(outputs, inputs, views, owners, len(words))
     if outputs.gate is not None:
         explanation.gate = outputs.gate.mean().item()
-        explanation.balance = model.base_model.fusion.fusion.lambda_logit.sigmoid().item()
+        explanation.balance = model.base_model.fusion.lambda_logit.sigmoid().item()
     return explanation
 
 
@@ -162,7 +162,7 @@ def prepare(model: PreTrainedModel, processor: Any, image: Any, text: str | None
     Raises:
         ValueError: If the picture or the text that it needs is missing.
     """
-    needed = model.base_model.required_inputs()
+    needed = model.config.required_inputs
     given = {"picture": ("pixel_values", image), "text": ("input_ids", text)}
     missing = [name for name, (tensor, value) in given.items() if tensor in needed and value is None]
     if missing:

@@ -224,7 +224,7 @@ def test_presets_are_flags_and_fields(system: str) -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, RecipeArguments))
     assert preset.keys() <= {action.dest for action in parser._actions}
     assert preset["output_dir"].endswith(system)
-    needed = {f"{part}_model" for part in SYSTEMS[system].needed_backbones(config)}
+    needed = {f"{part}_model" for part in config.encoders}
     assert needed | {"vision_model"} <= preset.keys()  # the picture's processor is always wanted
 
 

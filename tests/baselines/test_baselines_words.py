@@ -64,7 +64,7 @@ def test_word_vectors_are_a_backbone(word_folder: Path, backbones: Path, system:
     alone = processor(images=pictures[:1], text=[""], return_tensors="pt")
     assert_close(model(**alone).logits, logits[1:])
     saved = WordVectors.from_pretrained(word_folder).embeddings.weight
-    assert torch.equal(model.text_branch.encoder.embeddings.weight, saved)
+    assert torch.equal(model.text_branch.backbone.embeddings.weight, saved)
 
 
 def test_words_of_posts_by_their_frequency(tmp_path: Path) -> None:

@@ -305,10 +305,8 @@ def test_attention_is_switched_in_every_variant(
 def test_it_writes_no_texts_and_says_what_it_reads(build: Build, kind: str, variant: str) -> None:
     model = build(kind, variant)
     assert not model.can_generate() and model.get_output_embeddings() is None
-    assert model.main_input_name in model.base_model.required_inputs()
-    assert set(model.required_inputs() if kind == "base" else model.model.required_inputs()) <= set(
-        make_inputs([1], [2])
-    )
+    assert model.main_input_name in model.config.required_inputs
+    assert set(model.config.required_inputs) <= set(make_inputs([1], [2]))
 
 
 @every_class

@@ -19,8 +19,7 @@ from clipcacg.modeling_clipcacg import (
     CrossModalGate,
     FeatureInteraction,
     GatedFusion,
-    Joint,
-    NoInteraction,
+    NoClipInteraction,
 )
 
 Inputs = dict[str, Tensor]
@@ -75,8 +74,8 @@ def interaction_sequence(image: Tensor, patches: Tensor, text: Tensor, words: Te
 def test_equations_2_and_3_mean_of_two_grus_over_the_real_tokens() -> None:
     module, states = BiGru(6, 4), torch.randn(5, 5, 6)
     there, back = nn.GRU(6, 4, batch_first=True), nn.GRU(6, 4, batch_first=True)
-    there.load_state_dict(module.forward_gru.state_dict())
-    back.load_state_dict(module.backward_gru.state_dict())
+    there.load_state_dict(module.left_to_right.state_dict())
+    back.load_state_dict(module.right_to_left.state_dict())
     result = module(states, MASK)
     assert result.shape == (5, 5, 4) and result.isfinite().all()
     for row, keep, got in zip(states[:4], MASK[:4], result[:4], strict=True):
@@ -87,9 +86,9 @@ def test_equations_2_and_3_mean_of_two_grus_over_the_real_tokens() -> None:
 
 def test_equation_2_gru_written_out() -> None:
     module, states = BiGru(3, 4), torch.randn(1, 3, 3)
-    for parameter in module.backward_gru.parameters():
+    for parameter in module.right_to_left.parameters():
         nn.init.zeros_(parameter)  # its states are zeros then
-    gru, h, expected = module.forward_gru, torch.zeros(4), []
+    gru, h, expected = module.left_to_right, torch.zeros(4), []
     for x in states[0]:
         from_x = (gru.weight_ih_l0 @ x + gru.bias_ih_l0).chunk(3)
         from_h = (gru.weight_hh_l0 @ h + gru.bias_hh_l0).chunk(3)
@@ -109,18 +108,19 @@ def test_equation_5_of_the_models_own_features(tiny_config: MakeConfig) -> None:
     assert_close(joint.text_embeds, t)
     sequence = interaction_sequence(v, unit(patches), t, unit(words))
     assert_close(sequence[:, 0], 12 * v * t)
-    assert_close(joint.states, linear(module.projection, sequence))
-    assert_close(joint.pooled, joint.states[:, 0])
+    assert_close(joint.states, linear(module.output_projection, sequence))
+    assert_close(joint.token, joint.states[:, 0])
     assert_close(joint.mask, torch.cat([torch.ones(4, 4).bool(), MASK[:4]], dim=1))
 
 
 @pytest.mark.parametrize(("start", "temperature"), [(2.6592, 1 / 0.07), (9.0, 100.0)])
 def test_contrastive_loss_is_clips(tiny_config: MakeConfig, start: float, temperature: float) -> None:
     module = FeatureInteraction(tiny_config(clip_mode="feature", logit_scale_init_value=start))
-    joint = module(torch.randn(4, 3, 16), torch.randn(4, 5, 16), MASK[:4])
+    joint = module.train()(torch.randn(4, 3, 16), torch.randn(4, 5, 16), MASK[:4])
     scores = temperature * joint.image_embeds @ joint.text_embeds.T  # CLIP's bound on the temperature is 100
     loss = -(scores.log_softmax(0).diag().mean() + scores.log_softmax(1).diag().mean()) / 2
     assert_close(joint.contrastive_loss, loss, rtol=1e-4, atol=1e-4)
+    assert module.eval()(torch.randn(4, 3, 16), torch.randn(4, 5, 16), MASK[:4]).contrastive_loss is None
 
 
 def test_equation_5_with_clips_own_towers(tiny_config: MakeConfig, inputs: Inputs) -> None:
@@ -129,10 +129,10 @@ def test_equation_5_with_clips_own_towers(tiny_config: MakeConfig, inputs: Input
     clip = randomize(CLIPModel(config.clip_config))
     module = ClipEncoderInteraction(config).eval()
     weights = clip.state_dict()
-    module.text_model.load_state_dict({key: weights[key] for key in module.text_model.state_dict()})
-    module.vision_model.load_state_dict({key: weights[key] for key in module.vision_model.state_dict()})
+    module.clip_text.load_state_dict({key: weights[key] for key in module.clip_text.state_dict()})
+    module.clip_vision.load_state_dict({key: weights[key] for key in module.clip_vision.state_dict()})
     ids, mask, pixels = (inputs[f"clip_{name}"] for name in ("input_ids", "attention_mask", "pixel_values"))
-    joint = module(None, None, None, ids, mask, pixels)
+    joint = module(ids, mask, pixels)
 
     reference = clip(input_ids=ids, attention_mask=mask, pixel_values=pixels)
     v, t = reference.image_embeds, reference.text_embeds
@@ -142,20 +142,20 @@ def test_equation_5_with_clips_own_towers(tiny_config: MakeConfig, inputs: Input
     patches = clip.vision_model.post_layernorm(reference.vision_model_output.last_hidden_state[:, 1:])
     patches = unit(clip.visual_projection(patches))
     words = unit(clip.text_projection(reference.text_model_output.last_hidden_state))
-    expected = linear(module.projection, interaction_sequence(v, patches, t, words))
+    expected = linear(module.output_projection, interaction_sequence(v, patches, t, words))
     assert expected.shape == (3, 1 + 4 + 7, 16)
     real = torch.cat([torch.ones(3, 5), mask], dim=1).bool()
     assert_close(joint.mask, real)
     assert_close(joint.states[real], expected[real])
-    assert_close(joint.pooled, joint.states[:, 0])
+    assert_close(joint.token, joint.states[:, 0])
 
 
-def test_without_clip_keys_are_both_features() -> None:
+def test_without_clip_keys_are_both_features(tiny_config: MakeConfig) -> None:
     image_states, text_states = torch.randn(5, 3, 16), torch.randn(5, 5, 16)
-    joint = NoInteraction()(image_states, text_states, MASK)
+    joint = NoClipInteraction(tiny_config())(image_states, text_states, MASK)
     assert_close(joint.states, torch.cat([image_states, text_states], dim=1))
     assert_close(joint.mask, torch.cat([torch.ones(5, 3).bool(), MASK], dim=1))
-    assert joint.pooled.shape == (5, 0) and joint.image_embeds is None
+    assert joint.token is None and joint.image_embeds is None
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -169,40 +169,42 @@ def test_equations_6_to_10_are_torchs_multi_head_attention(tiny_config: MakeConf
     queries, keys, mask = torch.randn(4, 3, 16), torch.randn(4, 5, 16), MASK[:4]
     attended, weights = reference(queries, keys, keys, key_padding_mask=~mask, average_attn_weights=False)
     expected = layer_norm(module.norm, queries + attended)
-    states, nothing = module(queries, Joint(keys, mask, keys[:, 0]))
+    states, nothing = module(queries, keys, mask)
     assert_close(states, expected)
     assert nothing is None
-    states, returned = module(queries, Joint(keys, mask, keys[:, 0]), output_attentions=True)
+    states, returned = module(queries, keys, mask, output_attentions=True)
     assert_close(states, expected)
     assert_close(returned, weights)
 
 
-def test_equation_12_gate() -> None:
-    module, x = randomize(CrossModalGate(10, 4)), torch.randn(3, 10)
-    mixed, gate = module(x)
-    g = 1 / (1 + torch.exp(-linear(module.gate, x)))
-    nonlinear = torch.tanh(linear(module.nonlinear, layer_norm(module.norm, x)))
+@pytest.mark.parametrize("mode", ["feature", "none"])
+def test_equations_11_and_12_gate(tiny_config: MakeConfig, mode: str) -> None:
+    module = randomize(CrossModalGate(tiny_config(clip_mode=mode)))
+    image_it, text_it, token = torch.randn(5, 3, 16), torch.randn(5, 5, 16), torch.randn(5, 16)
+    mixed, gate = module(None if mode == "none" else token, image_it, text_it, MASK)
+    x = torch.cat([*([] if mode == "none" else [token]), image_it.mean(1), masked_mean(text_it, MASK)], dim=1)
+    g = 1 / (1 + torch.exp(-linear(module.sigmoid_linear, x)))
+    nonlinear = torch.tanh(linear(module.tanh_linear, layer_norm(module.norm, x)))
     assert_close(gate, g)
     assert_close(mixed, g * linear(module.linear, x) + (1 - g) * nonlinear)
 
 
 def test_equations_13_to_15_balance_of_picture_and_text(tiny_config: MakeConfig) -> None:
-    module = GatedFusion(0, tiny_config()).eval()
-    x, image, text = torch.randn(3, 32), torch.randn(3, 16), torch.randn(3, 16)
-    mixed, _ = module.gate(x)
-    image_side = mlp(module.image_mlp, torch.cat([image, mixed], dim=1))
-    text_side = mlp(module.text_mlp, torch.cat([text, mixed], dim=1))
-    assert_close(module(x, image, text)[0], 0.5 * image_side + 0.5 * text_side)
+    module = GatedFusion(tiny_config()).eval()
+    f_i, f_t, mixed = torch.randn(5, 3, 16), torch.randn(5, 5, 16), torch.randn(5, 16)
+    image_side = mlp(module.image_mlp, torch.cat([f_i.mean(1), mixed], dim=1))
+    text_side = mlp(module.text_mlp, torch.cat([masked_mean(f_t, MASK), mixed], dim=1))
+    assert_close(module(f_i, f_t, MASK, mixed), 0.5 * image_side + 0.5 * text_side)
     module.lambda_logit.data.fill_(math.log(3))  # sigmoid(ln 3) = 3/4
-    assert_close(module(x, image, text)[0], 0.75 * image_side + 0.25 * text_side)
+    assert_close(module(f_i, f_t, MASK, mixed), 0.75 * image_side + 0.25 * text_side)
 
 
 def test_without_the_gate_one_mlp_reads_all(tiny_config: MakeConfig) -> None:
-    module = ConcatFusion(16, tiny_config()).eval()
-    x, image, text = torch.randn(3, 48), torch.randn(3, 16), torch.randn(3, 16)
-    fused, gate = module(x, image, text)
-    assert_close(fused, mlp(module.mlp, torch.cat([x, image, text], dim=1)))
-    assert gate is None
+    module = ConcatFusion(tiny_config()).eval()
+    f_i, f_t, token = torch.randn(5, 3, 16), torch.randn(5, 5, 16), torch.randn(5, 16)
+    image_it, text_it = torch.randn(5, 3, 16), torch.randn(5, 5, 16)
+    everything = (token, image_it.mean(1), masked_mean(text_it, MASK), f_i.mean(1), masked_mean(f_t, MASK))
+    assert_close(module(f_i, f_t, MASK, token, image_it, text_it), mlp(module.mlp, torch.cat(everything, dim=1)))
 
 
 @pytest.mark.parametrize("overrides", [{}, {"clip_mode": "feature"}, {"clip_mode": "none"}], ids=str)
@@ -213,22 +215,21 @@ def test_equations_11_to_16_in_the_whole_model(
     model = ClipCaCgForSequenceClassification(tiny_config(**overrides, use_cross_attention=attend)).eval()
     output = model(**inputs, output_hidden_states=True)
     (f_i, image_it), (f_t, text_it) = output.image_hidden_states, output.text_hidden_states
-    mask, fusion = inputs["attention_mask"].bool(), model.model.fusion
+    mask, base = inputs["attention_mask"].bool(), model.model
     if attend:
         clip_inputs = (inputs[f"clip_{name}"] for name in ("input_ids", "attention_mask", "pixel_values"))
-        joint = fusion.interaction(f_i, f_t, mask, *clip_inputs)  # eq. 5
-        assert_close(image_it, fusion.image_attention(f_i, joint)[0])  # eq. 6-10
-        assert_close(text_it, fusion.text_attention(f_t, joint)[0])
+        joint = base.interaction(*((f_i, f_t, mask) if overrides else clip_inputs))  # eq. 5
+        assert_close(image_it, base.image_attention(f_i, joint.states, joint.mask)[0])  # eq. 6-10
+        assert_close(text_it, base.text_attention(f_t, joint.states, joint.mask)[0])
     else:
         assert_close((image_it, text_it), (f_i, f_t))
-    x = torch.cat([image_it.mean(1), masked_mean(text_it, mask)], dim=1)  # eq. 11
+    token = None
     if output.image_embeds is not None:
-        first = linear(fusion.interaction.projection, 12 * output.image_embeds * output.text_embeds)
-        x = torch.cat([first, x], dim=1)
-    mixed, gate = fusion.fusion.gate(x)  # eq. 12
+        token = linear(base.interaction.output_projection, 12 * output.image_embeds * output.text_embeds)
+    mixed, gate = base.gate(token, image_it, text_it, mask)  # eq. 11, 12
     assert_close(output.gate, gate)
-    image_side = mlp(fusion.fusion.image_mlp, torch.cat([f_i.mean(1), mixed], dim=1))  # eq. 13
-    text_side = mlp(fusion.fusion.text_mlp, torch.cat([masked_mean(f_t, mask), mixed], dim=1))  # eq. 14
+    image_side = mlp(base.fusion.image_mlp, torch.cat([f_i.mean(1), mixed], dim=1))  # eq. 13
+    text_side = mlp(base.fusion.text_mlp, torch.cat([masked_mean(f_t, mask), mixed], dim=1))  # eq. 14
     assert_close(output.fused_embeds, (image_side + text_side) / 2)  # eq. 15
     assert_close(output.logits, linear(model.classifier, output.fused_embeds))  # eq. 16
 
@@ -238,18 +239,18 @@ def test_one_modality_alone(tiny_config: MakeConfig, inputs: Inputs, modality: s
     model = ClipCaCgForSequenceClassification(tiny_config(modality=modality)).eval()
     output, base = model(**inputs, output_hidden_states=True), model.model
     if modality == "image":
-        feature_map = base.image_branch.encoder(inputs["pixel_values"]).last_hidden_state
+        feature_map = base.image_branch.backbone(inputs["pixel_values"]).last_hidden_state
         regions = torch.stack([feature_map[:, :, i, j] for i in range(4) for j in range(4)], dim=1)
         states = layer_norm(base.image_branch.norm, linear(base.image_branch.projection, regions))  # eq. 4
         assert_close(output.image_hidden_states, (states,))
         pooled = states.mean(1)
     else:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        tokens = base.text_branch.encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # eq. 1
+        tokens = base.text_branch.backbone(input_ids=ids, attention_mask=mask).last_hidden_state  # eq. 1
         states = layer_norm(base.text_branch.norm, base.text_branch.bi_gru(tokens, mask.bool()))  # eq. 2, 3
         assert_close(output.text_hidden_states, (states,))
         pooled = masked_mean(states, mask.bool())
-    assert_close(output.fused_embeds, mlp(base.fusion.mlp, pooled))
+    assert_close(output.fused_embeds, mlp(base.fusion, pooled))
     assert output.gate is None and len([name for name in ("text", "vision") if name in model.backbones()]) == 1
 
 
@@ -265,11 +266,14 @@ def test_loss_of_classes(
     tiny_config: MakeConfig, inputs: Inputs, weights: list[float] | None, smoothing: float
 ) -> None:
     config = tiny_config(clip_mode="feature", class_weights=weights, label_smoothing=smoothing)
-    model = ClipCaCgForSequenceClassification(config).eval()
-    output = model(**inputs, labels=LABELS)
-    contrastive = model.model(**inputs).contrastive_loss
+    model = ClipCaCgForSequenceClassification(config)
+    output = model.train()(**inputs, labels=LABELS)
     expected = cross_entropy(output.logits, torch.tensor(weights or [1.0, 1.0, 1.0]), smoothing)
-    assert_close(output.loss, expected + 0.1 * contrastive)
+    assert_close(output.loss, expected + 0.1 * output.contrastive_loss)
+    output = model.eval()(**inputs, labels=LABELS)
+    expected = cross_entropy(output.logits, torch.tensor(weights or [1.0, 1.0, 1.0]), smoothing)
+    assert_close(output.loss, expected)
+    assert output.contrastive_loss is None
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_it_computes_the_same_elsewhere(here: dict, first: dict, second: dict, f
     assert isinstance(result, dict), result
     assert not result["installed"] and result["labels"] == ["negative", "neutral", "positive"]
     headless = folder in ("first/base", "second/saved")
-    assert result["fused_embeds amiss"] == ({} if headless else {"unexpected_keys": HEAD})
+    assert result["fused_embeds amiss"] == {}
     assert result["logits amiss"] == ({"missing_keys": HEAD} if headless else {})
     trained = folder in ("second/trained", "second/run/checkpoint-1")
     name = "fused_embeds" if headless else "logits"

@@ -124,7 +124,7 @@ def test_only_what_a_model_reads_can_matter(make: Callable, picture: Image.Image
     """With the text side cut off by hand, no word moves the score, and all pixels together move it by all it moves."""
     model, processor = make(clip_mode="none", use_cross_attention=False, use_gating=False)
     with torch.no_grad():
-        first = model.base_model.fusion.fusion.mlp[0]
+        first = model.base_model.fusion.mlp[0]
         first.weight[:, 32:64], first.weight[:, 96:] = 0, 0  # x = [image, text], then image, text
     found = explain.explain(model, processor, picture, TEXT)
     assert not found.attribution.words.any() and not found.attention
