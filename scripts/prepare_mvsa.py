@@ -2,8 +2,8 @@
 
     python scripts/prepare_mvsa.py DATA_DIR OUTPUT_FOLDER [--splits clmlf] [--push_to_hub USER/NAME]
 
-Writes OUTPUT_FOLDER/data/*.parquet, images included, and a data set card with splits and features. An upload is private
-unless `--public` is given: the tweets belong to their authors.
+Writes OUTPUT_FOLDER/data/*.parquet, images included, and a data set card with splits and features. An upload is
+private unless `--public` is given: the tweets belong to their authors.
 """
 
 from pathlib import Path

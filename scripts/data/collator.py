@@ -19,7 +19,7 @@ class PostCollator:
 
     Args:
         processor (`ClipCaCgProcessor`): makes the inputs.
-        config (`ClipCaCgConfig`): its `modality` decides which columns are read.
+        config (`ClipCaCgConfig`): its `modalities` are the columns that are read.
         features (`dict[str, FeatureStore]`): stored outputs of frozen encoders, which replace those encoders' inputs.
     """
 
@@ -59,9 +59,6 @@ class PostCollator:
             raise
 
     def _reads(self, column: str) -> bool:
-        """Whether an encoder without stored outputs reads this column."""
-        if self.config.modality not in ("both", column):
-            return False
-        clip = [] if self.processor.clip_tokenizer is None else ["clip.text", "clip.vision"]
-        encoders = [name for name in ("text", "vision", *clip) if FEATURES[name].column == column]
-        return not all(name in self.features for name in encoders)
+        """Whether an input that the processor makes of this column has no stored output in its place."""
+        inputs = [f.input for name, f in FEATURES.items() if f.column == column and name not in self.features]
+        return column in self.config.modalities and any(name in self.processor.model_input_names for name in inputs)

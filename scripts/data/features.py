@@ -163,7 +163,7 @@ def add_digests(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
     """Add the column `<column>_digest`, which identifies each text or image by its content, unless it is there."""
     if f"{column}_digest" in dataset.column_names:
         return dataset
-    digests = [hashlib.sha256(_content(value)).hexdigest() for value in dataset[column]]
+    digests = [hashlib.sha256(_content(value)).hexdigest() for value in dataset[column][:]]
     return dataset.add_column(f"{column}_digest", digests)
 
 
@@ -234,12 +234,12 @@ def _fill(
     rows = datasets.concatenate_datasets(
         [split.select_columns([column, f"{column}_digest"]) for split in posts.values()]
     )
-    first = {digest: row for row, digest in enumerate(rows[f"{column}_digest"]) if digest not in store}
+    first = {digest: row for row, digest in enumerate(rows[f"{column}_digest"][:]) if digest not in store}
     if not first:
         return
     order = list(first.values())
     if column == "text":
-        texts = rows["text"]
+        texts = rows["text"][:]
         order.sort(key=lambda row: len(texts[row] or ""))  # texts of similar length need little padding
     loader = DataLoader(
         rows.select(order),

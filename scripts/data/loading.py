@@ -159,7 +159,7 @@ def _read(name: str) -> datasets.DatasetDict:
 def _with_images(dataset: datasets.Dataset, source: Path) -> datasets.Dataset:
     """Turn a column of paths, relative to the folder or the table that names them, into images."""
     folder = source if source.is_dir() else source.parent
-    paths = [locate_image(path, folder) for path in dataset["image"]]
+    paths = [locate_image(path, folder) for path in dataset["image"][:]]
     if None in paths:
         raise InputError(f"row {paths.index(None) + 1} of {source} names no image.")
     dataset = dataset.remove_columns("image").add_column("image", paths)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
 from datasets.table import embed_table_storage
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from transformers.modelcard import make_markdown_table
+from tabulate import tabulate
 
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.mvsa import LABELS, load_mvsa
@@ -110,7 +110,7 @@ def _claim_folder(folder: Path) -> Path:
 
 def _write_split(split: str, dataset: datasets.Dataset, folder: Path) -> dict[str, Any]:
     """Write a split as Parquet files of about SHARD_BYTES each, and return its size for the card."""
-    images = dataset.cast_column("image", datasets.Image(decode=False))["image"]
+    images = dataset.cast_column("image", datasets.Image(decode=False))["image"][:]
     total = sum(Path(image["path"]).stat().st_size for image in images)
     shards = min(math.ceil(total / SHARD_BYTES), len(dataset))
     size = 0
@@ -135,7 +135,7 @@ def _make_card(posts: datasets.DatasetDict, sizes: list[dict[str, Any]], argumen
     metadata["configs"] = [{"config_name": "default", "data_files": files}]
     info = datasets.DatasetInfo(features=source.features, splits=sizes)
     DatasetInfosDict({"default": info}).to_dataset_card_data(metadata)
-    labels = {split: Counter(part["label"]) for split, part in posts.items()}
+    labels = {split: Counter(part["label"][:]) for split, part in posts.items()}
     counts = [
         {"split": split, **{name: found[index] for index, name in enumerate(LABELS)}, "posts": found.total()}
         for split, found in labels.items()
@@ -143,7 +143,7 @@ def _make_card(posts: datasets.DatasetDict, sizes: list[dict[str, Any]], argumen
     content = CARD.format(
         metadata=metadata.to_yaml(),
         variant=variant,
-        counts=make_markdown_table(counts).strip(),
+        counts=tabulate(counts, headers="keys", tablefmt="github"),
         splits=f"random, seed {arguments.seed}" if arguments.splits == "random" else Path(arguments.splits).name,
         duplicates="kept in one split" if arguments.group_duplicates else "not looked for",
     )

@@ -137,7 +137,7 @@ def _chi_square_growth(counts: Counter, assigned: Counter, share: float, wanted:
 def _strata(dataset: datasets.Dataset) -> list[Any]:
     """The classes of the posts; the numbers of a regression are not stratified."""
     is_class = isinstance(dataset.features["label"], datasets.ClassLabel)
-    return list(dataset["label"]) if is_class else [0] * len(dataset)
+    return dataset["label"][:] if is_class else [0] * len(dataset)
 
 
 def _finish(posts: Mapping[str, datasets.Dataset], groups: dict[str, list[int]]) -> datasets.DatasetDict:
@@ -158,7 +158,7 @@ def _finish(posts: Mapping[str, datasets.Dataset], groups: dict[str, list[int]])
 
 def _published_split(dataset: datasets.Dataset, splits: str) -> dict[str, list[int]]:
     """Find the rows of a published split or JSON file, and warn once about its posts that are not in the data set."""
-    row_of = {post_id: row for row, post_id in enumerate(dataset["id"])}
+    row_of = {post_id: row for row, post_id in enumerate(dataset["id"][:])}
     ids = _read_split(splits, dataset.info.config_name, row_of.keys())
     absent = {split: len(ids[split] - row_of.keys()) for split in SHARES}
     if any(absent.values()):
@@ -232,9 +232,9 @@ def _keys(dataset: datasets.Dataset) -> Iterator[list[str]]:
     """What each post shares with its duplicates: its text without user names, links, case and spacing; its image."""
     texts, images = [None] * len(dataset), [None] * len(dataset)
     if "text" in dataset.column_names:
-        texts = dataset["text"]
+        texts = dataset["text"][:]
     if "image" in dataset.column_names:
-        images = dataset.cast_column("image", datasets.Image(decode=False))["image"]
+        images = dataset.cast_column("image", datasets.Image(decode=False))["image"][:]
     for text, image in zip(texts, images, strict=True):
         keys = [" ".join(USER_NAMES_AND_LINKS.sub(" ", text or "").casefold().split())]
         if image is not None:

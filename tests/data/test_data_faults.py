@@ -16,10 +16,10 @@ from PIL import Image
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from clipcacg.scripts.data import mvsa
+from clipcacg.scripts.data import load_mvsa, mvsa, split_mvsa
 from clipcacg.scripts.data.collator import PostCollator
+from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.loading import DataArguments, load_posts
-from clipcacg.scripts.data.mvsa import MvsaDataError, load_mvsa, split_mvsa
 from clipcacg.scripts.reporting import predictions as predict
 from clipcacg.scripts.training import evaluation as evaluate_checkpoint
 from clipcacg.scripts.training import run as train
@@ -74,12 +74,12 @@ def read(folder: Path) -> tuple[list[str], str]:
     before, report = listing(folder), ""
     try:
         load_mvsa(folder)
-    except MvsaDataError as error:  # and no other
+    except InputError as error:  # and no other
         report = str(error)
         assert str(folder) in report
     try:
         kept = list(load_mvsa(folder, on_error="skip")["id"])
-    except MvsaDataError as error:
+    except InputError as error:
         assert "no usable post" in str(error)
         kept = []
     assert listing(folder) == before
@@ -409,7 +409,7 @@ def test_a_training_table_of_any_bytes_is_read_or_named(folder: Path, suffix: st
 def test_a_file_of_splits_or_of_settings_of_any_bytes_is_named(folder: Path, content: bytes) -> None:
     for name in ("split.json", "mine.yaml"):
         (folder / name).write_bytes(content)
-    with pytest.raises(MvsaDataError, match="split"):
+    with pytest.raises(InputError, match="split"):
         split_mvsa(load_mvsa(folder), folder / "split.json")
     try:
         train.parse_arguments([str(folder / "mine.yaml"), "--output_dir", str(folder)])
