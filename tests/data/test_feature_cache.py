@@ -10,15 +10,15 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from test_train import flags, results
 from transformers import BertweetTokenizer
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.data import collator, load_posts
 from clipcacg.scripts.data import features as feature_cache
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.features import FEATURES, cache_features, key
-from clipcacg.scripts.data.loading import DataArguments, load_posts
+from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.training import run as train
 
 MODES = {
@@ -136,16 +136,20 @@ def test_the_key_changes_with_whatever_the_outputs_depend_on(
     assert key(model, processor, "text", "float16") != keys["text"]
 
     with monkeypatch.context() as patch:
-        for library in feature_cache.DECIDING:
+        for library in feature_cache.LIBRARIES:
             patch.setattr(
                 feature_cache, "version", lambda name, changed=library: "0" if name == changed else version(name)
             )
             assert not set(keys.values()) & {key(model, processor, name, "float32") for name in FEATURES}, library
     with monkeypatch.context() as patch:
-        changed = tmp_path / "code.py"
-        changed.write_text("another version")
-        patch.setattr(feature_cache.inspect, "getfile", lambda source: str(changed))
-        assert not set(keys.values()) & {key(model, processor, name, "float32") for name in FEATURES}
+        changed, original = tmp_path / "code.py", inspect.getfile
+        changed.write_text(f'"""Another docstring."""\n# A comment.\n{Path(processing.__file__).read_text()}')
+        patch.setattr(
+            feature_cache.inspect,
+            "getfile",
+            lambda source: str(changed) if source is ClipCaCgProcessor else original(source),
+        )
+        assert keys != {name: key(model, processor, name, "float32") for name in FEATURES}  # the docstring is code now
 
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
@@ -172,7 +176,7 @@ def test_the_key_changes_with_whatever_the_outputs_depend_on(
 def test_a_run_that_was_broken_off_goes_on(
     build: Callable, posts: datasets.DatasetDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_cache, "POSTS_A_FILE", 1)  # a file after every batch
+    monkeypatch.setattr(feature_cache, "POSTS_PER_FILE", 1)  # a file after every batch
     model, processor = build(modality="image")
     original, calls = feature_cache.outputs, []
 
@@ -216,7 +220,7 @@ def fill_in_process(backbones: Path, folder: Path, posts_folder: Path, counts: m
 
 
 def test_two_processes_at_a_time_share_the_work(backbones: Path, posts_folder: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     counts = context.Queue()
     arguments = (backbones, tmp_path, posts_folder, counts)
     processes = [context.Process(target=fill_in_process, args=arguments) for _ in range(2)]
@@ -241,7 +245,7 @@ def test_training_from_the_cache_gives_the_same_scores(
         train.main(flags(posts_folder, backbones, tmp_path / name, *frozen, *more))
     with monkeypatch.context() as patch:  # everything is there: neither a picture nor a backbone is asked again
         patch.setattr(ClipCaCgForSequenceClassification, "encode", lambda *_: pytest.fail("a backbone was run"))
-        patch.setattr("collator.picture", lambda value: pytest.fail("a picture was read"))
+        patch.setattr(collator, "image_source", lambda value: pytest.fail("an image was read"))
         train.main(flags(posts_folder, backbones, tmp_path / "again", *frozen, "--cache_features"))
     assert results(tmp_path / "again")["eval_loss"] == pytest.approx(
         results(tmp_path / "cached")["eval_loss"], abs=1e-6
@@ -260,10 +264,10 @@ def test_training_from_the_cache_gives_the_same_scores(
 def test_pictures_that_change_or_lie_elsewhere_are_refused(
     posts_folder: Path, backbones: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    with pytest.raises(SystemExit, match="--augment changes every picture"):
+    with pytest.raises(SystemExit, match="--augment"):
         train.main(flags(posts_folder, backbones, tmp_path, "--freeze_vision", "--cache_features", "--augment"))
     with pytest.raises(ValueError, match="https://example.org/a.jpg"):
-        feature_cache.content({"bytes": None, "path": "https://example.org/a.jpg"})
+        feature_cache.image_bytes({"bytes": None, "path": "https://example.org/a.jpg"})
 
 
 def test_a_number_too_large_for_the_dtype_is_told(
@@ -308,7 +312,7 @@ def test_bytes_of_a_picture_are_read_as_its_file_is(build: Callable, tmp_path: P
     path = tmp_path / "large.jpg"
     Image.effect_noise((800, 640), 90).convert("RGB").save(path)
     values = [{"path": str(path), "bytes": None}, {"path": "large.jpg", "bytes": path.read_bytes()}]
-    views = [processor(images=feature_cache.picture(value), return_tensors="pt") for value in values]
+    views = [processor(images=feature_cache.image_source(value), return_tensors="pt") for value in values]
     for name in ("pixel_values", "clip_pixel_values"):
         assert torch.equal(views[0][name], views[1][name])
 
