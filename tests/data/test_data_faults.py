@@ -16,11 +16,12 @@ from PIL import Image
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts import predict
 from clipcacg.scripts.data import load_mvsa, load_posts, mvsa, split_mvsa
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.loading import DataArguments
-from clipcacg.scripts.reporting import predictions as predict
+from clipcacg.scripts.reporting import predictions
 from clipcacg.scripts.training import evaluation as evaluate_checkpoint
 from clipcacg.scripts.training import run as train
 
@@ -73,7 +74,7 @@ def read(folder: Path) -> tuple[list[str], str]:
 def predicted(folder: Path, collator: PostCollator) -> list[dict]:
     """The posts of a folder as `predict.py` reads them: each is ready for the model or has an error."""
     before = listing(folder)
-    rows, inputs = predict.prepare(list(predict.read_rows(folder)), collator)
+    rows, inputs = predictions.prepare(list(predictions.read_rows(folder)), collator)
     assert (0 if inputs is None else len(inputs["input_ids"])) == sum("error" not in row for row in rows)
     assert listing(folder) == before
     return rows
@@ -244,9 +245,11 @@ def test_a_sliver_costs_no_more_than_other_images(
 ) -> None:
     """Resized by its short edge, 30,000 x 2 pixels would become 3,360,000 x 224, two gigabytes."""
     colours = np.random.default_rng(1).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
-    seen, view = [], ClipCaCgProcessor._view
-    record = staticmethod(lambda part, arrays, keywords: seen.append(arrays[0].shape) or view(part, arrays, keywords))
-    monkeypatch.setattr(ClipCaCgProcessor, "_view", record)
+    part, seen = type(collator.processor.image_processor), []
+    call = part.__call__
+    monkeypatch.setattr(
+        part, "__call__", lambda self, arrays, **k: seen.append(arrays[0].shape) or call(self, arrays, **k)
+    )
     whole = collator.processor(images=Image.fromarray(colours), return_tensors="pt")
     long, short = max(seen[0][1:]), min(seen[0][1:])
     assert short == 2 and long <= 200
@@ -342,7 +345,7 @@ def test_a_table_of_any_bytes_gives_a_row_or_an_error_a_line(
     table = folder / f"data/posts.{suffix}"
     table.write_bytes(content)
     before = listing(folder)
-    rows, _ = predict.prepare(list(predict.read_rows(table)), collator)
+    rows, _ = predictions.prepare(list(predictions.read_rows(table)), collator)
     assert listing(folder) == before
     assert all(isinstance(row.get("error", ""), str) and len(row.get("error", "")) < 1000 for row in rows)
     if suffix == "jsonl":
@@ -353,7 +356,7 @@ def test_a_table_of_any_bytes_gives_a_row_or_an_error_a_line(
 def test_an_unclosed_quote_is_reported(folder: Path) -> None:
     """It would swallow the rows below it, which a model that reads only texts would not notice."""
     (folder / "posts.csv").write_text('id,text\n1,fine\n2,"so good\n3,so bad\n4,lost\n')
-    good, bad = predict.read_rows(folder / "posts.csv")
+    good, bad = predictions.read_rows(folder / "posts.csv")
     assert good["text"] == "fine" and bad["id"] == "2" and "line" in bad["error"] and "end of data" in bad["error"]
 
 
