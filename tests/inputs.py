@@ -1,5 +1,6 @@
 """Plain functions and constants that tests share."""
 
+import json
 import socket
 import subprocess
 import time
@@ -59,3 +60,15 @@ def upload(url: str, path: Path) -> dict[str, Any]:
         response = httpx.post(f"{url}/gradio_api/upload", files={"files": (path.name, file)}, timeout=60)
     stored = response.raise_for_status().json()[0]
     return {"path": stored, "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
+
+
+def ask_page(url: str, image: Any, text: Any, client: httpx.Client | None = None) -> list[Any] | str:
+    """What the demo answers: the values of its panels, or the sentence of its error."""
+    client = client or httpx.Client(timeout=120)
+    response = client.post(f"{url}/gradio_api/call/explain", json={"data": [image, text]})
+    if response.status_code != 200:
+        return f"HTTP {response.status_code}"
+    stream = client.get(f"{url}/gradio_api/call/explain/{response.json()['event_id']}").text
+    *_, last = [part for part in stream.strip().split("\n\n") if "heartbeat" not in part]
+    event, data = (line.partition(": ")[2] for line in last.split("\n"))
+    return json.loads(data) if event == "complete" else (json.loads(data) or {}).get("error") or "no sentence"

@@ -222,12 +222,12 @@ def image_panel(label: str) -> gr.Image:
     """A marked image of the answer."""
     alt_text = f"The marked image: {label}"
     return gr.Image(
-        label=label, alt_text=alt_text, interactive=False, buttons=["fullscreen"], min_width=140, height=260
+        label=label, alt_text=alt_text, interactive=False, buttons=["fullscreen"], min_width=240, height=260
     )
 
 
 def draw_example() -> tuple[Image.Image, str]:
-    """A drawn post that nobody has seen before."""
+    """Draw a new random post."""
     rng = Random()
     return draw_image(rng.randrange(3), rng), write_tweet(rng.randrange(3), rng).strip()
 
