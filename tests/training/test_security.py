@@ -195,7 +195,7 @@ def test_a_push_tells_no_token_however_much_it_says(checkpoint: Path, tmp_path: 
     """At the level of debugging of every library, with a server that refuses."""
     code = (
         "import logging, sys; logging.basicConfig(level=logging.DEBUG)\n"
-        "from clipcacg.scripts.reporting import hub as push_to_hub\n"
+        "from clipcacg.scripts import push_to_hub\n"
         "logging.getLogger().setLevel(logging.DEBUG)\n"
         "for name in list(logging.root.manager.loggerDict): logging.getLogger(name).setLevel(logging.DEBUG)\n"
         "sys.argv = ['push_to_hub.py', *sys.argv[1:]]\n"
