@@ -1,18 +1,22 @@
-"""The sections of `benchmark.py`: each runs alternatives in turn and returns figures."""
+"""The sections of `benchmark.py`. Each times alternatives in turn and returns its figures by name."""
 
 from collections.abc import Callable
+from functools import partial
 
-from clipcacg.scripts.bench.data import cache, pictures, prediction
+from clipcacg.scripts.bench.data import cache, images, prediction
 from clipcacg.scripts.bench.growth import growth, memory_of_prediction, processes
 from clipcacg.scripts.bench.model import fusion, memory, modes, onnx, padding
 from clipcacg.scripts.bench.setting import Figure, Setting
 
 SECTIONS: dict[str, Callable[[Setting], dict[str, Figure]]] = {
     "fusion": fusion,
+    "fusion_bf16": partial(fusion, numbers="bf16"),
+    "fusion_compiled": partial(fusion, compiled=True),
+    "fusion_bf16_compiled": partial(fusion, numbers="bf16", compiled=True),
     "memory": memory,
     "padding": padding,
     "cache": cache,
-    "pictures": pictures,
+    "images": images,
     "prediction": prediction,
     "modes": modes,
     "onnx": onnx,

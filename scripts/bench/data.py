@@ -1,4 +1,4 @@
-"""What it costs to get posts into the model: pictures, the feature cache, and prediction from end to end."""
+"""What the data path costs: images, the feature cache, and prediction from a file of posts."""
 
 import json
 from functools import partial
@@ -23,21 +23,22 @@ from clipcacg.scripts.bench.setting import (
     make_model,
     make_posts,
     make_processor,
+    rate,
     ratio,
     seconds,
 )
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.features import cache_features
 from clipcacg.scripts.data.loading import DataArguments, load_posts
-from clipcacg.scripts.reporting import predictions as predict
+from clipcacg.scripts.reporting.predictions import PredictionArguments, predict_file
 from clipcacg.scripts.training.arguments import RecipeArguments
 from clipcacg.scripts.training.run import make_trainer
 
 
 def cache(setting: Setting) -> dict[str, Figure]:
-    """An epoch of the fusion on frozen backbones: without the cache, with it, and on tensors in memory.
+    """An epoch with frozen backbones: without the feature cache, with it, and on tensors in memory.
 
-    The first two run in the Trainer, the loader included; the third is the bare optimizer steps.
+    The first two run in the Trainer with its data loader, the third is the training steps alone.
     """
     model, processor = make_model(setting), make_processor(setting)
     model.freeze_backbones(text=True, vision=True, clip=True)
@@ -94,10 +95,10 @@ def batches_of(rows: list[Any], size: int) -> list[list[Any]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def pictures(setting: Setting) -> dict[str, Figure]:
-    """The processor against the two stock image processors, each of which opens the files itself; and the waiting.
+def images(setting: Setting) -> dict[str, Figure]:
+    """Our processor against two stock image processors that each open the files, and the share of time spent waiting.
 
-    Photographs of 600 x 400, and of 2400 x 1600, where a JPEG is decoded at half its size.
+    The images are photographs of 600 x 400, and of 2400 x 1600, which our processor decodes at half size.
     """
     processor = make_processor(setting)
     small = [value["path"] for value in make_posts(setting, 64)["image"]]
@@ -116,31 +117,31 @@ def pictures(setting: Setting) -> dict[str, Figure]:
             processor(images=batch, return_tensors="pt")
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a loader's worker
+    torch.set_num_threads(1)  # as in a worker of the data loader
     try:
         times = in_turn(setting.repeats, stock=partial(stock, small), ours=partial(ours, small))
         big = in_turn(setting.repeats, stock=partial(stock, large), ours=partial(ours, large))
     finally:
         torch.set_num_threads(threads)
-    rate = len(small) / min(times["ours"])
+    per_second = len(small) / min(times["ours"])
     return {
-        "processor_speedup": ratio(times["stock"], times["ours"], f"two stock processors / ours ({rate:.0f}/s)"),
+        "processor_speedup": ratio(times["stock"], times["ours"], f"two stock processors / ours ({per_second:.0f}/s)"),
         "processor_speedup_large": ratio(big["stock"], big["ours"], "likewise, photographs of 2400 x 1600"),
         "data_wait_share": data_wait(setting, processor),
     }
 
 
 def data_wait(setting: Setting, processor: ClipCaCgProcessor) -> Figure:
-    """The share of a training epoch in which the model waits for a batch, with two workers as the configs have."""
+    """Share of a training epoch spent waiting for a batch, with two workers as in our recipes."""
     model = make_model(setting).train()
-    model.freeze_backbones(text=True, vision=True, clip=True)  # the fastest step is the hardest to feed
+    model.freeze_backbones(text=True, vision=True, clip=True)  # the fastest step needs the most images per second
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     posts = make_posts(setting, 16 * setting.batch_size)
     loader = DataLoader(
         posts, batch_size=setting.batch_size, num_workers=2, collate_fn=PostCollator(processor, model.config)
     )
     waiting, start, batches = 0.0, perf_counter(), iter(loader)
-    for _ in range(5):  # the workers' start, and what they have made by then, is no part of an epoch of hundreds
+    for _ in range(5):  # the workers start only once per epoch
         next(batches)
     start = perf_counter()
     while True:
@@ -151,11 +152,11 @@ def data_wait(setting: Setting, processor: ClipCaCgProcessor) -> Figure:
             break
         batch = {name: value.to(setting.device) for name, value in batch.items()}
         seconds(partial(train_step, model, optimizer, batch))
-    return Figure(waiting / (perf_counter() - start), "share of an epoch spent waiting for pictures, backbones frozen")
+    return Figure(waiting / (perf_counter() - start), "share of an epoch spent waiting for images, backbones frozen")
 
 
 def prediction(setting: Setting) -> dict[str, Figure]:
-    """`predict.py` from a file of posts to one of predictions, against forward passes alone at the best batch size."""
+    """`predict.py` from file to file against forward passes alone, at the fastest batch size."""
     if setting.checkpoint:
         model = ClipCaCgForSequenceClassification.from_pretrained(setting.checkpoint).to(setting.device).eval()
         processor = ClipCaCgProcessor.from_pretrained(setting.checkpoint)
@@ -164,7 +165,7 @@ def prediction(setting: Setting) -> dict[str, Figure]:
     posts = posts_to_predict(setting)
     source = write_posts(setting.folder / "posts.jsonl", posts)
     collator = PostCollator(processor, model.config)
-    sizes = [size for size in (8, 16, 32, 64) if size <= len(posts)]
+    sizes = [size for size in (8, 16, 32, 64) if size <= len(posts)] or [len(posts)]
 
     def collated(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
         return [{k: v for k, v in collator(batch).items() if k != "labels"} for batch in batches_of(rows, size)]
@@ -176,17 +177,19 @@ def prediction(setting: Setting) -> dict[str, Figure]:
     with torch.inference_mode():
         trial = in_turn(1, **{str(size): partial(forward, collated(posts[:128], size)) for size in sizes})
         best = min(sizes, key=lambda size: trial[str(size)][0])
-        arguments = predict.PredictionArguments(
+        arguments = PredictionArguments(
             input=str(source), output=str(setting.folder / "out.jsonl"), overwrite=True, batch_size=best
         )
         times = in_turn(
             min(setting.repeats, 3),
             forward=partial(forward, collated(posts, best)),
-            predict=lambda: predict.predict_file(model, processor, arguments),
+            predict=lambda: predict_file(model, processor, arguments),
         )
-    rate = len(posts) / min(times["predict"])
-    what = f"forward passes alone / predict.py on {len(posts)} posts, batches of {best} ({rate:.1f} posts/s)"
-    return {"predict_efficiency": ratio(times["forward"], times["predict"], what)}
+    how = f"{len(posts)} posts, batches of {best}"
+    return {
+        "predict_efficiency": ratio(times["forward"], times["predict"], f"forward passes alone / predict.py, {how}"),
+        "predict_posts_per_second": rate(times["predict"], len(posts), f"posts per second, predict.py, {how}"),
+    }
 
 
 def posts_to_predict(setting: Setting) -> list[dict[str, Any]]:

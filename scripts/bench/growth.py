@@ -1,11 +1,10 @@
-"""How cost grows: with the batch, the length of the texts, the number of posts, and the number of processes."""
+"""How cost grows with the batch size, the text length, the number of posts and the number of processes."""
 
 import json
 import os
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -23,18 +22,18 @@ from clipcacg.scripts.bench.setting import (
     seconds,
     tiny_backbones,
 )
-from clipcacg.scripts.reporting import predictions as predict
+from clipcacg.scripts.reporting.predictions import PredictionArguments, predict_file
 
-TRAIN = Path(__file__).parents[1] / "train.py"
+TRAIN = "clipcacg.scripts.train"  # launched, not imported
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128]
 LENGTHS = [8, 16, 32, 64, 128]
 POSTS = [1000, 2000, 5000, 10000, 20000]
 
 
 def growth(setting: Setting) -> dict[str, Figure]:
-    """Seconds against batch and text length, at the chosen size, and against posts with `predict.py` on a tiny model.
+    """Seconds by batch size and text length at the chosen model size, and by number of posts with a tiny model.
 
-    Each figure is the exponent between the two ends: 1 is linear, less is better than linear.
+    Each figure is the exponent between the smallest and the largest size: 1 is linear, less is better.
     """
     model = make_model(setting)
     curves = {"batch": (BATCHES, []), "text length": (LENGTHS, [])}
@@ -55,12 +54,12 @@ def growth(setting: Setting) -> dict[str, Figure]:
 
 
 def exponent(sizes: list[int], times: list[float]) -> float:
-    """k of time ~ size ** k, by the two ends."""
+    """k in time = c * size ** k, from the first and the last point."""
     return float(torch.tensor(times[-1] / times[0]).log() / torch.tensor(sizes[-1] / sizes[0]).log())
 
 
 def plot(setting: Setting, curves: dict[str, tuple[list[int], list[float]]]) -> None:
-    """One panel a curve, beside a line of proportional growth through its last point."""
+    """Draw one panel per curve, with a line of proportional growth through its last point."""
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.2), layout="constrained")
     for axis, (name, (sizes, times)) in zip(axes, curves.items(), strict=True):
         axis.loglog(sizes, times, marker="o", label="measured")
@@ -73,23 +72,23 @@ def plot(setting: Setting, curves: dict[str, tuple[list[int], list[float]]]) -> 
 
 
 def seconds_of_prediction(setting: Setting, count: int) -> float:
-    """`predict_file` on so many posts, which are a hundred over and over, with a tiny model."""
+    """Seconds of `predict_file` on `count` posts, which repeat the same hundred, with a tiny model."""
     tiny = Setting(**{**vars(setting), "size": "tiny"})
     arguments = many_posts(tiny, count)
-    run = partial(predict.predict_file, make_model(tiny), make_processor(tiny), arguments)
+    run = partial(predict_file, make_model(tiny), make_processor(tiny), arguments)
     return seconds(run)
 
 
-def many_posts(setting: Setting, count: int) -> predict.PredictionArguments:
+def many_posts(setting: Setting, count: int) -> PredictionArguments:
     hundred = list(make_posts(setting, 100))
     posts = [{**hundred[number % 100], "id": str(number)} for number in range(count)]
     source = write_posts(setting.folder / f"{count}.jsonl", posts)
     output = str(setting.folder / f"{count}.out.jsonl")
-    return predict.PredictionArguments(input=str(source), output=output, overwrite=True)
+    return PredictionArguments(input=str(source), output=output, overwrite=True)
 
 
 def memory_of_prediction(setting: Setting) -> dict[str, Figure]:
-    """The peak memory of `predict.py` on 20,000 posts over that on 2,000, each in a process of its own, tiny model."""
+    """Peak memory of `predict.py` on 20,000 posts against 2,000, each in a new process, with a tiny model."""
     peaks = [in_new_process(peak_of_prediction, setting, count) for count in (POSTS[1], POSTS[-1])]
     what = f"peak memory of predict.py, {POSTS[-1]} posts {peaks[1]:.0f} MiB / {POSTS[1]} posts {peaks[0]:.0f} MiB"
     return {"predict_memory_growth": Figure(peaks[1] / peaks[0], what)}
@@ -101,11 +100,14 @@ def peak_of_prediction(setting: Setting, count: int) -> float:
 
 
 def processes(setting: Setting) -> dict[str, Figure]:
-    """Training posts a second of two processes over one, each on one thread, same batch; the sample's job."""
+    """Training posts per second of two processes against one, with one thread each and the same total batch."""
+    if torch.cuda.device_count() == 1:
+        print("left out: two processes need two GPUs, or none")
+        return {}
     rates = {}
     for count in (1, 2):
         output = setting.folder / f"processes{count}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), str(TRAIN)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "-m", TRAIN]
         for part in ("text", "vision", "clip"):
             command += [f"--{part}_model", str(tiny_backbones(setting) / part)]
         command += f"--output_dir {output} --num_train_epochs 3 --save_strategy no --eval_strategy no".split()

@@ -1,4 +1,4 @@
-"""What the model costs beside its own backbones, and what speeds it up."""
+"""What the model costs beyond its backbones, and what makes it faster."""
 
 import multiprocessing
 import resource
@@ -24,6 +24,8 @@ from clipcacg.scripts.bench.setting import (
     make_model,
     make_processor,
     make_texts,
+    precision,
+    rate,
     ratio,
     text_lengths,
 )
@@ -58,7 +60,7 @@ class Backbones(nn.Module):
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Tensor]) -> None:
-    """Forward, backward, and AdamW."""
+    """Forward, backward, and a step of AdamW."""
     output = model(**inputs)
     loss = output if isinstance(output, Tensor) else output.loss
     loss.backward()
@@ -66,78 +68,109 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[
     optimizer.zero_grad()
 
 
-def fusion(setting: Setting) -> dict[str, Figure]:
-    """The whole model over its three backbones alone, on the same posts; and the share of the Bi-GRU."""
-    model, backbones = make_model(setting), Backbones(setting).to(setting.device).eval()
-    inputs = make_inputs(setting, text_lengths(setting.batch_size))
-    branch = model.model.text_branch
-    mask = inputs["attention_mask"].bool()
-    with torch.inference_mode():
-        states = branch.encode(inputs["input_ids"], mask)
+def fusion(setting: Setting, numbers: str = "float32", compiled: bool = False) -> dict[str, Figure]:
+    """The whole model against its three backbones alone, on the same posts: a forward pass and a training step.
+
+    Args:
+        numbers: "float32", or "bf16" for autocast to bfloat16.
+        compiled: Run both through `torch.compile`.
+    """
+    size, suffix = setting.batch_size, "" if numbers == "float32" else f"_{numbers}"
+    suffix += "_compiled" if compiled else ""
+    how = f"batches of {size}, {numbers}" + (", torch.compile" if compiled else "")
+    parts = {"model": make_model(setting), "backbones": Backbones(setting).to(setting.device).eval()}
+    run = {name: torch.compile(part) if compiled else part for name, part in parts.items()}
+    inputs, bi_gru = make_inputs(setting, text_lengths(size)), parts["model"].model.text_branch.bi_gru
+    with torch.inference_mode(), precision(setting, numbers):
+        read = inputs_of(bi_gru, lambda: parts["model"](**inputs))
         times = in_turn(
             setting.repeats,
-            model=lambda: model(**inputs),
-            backbones=lambda: backbones(**inputs),
-            bi_gru=lambda: branch.bi_gru(states, mask),
+            **{name: partial(part, **inputs) for name, part in run.items()},
+            bi_gru=lambda: bi_gru(*read),
         )
     figures = {
-        "fusion_overhead_forward": ratio(
-            times["model"], times["backbones"], f"forward of {setting.batch_size} posts, model / backbones alone"
+        f"fusion_overhead_forward{suffix}": ratio(
+            times["model"], times["backbones"], f"forward pass, model / backbones alone, {how}"
         ),
-        "bi_gru_share": ratio(times["bi_gru"], times["model"], "Bi-GRU / whole forward"),
+        f"forward_posts_per_second{suffix}": rate(times["model"], size, f"posts per second, forward pass, {how}"),
     }
-    labels = {"labels": torch.zeros(setting.batch_size, dtype=torch.long, device=setting.device)}
-    steps = {
-        name: partial(train_step, part.train(), torch.optim.AdamW(part.parameters(), lr=1e-6), inputs | labels)
-        for name, part in {"model": model, "backbones": backbones}.items()
+    if not compiled:  # a compiled model does not run the layers one by one
+        figures[f"bi_gru_share{suffix}"] = ratio(times["bi_gru"], times["model"], f"Bi-GRU / forward pass, {how}")
+
+    inputs["labels"] = torch.zeros(size, dtype=torch.long, device=setting.device)
+    optimizers = {name: torch.optim.AdamW(part.train().parameters(), lr=1e-6) for name, part in parts.items()}
+
+    def step(name: str) -> None:
+        with precision(setting, numbers):
+            train_step(run[name], optimizers[name], inputs)
+
+    times = in_turn(setting.repeats, **{name: partial(step, name) for name in parts})
+    how = f"all parameters trained, {how}"
+    return figures | {
+        f"fusion_overhead_train{suffix}": ratio(
+            times["model"], times["backbones"], f"training step, model / backbones alone, {how}"
+        ),
+        f"train_posts_per_second{suffix}": rate(times["model"], size, f"posts per second, training, {how}"),
     }
-    times = in_turn(setting.repeats, **steps)
-    what = f"training step of {setting.batch_size} posts, all trainable, model / backbones alone"
-    return figures | {"fusion_overhead_train": ratio(times["model"], times["backbones"], what)}
+
+
+def inputs_of(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, ...]:
+    """The positional inputs that a module gets while `run` runs."""
+    seen: list[tuple[Any, ...]] = []
+    handle = module.register_forward_pre_hook(lambda _, given: seen.append(given))
+    run()
+    handle.remove()
+    return seen[-1]
 
 
 def memory(setting: Setting) -> dict[str, Figure]:
-    """The peak memory of a training step, each in a process of its own."""
-    peaks = [in_new_process(peak_memory, which, setting) for which in ("model", "backbones")]
-    what = f"peak memory of a training step, model {peaks[0]:.0f} MiB / backbones alone {peaks[1]:.0f} MiB"
-    return {"peak_memory_ratio": Figure(peaks[0] / peaks[1], what)}
+    """The peak memory of a training step, each model in a process of its own; on a GPU in bf16 too."""
+    figures = {}
+    for numbers in ("float32", "bf16") if setting.device == "cuda" else ("float32",):
+        peaks = [in_new_process(peak_memory, which, setting, numbers) for which in ("model", "backbones")]
+        suffix, what = "" if numbers == "float32" else f"_{numbers}", f"batches of {setting.batch_size}, {numbers}"
+        what = f"peak memory of a training step, model {peaks[0]:.0f} MiB / backbones {peaks[1]:.0f} MiB, {what}"
+        figures[f"peak_memory_ratio{suffix}"] = Figure(peaks[0] / peaks[1], what)
+        figures[f"peak_memory_mib{suffix}"] = Figure(peaks[0], f"MiB, {what}")
+    return figures
 
 
 def in_new_process(run: Callable[..., float], *arguments: Any) -> float:
-    """What a function returns in a process that has done nothing else; one that is killed is an error."""
+    """Call a function in a new process, whose peak memory is that of the call alone. A killed process is an error."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(run, *arguments).result()
 
 
-def peak_memory(which: str, setting: Setting) -> float:
-    """What a training step needs at most, in MiB, without the libraries themselves."""
+def peak_memory(which: str, setting: Setting, numbers: str) -> float:
+    """Peak memory of two training steps in MiB: what PyTorch allocated on the GPU, or else the process's own."""
     torch.manual_seed(0)
     before = resident_peak()
     model = make_model(setting) if which == "model" else Backbones(setting).to(setting.device)
     inputs = make_inputs(setting, text_lengths(setting.batch_size))
     inputs["labels"] = torch.zeros(setting.batch_size, dtype=torch.long, device=setting.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-6)
     for _ in range(2):
-        train_step(model.train(), optimizer, inputs)
+        with precision(setting, numbers):
+            train_step(model, optimizer, inputs)
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident_peak() - before
 
 
 def resident_peak() -> float:
-    """The largest resident memory this process ever had, in MiB."""
+    """Peak resident memory of this process in MiB."""
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    # On Linux `getrusage` of a new process starts from what its parent had.
+    # On Linux, `getrusage` of a new process starts from its parent's peak.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
 
 
 def padding(setting: Setting) -> dict[str, Figure]:
-    """Text encoder and Bi-GRU on eight batches as the Trainer groups them by length, and on these texts otherwise."""
+    """Text encoder and Bi-GRU on eight batches grouped by length, on the same texts in random batches, and padded."""
     branch, config = make_model(setting).model.text_branch, make_config(setting).text_config
     limit, size = config.max_position_embeddings - 2, setting.batch_size
     lengths = [min(length, limit) for length in text_lengths(64 * size)]
     order = list(LengthGroupedSampler(size, lengths=lengths, generator=torch.Generator().manual_seed(0)))
-    starts = [size * number for number in range(0, 16, 2)]  # it sorts sixteen at a time: of those every other one
+    starts = [size * number for number in range(0, 16, 2)]  # every other one of a sorted group
     grouped = [[lengths[row] for row in order[start : start + size]] for start in starts]
     texts = sum(grouped, [])
     random = [texts[start::8] for start in range(8)]
@@ -171,36 +204,29 @@ def padding(setting: Setting) -> dict[str, Figure]:
 
 
 def modes(setting: Setting) -> dict[str, Figure]:
-    """A forward pass as it is, in inference mode, over the same pass in another way; above 1 helps."""
+    """A forward pass in inference mode against the same pass done differently; above 1 is faster."""
     model, inputs = make_model(setting), make_inputs(setting, text_lengths(setting.batch_size))
-    encoder = model.model.image_branch.backbone
+    encoder = model.model.image_branch.encoder
     last = {**inputs, "pixel_values": inputs["pixel_values"].to(memory_format=torch.channels_last)}
     compiled = torch.compile(model)
+    plain, channels_last = partial(model, **inputs), partial(model, **last)
 
-    def channels_last() -> None:
-        model(**last)
-
-    def bf16() -> None:
-        with torch.autocast(setting.device, torch.bfloat16):
-            model(**inputs)
-
-    def plain() -> None:
-        model(**inputs)
+    def bf16() -> Tensor:
+        with precision(setting, "bf16"):
+            return model(**inputs).logits
 
     figures = {}
     with torch.no_grad():
         no_grad = in_turn(setting.repeats, plain=plain, inference=torch.inference_mode()(plain))
     figures["inference_mode_speedup"] = ratio(no_grad["plain"], no_grad["inference"], "no_grad / inference_mode")
     with torch.inference_mode():
-        times = in_turn(setting.repeats, plain=plain, bf16=bf16, compiled=lambda: compiled(**inputs))
+        times = in_turn(setting.repeats, plain=plain, bf16=bf16, compiled=partial(compiled, **inputs))
         figures["bf16_speedup"] = ratio(times["plain"], times["bf16"], "float32 / bf16 autocast")
         figures["compile_speedup"] = ratio(times["plain"], times["compiled"], "eager / torch.compile, once compiled")
-        before = model(**inputs).logits
-        with torch.autocast(setting.device, torch.bfloat16):
-            change = (model(**inputs).logits - before).abs().max().item()
+        change = (bf16() - plain().logits).abs().max().item()
         figures["bf16_difference"] = Figure(change, "largest change of a logit by bf16 autocast")
         times = {"plain": [], "last": []}
-        for _ in range(setting.repeats):  # the weights have one layout at a time
+        for _ in range(setting.repeats):  # the weights have one memory format at a time
             encoder.to(memory_format=torch.contiguous_format)
             times["plain"] += in_turn(1, plain=plain)["plain"]
             encoder.to(memory_format=torch.channels_last)
@@ -210,7 +236,7 @@ def modes(setting: Setting) -> dict[str, Figure]:
 
 
 def onnx(setting: Setting) -> dict[str, Figure]:
-    """The model in PyTorch over the same model in ONNX Runtime, on a CPU; needs the extra `onnx`."""
+    """PyTorch against ONNX Runtime, both on the CPU; needs the extra `onnx`."""
     try:
         import onnxruntime
 

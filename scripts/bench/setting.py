@@ -1,7 +1,9 @@
-"""What every section of the benchmark shares: figures, timing in turn, a model, and posts to run it on."""
+"""What every section of the benchmark shares: figures, timing, the model, and random posts."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -32,12 +34,12 @@ NAMES = ["negative", "neutral", "positive"]
 
 @dataclass
 class Figure:
-    """One number.
+    """One number of the result.
 
     Args:
-        value: The median of the rounds.
-        what: What it is, in words.
-        low, high: The smallest and the largest of the rounds.
+        value: Median over the rounds.
+        what: What was measured, in words.
+        low, high: Smallest and largest value of the rounds; None for a number that was measured once.
     """
 
     value: float
@@ -48,7 +50,13 @@ class Figure:
 
 @dataclass
 class Setting:
-    """The flags of `benchmark.py`, a folder to work in, and where the plot goes."""
+    """What every section is given.
+
+    Args:
+        folder: Temporary folder for posts and models.
+        plot: PNG file of the section `growth`.
+        size, repeats, batch_size, num_posts, checkpoint, data_dir: The flags of `benchmark.py`.
+    """
 
     folder: Path
     plot: Path
@@ -56,35 +64,61 @@ class Setting:
     repeats: int
     batch_size: int
     num_posts: int
-    checkpoint: str | None
-    data_dir: str | None
+    checkpoint: str | None = None
+    data_dir: str | None = None
 
     @property
     def device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """How long it takes, on a GPU to its end."""
+def seconds(run: Callable[[], Any], calls: int = 1) -> float:
+    """Seconds per call. CUDA kernels run asynchronously, so the clock starts and stops at a synchronised device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = perf_counter()
-    run()
+    for _ in range(calls):
+        run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return perf_counter() - start
+    return (perf_counter() - start) / calls
 
 
 def in_turn(repeats: int, **cases: Callable[[], Any]) -> dict[str, list[float]]:
-    """Seconds of each case in each round; a first round warms up and is left out."""
-    rounds = [{name: seconds(run) for name, run in cases.items()} for _ in range(repeats + 1)][1:]
+    """Time the cases alternately, so that a change of the machine's speed meets all of them.
+
+    The first call of each case is a warm-up and is not counted. On a GPU a second call tells how many calls make a
+    fifth of a second, and every round makes that many.
+
+    Returns:
+        Case name to seconds per call in each round.
+    """
+    for run in cases.values():
+        run()
+    calls = dict.fromkeys(cases, 1)
+    if torch.cuda.is_available():
+        calls = {name: ceil(0.2 / seconds(run)) for name, run in cases.items()}
+    rounds = [{name: seconds(run, calls[name]) for name, run in cases.items()} for _ in range(repeats)]
     return {name: [times[name] for times in rounds] for name in cases}
 
 
 def ratio(above: list[float], below: list[float], what: str) -> Figure:
-    """The ratio round by round."""
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    return Figure(median(ratios), what, min(ratios), max(ratios))
+    """The ratio of two cases, taken round by round."""
+    return spread([a / b for a, b in zip(above, below, strict=True)], what)
+
+
+def rate(times: list[float], count: int, what: str) -> Figure:
+    """Posts per second, for `count` posts in each of these times."""
+    return spread([count / time for time in times], what)
+
+
+def spread(values: list[float], what: str) -> Figure:
+    return Figure(median(values), what, min(values), max(values))
+
+
+def precision(setting: Setting, name: str) -> AbstractContextManager[Any]:
+    """A context in which the model computes in "float32" (nothing changes) or "bf16" (autocast)."""
+    return torch.autocast(setting.device, torch.bfloat16) if name == "bf16" else nullcontext()
 
 
 def text_lengths(count: int) -> list[int]:

@@ -44,7 +44,8 @@ from transformers import HfArgumentParser
 from clipcacg.configuration_clipcacg import AUTO_MAP
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.loading import one_sentence
-from clipcacg.scripts.reporting.report import CONFUSION_MATRIX_FILE, CURVES_FILE, escape_markdown
+from clipcacg.scripts.reporting.plots import CONFUSION_MATRIX_FILE, CURVES_FILE
+from clipcacg.scripts.reporting.tables import escape_markdown
 
 logger = logging.getLogger(__name__)
 

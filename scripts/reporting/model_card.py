@@ -17,16 +17,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig
 
-from clipcacg.scripts.reporting.report import (
-    CONFUSION_MATRIX_FILE,
-    CURVES_FILE,
-    SCORES,
-    escape_markdown,
-    markdown_table,
-    results_table,
-    wrap_markdown,
-)
+from clipcacg.scripts.reporting.plots import CONFUSION_MATRIX_FILE, CURVES_FILE
 from clipcacg.scripts.reporting.run_facts import RunFacts, uses_timm
+from clipcacg.scripts.reporting.tables import SCORES, escape_markdown, markdown_table, results_table
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 DATA_TITLES = {"mvsa-single": "MVSA-Single", "mvsa-multiple": "MVSA-Multiple", "sample": "the drawn sample"}
@@ -71,7 +64,6 @@ def write_model_card(folder: str | Path, facts: RunFacts) -> Path:
         **card_text(facts, model_id),
         **{name: file if (folder / file).is_file() else None for name, file in pictures.items()},
     )
-    card.text = f"\n{wrap_markdown(card.text)}\n"
     card.save(folder / "README.md")
     return folder / "README.md"
 

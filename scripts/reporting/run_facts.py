@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, TrainerState, TrainingArguments
 
-from clipcacg.scripts.reporting.report import SCORES
+from clipcacg.scripts.reporting.tables import SCORES
 
 DATA_KINDS = ("mvsa-single", "mvsa-multiple", "sample", "other")
 LIBRARIES = ("torch", "torchvision", "transformers", "datasets", "accelerate", "huggingface_hub", "pillow")

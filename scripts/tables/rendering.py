@@ -21,7 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import binomtest, bootstrap
 
-from clipcacg.scripts.reporting.report import markdown_table
+from clipcacg.scripts.reporting.tables import markdown_table
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts, one_sentence
-from clipcacg.scripts.reporting.report import plot_confusion_matrix, results_table
+from clipcacg.scripts.reporting.plots import plot_confusion_matrix
+from clipcacg.scripts.reporting.tables import results_table
 from clipcacg.scripts.training.metrics import load_metric, score
 from clipcacg.scripts.training.run import set_up_logging
 

@@ -41,14 +41,8 @@ from clipcacg.scripts.data.loading import (
 from clipcacg.scripts.data.sample import MARKER, make_tiny_backbones
 from clipcacg.scripts.reporting.hub import check_repo_id, push_checkpoint
 from clipcacg.scripts.reporting.model_card import write_model_card
+from clipcacg.scripts.reporting.plots import CONFUSION_MATRIX_FILE, CURVES_FILE, plot_confusion_matrix, plot_curves
 from clipcacg.scripts.reporting.predictions import prediction_line, write_line
-from clipcacg.scripts.reporting.report import (
-    CONFUSION_MATRIX_FILE,
-    CURVES_FILE,
-    plot_confusion_matrix,
-    plot_curves,
-    results_table,
-)
 from clipcacg.scripts.reporting.run_facts import (
     RunFacts,
     hardware_name,
@@ -56,6 +50,7 @@ from clipcacg.scripts.reporting.run_facts import (
     library_versions,
     training_recipe,
 )
+from clipcacg.scripts.reporting.tables import results_table
 from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments, parse_arguments
 from clipcacg.scripts.training.metrics import load_metric, score
 from clipcacg.scripts.training.trainer import SentimentTrainer, training_faults

@@ -1,8 +1,9 @@
-"""The benchmark's own arithmetic, and a smoke run of what it measures; no test here looks at a time."""
+"""The arithmetic of the benchmark and a smoke test of its sections; no test compares times."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ import torch
 from clipcacg.scripts import benchmark
 from clipcacg.scripts.bench import SECTIONS
 from clipcacg.scripts.bench.growth import exponent
-from clipcacg.scripts.bench.setting import Setting, in_turn, make_posts, make_processor, ratio, text_lengths
+from clipcacg.scripts.bench.setting import Figure, Setting, in_turn, make_posts, make_processor, ratio, text_lengths
 
 KEYS = {
     "fusion_overhead_forward",
     "fusion_overhead_train",
+    "train_posts_per_second_bf16",
+    "bi_gru_share",
     "padding_speedup",
     "cache_epoch_speedup",
     "cache_bytes_per_post",
@@ -25,7 +28,7 @@ KEYS = {
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Setting:
-    return Setting(tmp_path, tmp_path / "plot.png", "tiny", 1, 4, 8, None, None)
+    return Setting(tmp_path, tmp_path / "plot.png", "tiny", 1, 4, 8)
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:
@@ -33,7 +36,7 @@ def test_a_ratio_is_taken_round_by_round() -> None:
     assert (figure.value, figure.low, figure.high) == (3.0, 2.0, 4.0)
 
 
-def test_cases_run_in_turn_and_the_first_round_is_left_out() -> None:
+def test_cases_run_in_turn_and_the_first_round_is_not_counted() -> None:
     ran: list[str] = []
     times = in_turn(2, a=lambda: ran.append("a"), b=lambda: ran.append("b"))
     assert ran == ["a", "b"] * 3 and [len(rounds) for rounds in times.values()] == [2, 2]
@@ -51,11 +54,14 @@ def test_texts_have_the_lengths_of_mvsa(setting: Setting) -> None:
     assert tokens == [min(128, length) for length in text_lengths(30)]
 
 
-def test_a_smoke_run_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    output = tmp_path / "bench.json"
+def run(output: Path, *sections: str) -> dict[str, Any]:
     flags = f"--size tiny --repeats 1 --batch_size 4 --num_posts 8 --output {output}".split()
-    benchmark.main([*flags, "--only", "fusion", "padding", "cache", "pictures", "prediction"])
-    figures = json.loads(output.read_text())
+    benchmark.main([*flags, "--only", *sections])
+    return json.loads(output.read_text())
+
+
+def test_a_smoke_run_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    figures = run(tmp_path / "bench.json", "fusion", "fusion_bf16", "padding", "cache", "images", "prediction")
     assert figures.keys() >= KEYS
     assert all(figures[key] > 0 for key in KEYS)
     assert figures["padding_difference"] < 1e-5
@@ -63,26 +69,32 @@ def test_a_smoke_run_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureF
     assert all(key in printed for key in KEYS)
 
 
-def test_a_section_that_does_not_exist_is_told() -> None:
-    with pytest.raises(SystemExit, match="there is no section speed; there are fusion"):
+def test_a_section_that_fails_spoils_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def broken(setting: Setting) -> dict[str, Figure]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(SECTIONS, "modes", broken)
+    with pytest.raises(SystemExit, match="Sections that failed: modes"):
+        run(tmp_path / "bench.json", "modes", "fusion")
+    assert json.loads((tmp_path / "bench.json").read_text())["fusion_overhead_forward"] > 0
+    assert "RuntimeError: out of memory" in capsys.readouterr().err
+
+
+def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
         benchmark.main(["--only", "speed"])
+    assert "invalid choice: 'speed' (choose from" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, sizes in (("POSTS", [4, 8]), ("BATCHES", [1, 2]), ("LENGTHS", [8, 16])):
         monkeypatch.setattr(sys.modules[exponent.__module__], name, sizes)
-    output = tmp_path / "bench.json"
-    flags = f"--size tiny --repeats 1 --batch_size 4 --num_posts 8 --output {output}".split()
-    others = [name for name in SECTIONS if name not in ("fusion", "padding", "cache", "pictures", "prediction")]
-    benchmark.main([*flags, "--only", *others])
-    figures = json.loads(output.read_text())
-    assert {
-        "peak_memory_ratio",
-        "bf16_speedup",
-        "growth_batch",
-        "predict_memory_growth",
-        "two_process_speedup",
-    } <= set(figures)
+    done = ("fusion", "fusion_bf16", "padding", "cache", "images", "prediction")
+    figures = run(tmp_path / "bench.json", *[name for name in SECTIONS if name not in done])
+    names = {"fusion_overhead_train_bf16_compiled", "peak_memory_ratio", "bf16_speedup", "growth_batch"}
+    assert names | {"predict_memory_growth", "two_process_speedup"} <= set(figures)
     assert figures.get("onnx_difference", 0) < 1e-4
     assert (tmp_path / "bench.png").stat().st_size > 1000

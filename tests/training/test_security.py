@@ -17,7 +17,7 @@ from test_train import flags
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel
 from clipcacg.scripts.reporting import predictions as predict
-from clipcacg.scripts.reporting.report import escape_markdown, markdown_table, wrap_markdown
+from clipcacg.scripts.reporting.tables import escape_markdown, markdown_table
 from clipcacg.scripts.training import evaluation as evaluate_checkpoint
 from clipcacg.scripts.training import run as train
 
@@ -236,6 +236,6 @@ def rendered(text: str) -> str:
 def test_markup_in_names_stays_text_in_tables_and_lines() -> None:
     table = rendered(markdown_table([["Name", "Value"], [MARKUP, MARKUP]]))
     assert set(Tags(table).found) <= {"table", "thead", "tbody", "tr", "th", "td"} and table.count("<td>") == 2
-    line = rendered(wrap_markdown(f"A label {escape_markdown(MARKUP)} in a line"))
+    line = rendered(f"A label {escape_markdown(MARKUP)} in a line")
     assert Tags(line).found == ["p"]
     assert set(Tags(rendered(MARKUP)).found) >= {"script", "img"}  # it would be markup otherwise
