@@ -1,4 +1,4 @@
-"""One-line use of CLIP-CA-CG: `pipeline("image-text-sentiment", model=..., trust_remote_code=True)`."""
+"""Pipeline of CLIP-CA-CG: `pipeline("image-text-sentiment", model=..., trust_remote_code=True)`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from transformers.utils import ModelOutput
 
 from .processing_clipcacg import label_scores
 
-NEEDED = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}
-
 
 class ImageTextSentimentPipeline(Pipeline):
-    """From posts to labels and probabilities.
+    """Predict the labels of posts and their scores.
 
-    A post is `{"image": ..., "text": ...}`; its picture is a PIL image, a path, a URL or a base64 string. For a model
-    of one modality `{"image": ...}` or `{"text": ...}` will do.
+    A post is `{"image": ..., "text": ...}`; its image is a PIL image, a path, a URL or a base64 string. A model of one
+    modality needs only that part.
 
     Example:
         ```python
@@ -37,20 +35,21 @@ class ImageTextSentimentPipeline(Pipeline):
     _load_feature_extractor = False
 
     def __call__(self, inputs: Any, **kwargs: Any) -> list[Any] | Iterator[list[dict[str, Any]]]:
-        """Predict one post, a list of them, or a `datasets.Dataset` with the columns image and text.
+        """Predict one post, a list of posts, or a `datasets.Dataset` with the columns image and text.
 
         Args:
-            inputs: See above. A data set, or a generator, gives an iterator, so that memory does not grow with it.
-            top_k: Return only the k likeliest labels; 1 or more.
-            batch_size: Posts that go through the model at once.
+            inputs: See above. A dataset or a generator is read lazily and gives an iterator.
+            top_k: Return only the k most likely labels; at least 1.
+            batch_size: Posts per forward pass.
 
         Returns:
-            For one post a list of `{"label", "score"}`, the likeliest first; for several one such list a post. A
-            regression has one entry, whose score is the predicted value.
+            For one post a list of `{"label": str, "score": float}`, highest score first; for several posts one such
+            list per post. Scores are probabilities, which add up to 1 unless the model predicts several labels per
+            post. A regression has one entry, whose score is the predicted value.
 
         Raises:
-            TypeError: If a post's text is no string, or its picture nothing that can be read: a list, for instance.
-            ValueError: If a post lacks what the model reads, its picture is broken, or `top_k` is less than 1.
+            TypeError: If the image or the text of a post has an unsupported type.
+            ValueError: If a post lacks a part that the model reads, its image is broken, or `top_k` is below 1.
         """
         if hasattr(inputs, "column_names"):
             inputs = (row for row in inputs)
@@ -61,10 +60,10 @@ class ImageTextSentimentPipeline(Pipeline):
         return super().__call__(inputs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save model, code and processor as training does; transformers would leave the processor out.
+        """Save model, code and processor as training does; transformers would leave out the processor.
 
         Args:
-            save_directory: Folder to write to; made if it does not exist.
+            save_directory: Folder to write to; created if it does not exist.
             **kwargs: As in `PreTrainedModel.save_pretrained`.
         """
         self.model.save_pretrained(save_directory, **kwargs)
@@ -76,26 +75,23 @@ class ImageTextSentimentPipeline(Pipeline):
         return kwargs, {}, {} if top_k is None else {"top_k": top_k}
 
     def preprocess(self, inputs: dict[str, Any], **kwargs: Any) -> BatchFeature:
-        """A post to model inputs of batch size 1; keywords go to the processor."""
-        needed = NEEDED[self.model.config.modality]
+        """Turn a post into model inputs of batch size 1; keywords go to the processor."""
+        needed = self.model.config.modalities
         post = inputs if isinstance(inputs, dict) else {}
-        missing = [name for name in needed if post.get(name) is None]
-        if missing:
+        if missing := [name for name in needed if post.get(name) is None]:
             raise ValueError(
-                f"This model reads {' and '.join(needed)} of a post, but {' and '.join(missing)} "
-                f"{'is' if len(missing) == 1 else 'are'} missing: give "
-                '{"image": ..., "text": ...}.'
+                f"The model reads the {' and the '.join(needed)} of a post, but this one has no "
+                f"{' and no '.join(missing)}. Give " + '{"image": ..., "text": ...}.'
             )
-        columns = {"image": "images", "text": "text"}
-        # In lists of one, or the processor would take a list of texts or pictures for so many posts.
-        parts = {columns[name]: [post[name]] for name in needed}
+        # In lists of one: the processor would read a list as several posts.
+        parts = {{"image": "images"}.get(name, name): [post[name]] for name in needed}
         return self.processor(**parts, return_tensors="pt", **kwargs)
 
     def _forward(self, model_inputs: BatchFeature) -> ModelOutput:
         return ModelOutput(logits=self.model(**model_inputs).logits)
 
     def postprocess(self, model_outputs: ModelOutput, top_k: int | None = None) -> list[dict[str, Any]]:
-        """Logits (1, labels) to labels with their probabilities, the likeliest first."""
+        """Turn logits (1, labels) into labels with their scores, highest first."""
         config = self.model.config
         scores = label_scores(model_outputs["logits"][0], config)
         order = scores.argsort(descending=True)[:top_k].tolist()

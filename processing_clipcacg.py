@@ -1,4 +1,4 @@
-"""Processor of CLIP-CA-CG: pictures and texts to the inputs of the model."""
+"""Processor of CLIP-CA-CG: turns images and texts into the model's inputs, and its logits into answers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from transformers.processing_utils import ProcessorMixin
 
 from .configuration_clipcacg import ClipCaCgConfig
 
-# A tokenizer without a limit of its own says so with a very large number.
+# Tokenizers that know no limit set `model_max_length` to a very large number.
 NO_LIMIT = 10**9
-SOURCES = (str, os.PathLike, Image.Image)  # of a picture, beside arrays, tensors and files
-MAX_RATIO = 100  # of a picture's edges, beyond which only its middle is looked at; our choice
-TIMEOUT = 60  # seconds that a server of pictures has to answer
-TEXT_KEYWORDS = {"add_special_tokens", "max_length", "pad_to_multiple_of", "padding", "padding_side", "truncation"}
-# Tokenizers keep how to pad and cut from call to call, so threads that ask for different things must take turns. One
-# lock a process: a fork of one that holds it would wait for ever.
+SOURCES = (str, os.PathLike, Image.Image)  # of an image, beside arrays, tensors and files
+MAX_RATIO = 100  # longest to shortest edge of an image; our choice
+TIMEOUT = 60  # seconds that an image server has to answer
+TEXT_KEYWORDS = {
+    "add_special_tokens", "max_length", "pad_to_multiple_of", "padding", "padding_side", "return_tensors", "truncation"
+}  # fmt: skip
+# Tokenizers keep padding and truncation as state between calls, so threads with different settings must take turns.
+# One lock per process: a forked child would wait forever for a lock that its parent held.
 LOCKS: dict[int, threading.Lock] = {}
 
 
@@ -37,8 +39,8 @@ class ClipCaCgProcessor(ProcessorMixin):
     Args:
         image_processor: Image processor of the vision encoder.
         tokenizer: Tokenizer of the text encoder.
-        clip_image_processor: CLIP's image processor, or None for a model that reads no CLIP inputs.
-        clip_tokenizer: CLIP's tokenizer; given exactly when `clip_image_processor` is.
+        clip_image_processor: CLIP's image processor, or None for a model without CLIP inputs.
+        clip_tokenizer: CLIP's tokenizer. Give both parts of the CLIP pair or neither.
 
     Raises:
         ValueError: If only one of the CLIP pair is given.
@@ -61,22 +63,22 @@ class ClipCaCgProcessor(ProcessorMixin):
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """The parts that transformers loads and saves. It refuses None as a part, so the CLIP pair is ours to do."""
+        """The parts that transformers loads and saves; it refuses None, so the CLIP pair is saved by hand."""
         return ["image_processor", "tokenizer"]
 
     @classmethod
     def from_backbones(
         cls, text_model: str | Path, vision_model: str | Path, clip_model: str | Path | None = None, **config: Any
     ) -> ClipCaCgProcessor:
-        """Build the processor that fits `from_backbones` of the model; the same call works on both.
+        """Build the processor of a model made with the same call of the model's `from_backbones`.
 
         Args:
             text_model: Hub name or folder of the text encoder.
             vision_model: Hub name or folder of the vision encoder.
             clip_model: Hub name or folder of the CLIP model, or None.
-            **config: Fields of `ClipCaCgConfig`; the processor does not depend on them.
+            **config: Fields of `ClipCaCgConfig`. They are checked, but the processor does not depend on them.
         """
-        ClipCaCgConfig(**{"clip_mode": "none", **config})  # a misspelt value is told here as well
+        ClipCaCgConfig(**{"clip_mode": "none", **config})
         clip = () if clip_model is None else (AutoImageProcessor.from_pretrained(clip_model), _tokenizer(clip_model))
         return cls(_image_processor(vision_model), _tokenizer(text_model), *clip)
 
@@ -86,47 +88,49 @@ class ClipCaCgProcessor(ProcessorMixin):
         return names if self.clip_tokenizer is None else names + [f"clip_{name}" for name in names]
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
-        """Prepare one post or many; a picture alone or a text alone will do.
+        """Prepare one example or a batch; images alone or texts alone are allowed.
 
         Args:
-            images: One picture or a list of them: PIL images of any mode, arrays or tensors (height, width),
-                (channels, height, width) or (height, width, channels), paths, files open for reading bytes, URLs or
-                base64 strings. A 4-D array is a batch.
-            text: One text or a list of them, as many as there are pictures. Longer than the encoder takes: truncated.
-            **kwargs: Keywords of the tokenizer (`padding`, True unless told otherwise; `truncation`, likewise;
-                `max_length`, `pad_to_multiple_of`, `padding_side`, `add_special_tokens`), of the image processors
-                (`do_resize`, `size`, `do_center_crop`, ...) and `return_tensors` ("pt", "np" or None for lists).
-                CLIP's texts are cut at its own limit, keep their special tokens and are padded on the right whatever
-                these say, as CLIP needs.
+            images: One image or a list of images: PIL images of any mode, arrays or tensors (height, width),
+                (channels, height, width) or (height, width, channels), paths, binary files, URLs or base64 strings.
+                A 4-D array is a batch.
+            text: One text or a list with one text per image. Texts beyond the encoder's limit are truncated.
+            **kwargs: Keywords of the tokenizer (`padding` and `truncation`, both True by default, `max_length`,
+                `pad_to_multiple_of`, `padding_side`, `add_special_tokens`), keywords of the image processors
+                (`do_resize`, `size`, `do_center_crop`, ...) and `return_tensors` ("pt", "np", or None for lists);
+                flat, or nested in `text_kwargs` and `images_kwargs`, or in `common_kwargs` for both. CLIP's texts
+                always keep their special tokens, are truncated at CLIP's limit and padded on the right.
 
         Returns:
-            A `BatchFeature` with the names of `model_input_names` that apply; the first axis is the post.
+            A `BatchFeature` with those names of `model_input_names` that apply; the first axis is the batch.
 
         Raises:
-            TypeError: For a keyword that no part knows, or a picture or text of a type that cannot be read.
-            ValueError: If there is nothing to do, the counts differ, or a picture is broken.
-            FileNotFoundError: If there is no picture at a path.
+            TypeError: For an unknown keyword, or an image or text of an unsupported type.
+            ValueError: If both inputs are missing, the counts differ, an image is broken, or a keyword is given both
+                flat and nested.
+            FileNotFoundError: If a path leads to no image.
         """
-        return_tensors = kwargs.pop("return_tensors", None)
-        text_kwargs = {name: kwargs.pop(name) for name in TEXT_KEYWORDS & kwargs.keys()}
-        self._check_image_keywords(kwargs)
+        text_kwargs, images_kwargs = self._sort_keywords(kwargs)
+        return_tensors = text_kwargs.pop("return_tensors", images_kwargs.pop("return_tensors", None))
         if images is None and text is None:
             raise ValueError("The processor needs images, text, or both.")
         texts = None if text is None else _as_texts(text)
-        pictures = None if images is None else _as_pictures(images)
-        if texts and pictures and len(texts) != len(pictures):
-            raise ValueError(
-                f"Every post is one picture and one text: got {len(pictures)} images, {len(texts)} texts."
-            )
+        image_list = None if images is None else _as_images(images)
+        if texts and image_list and len(texts) != len(image_list):
+            raise ValueError(f"Give one text per image: got {len(image_list)} images, {len(texts)} texts.")
         data: dict[str, Any] = {}
         if texts:
-            data |= self._tokenize(texts, return_tensors, text_kwargs)
-        if pictures:
-            # Decoded and converted once, for both views.
-            needed = self._needed_edge(kwargs)
-            arrays = [_rgb_array(picture, kwargs.get("input_data_format"), needed) for picture in pictures]
+            data |= self._tokenize(texts, {**text_kwargs, "return_tensors": return_tensors})
+        if image_list:
+            # Decoding and conversion happen once for both views.
+            needed = self._needed_edge(images_kwargs)
+            data_format = images_kwargs.get("input_data_format")
+            arrays = [_rgb_array(image, data_format, needed) for image in image_list]
             arrays = arrays if needed is None else [_middle(array) for array in arrays]
-            data |= self._process_pictures(arrays, {**kwargs, "return_tensors": return_tensors})
+            images_kwargs |= {"return_tensors": return_tensors, "input_data_format": "channels_first"}
+            data["pixel_values"] = _view(self.image_processor, arrays, images_kwargs)
+            if self.clip_image_processor is not None:
+                data["clip_pixel_values"] = _view(self.clip_image_processor, arrays, images_kwargs)
         return BatchFeature({name: data[name] for name in self.model_input_names if name in data})
 
     @staticmethod
@@ -155,57 +159,60 @@ class ClipCaCgProcessor(ProcessorMixin):
                 answers.append({"label": config.id2label[int(row.argmax())], "scores": scores})
         return answers
 
-    def _check_image_keywords(self, kwargs: dict[str, Any]) -> None:
-        parts = [part for part in (self.image_processor, self.clip_image_processor) if part is not None]
-        known = set().union(*(part.valid_kwargs.__annotations__ for part in parts))
-        unknown = sorted(kwargs.keys() - known)
+    def _image_processors(self) -> list[Any]:
+        parts = [self.image_processor, self.clip_image_processor]
+        return [part for part in parts if part is not None]
+
+    def _sort_keywords(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Sort flat and nested keywords into those for texts and those for images.
+
+        transformers' own `_merge_kwargs` would not serve: it is private, only warns of an unknown keyword, and knows
+        one image processor.
+        """
+        image_keywords = set().union(*(part.valid_kwargs.__annotations__ for part in self._image_processors()))
+        known = {"text_kwargs": TEXT_KEYWORDS, "images_kwargs": image_keywords}
+        flat = {name: value for name, value in kwargs.items() if name not in (*known, "common_kwargs")}
+        common = kwargs.get("common_kwargs") or {}
+        unknown = (flat.keys() | common.keys()) - set().union(*known.values())
+        merged = []
+        for group, names in known.items():
+            nested = kwargs.get(group) or {}
+            unknown |= nested.keys() - names
+            if twice := sorted(nested.keys() & flat.keys()):
+                raise ValueError(f"Keyword {', '.join(twice)} was given twice: in {group} and flat. Give it once.")
+            merged.append({name: value for name, value in {**common, **nested, **flat}.items() if name in names})
         if unknown:
-            names = ", ".join(sorted(TEXT_KEYWORDS | known | {"return_tensors"}))
-            raise TypeError(f"{', '.join(unknown)}: no such keyword; the processor takes {names}.")
+            allowed = ", ".join(sorted(set().union(known, *known.values())))
+            raise TypeError(f"Unknown keyword {', '.join(sorted(unknown))}. Allowed: {allowed}.")
+        return merged[0], merged[1]
 
     def _needed_edge(self, kwargs: dict[str, Any]) -> int | None:
-        """The longest edge that either view is resized to, or None if one is not resized at all."""
+        """The longest edge that a view is resized to, or None if a view is not resized."""
         edges = []
-        for part in (self.image_processor, self.clip_image_processor):
-            if part is None:
-                continue
+        for part in self._image_processors():
             if not kwargs.get("do_resize", part.do_resize):
                 return None
             size = kwargs.get("size", part.size)
             size = [size] if isinstance(size, int) else size
             values = size if isinstance(size, (list, tuple)) else dict(size).values()
-            # ConvNextImageProcessor resizes to more than its size, and crops.
+            # ConvNextImageProcessor resizes to more than its size and then crops.
             share = kwargs.get("crop_pct") or getattr(part, "crop_pct", None) or 1
             edges += [value / share for value in values if value is not None]
         return math.ceil(max(edges))
 
-    def _tokenize(self, texts: list[str], return_tensors: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        kwargs = {"padding": True, "truncation": True, **kwargs, "return_tensors": return_tensors}
+    def _tokenize(self, texts: list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+        kwargs = {"padding": True, "truncation": True, **kwargs}
         with LOCKS.setdefault(os.getpid(), threading.Lock()):
             data = dict(self.tokenizer(texts, **_within_limit(self.tokenizer, kwargs)))
             if self.clip_tokenizer is not None:
-                # CLIP has no positions beyond its limit, and its sentence is the state of the closing token.
+                # CLIP has no positions beyond its limit, and pools at the closing token.
                 kwargs |= {"truncation": True, "padding_side": "right", "add_special_tokens": True}
                 clip = self.clip_tokenizer(texts, **_within_limit(self.clip_tokenizer, kwargs))
                 data |= {f"clip_{name}": value for name, value in clip.items()}
         return data
 
-    def _process_pictures(self, arrays: list[np.ndarray], kwargs: dict[str, Any]) -> dict[str, Any]:
-        kwargs["input_data_format"] = "channels_first"
-        data = {"pixel_values": self._view(self.image_processor, arrays, kwargs)}
-        if self.clip_image_processor is not None:
-            data["clip_pixel_values"] = self._view(self.clip_image_processor, arrays, kwargs)
-        return data
-
-    @staticmethod
-    def _view(image_processor: Any, arrays: list[np.ndarray], kwargs: dict[str, Any]) -> Any:
-        known = image_processor.valid_kwargs.__annotations__
-        return image_processor(arrays, **{name: value for name, value in kwargs.items() if name in known})[
-            "pixel_values"
-        ]
-
     def to_dict(self) -> dict[str, Any]:
-        """What goes into `processor_config.json`: tokenizers have files of their own."""
+        """Content of `processor_config.json`; the tokenizers have their own files."""
         parts = copy.copy(self)
         del parts.clip_tokenizer
         if parts.clip_image_processor is None:
@@ -215,7 +222,7 @@ class ClipCaCgProcessor(ProcessorMixin):
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Save every part, and the code that `trust_remote_code=True` runs; arguments as in `ProcessorMixin`."""
+        """Save all parts and the code that `trust_remote_code=True` runs; arguments as in `ProcessorMixin`."""
         if self.clip_tokenizer is not None:
             self.clip_tokenizer.save_pretrained(Path(save_directory) / "clip_tokenizer")
         files = super().save_pretrained(save_directory)
@@ -262,8 +269,14 @@ def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
     return logits.sigmoid() if config.task == "multi_label_classification" else logits.softmax(dim=-1)
 
 
+def _view(image_processor: Any, arrays: list[np.ndarray], kwargs: dict[str, Any]) -> Any:
+    """The `pixel_values` that one image processor makes; it gets the keywords that it knows."""
+    known = image_processor.valid_kwargs.__annotations__
+    return image_processor(arrays, **{name: kwargs[name] for name in known & kwargs.keys()})["pixel_values"]
+
+
 def _within_limit(tokenizer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords with a `max_length` that the encoder can read, also after padding to a multiple."""
+    """The keywords, with `max_length` capped so that the text fits the encoder even after padding to a multiple."""
     asked, multiple = kwargs.get("max_length"), kwargs.get("pad_to_multiple_of") or 1
     limit = tokenizer.model_max_length // multiple * multiple
     if not kwargs["truncation"] or limit > NO_LIMIT or (asked is None and multiple == 1):
@@ -285,46 +298,46 @@ def _as_texts(text: Any) -> list[str]:
     return texts
 
 
-def _as_pictures(images: Any) -> list[Any]:
+def _as_images(images: Any) -> list[Any]:
     one = isinstance(images, SOURCES) or hasattr(images, "read") or getattr(images, "ndim", 4) < 4
-    pictures = [images] if one else list(images)
-    for index, item in enumerate(pictures):
+    image_list = [images] if one else list(images)
+    for index, item in enumerate(image_list):
         if not (isinstance(item, SOURCES) or hasattr(item, "read") or hasattr(item, "ndim")):
             raise TypeError(
                 f"images[{index}] must be a PIL image, an array, a tensor, a path, a file, a URL or a base64 string, "
                 f"not {type(item).__name__}."
             )
-    if not pictures:
+    if not image_list:
         raise ValueError("images is an empty list: there is nothing to process.")
-    return pictures
+    return image_list
 
 
-def _rgb_array(picture: Any, data_format: str | None, needed_edge: int | None) -> np.ndarray:
-    """Any picture as (3, height, width): bytes for a PIL image, a path or a URL; an array keeps its own range.
+def _rgb_array(image: Any, data_format: str | None, needed_edge: int | None) -> np.ndarray:
+    """Convert any image to (3, height, width): bytes, except that an array keeps its dtype and range.
 
-    Channels come first in memory too: both image processors would otherwise turn the picture, and slowly.
+    The channels also come first in memory; both image processors would otherwise transpose it, and slowly.
     """
-    if isinstance(picture, SOURCES) or hasattr(picture, "read"):
-        return _decode(picture, needed_edge)
-    array = np.asarray(picture.detach().cpu() if hasattr(picture, "detach") else picture)
+    if isinstance(image, SOURCES) or hasattr(image, "read"):
+        return _decode(image, needed_edge)
+    array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
     if array.ndim == 2:
         array = array[..., None]
     elif array.ndim == 3 and (data_format or _guess_format(array)) == "channels_first":
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or array.size == 0:
         raise ValueError(
-            f"An array of shape {tuple(picture.shape)} is not a picture: it needs a height, a width and 1, 3 or 4 "
+            f"An array of shape {tuple(image.shape)} is not an image: it needs a height, a width and 1, 3 or 4 "
             "channels."
         )
     if array.dtype == np.uint16:
         array = (array >> 8).astype(np.uint8)
     array = np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
-    # torch refuses arrays turned by a step of -1, or read-only ones.
+    # torch accepts neither negative strides nor read-only arrays.
     return np.require(array.transpose(2, 0, 1), requirements="CW")
 
 
 def _middle(array: np.ndarray) -> np.ndarray:
-    """A picture, or the middle of a sliver: 30,000 x 2 pixels, resized by the short edge, would fill gigabytes."""
+    """Crop a very long image to its middle: 30,000 x 2 pixels, resized by the short edge, would fill gigabytes."""
     height, width = array.shape[1:]
     longest = MAX_RATIO * min(height, width)
     if max(height, width) <= longest:
@@ -338,30 +351,30 @@ def _guess_format(array: np.ndarray) -> str:
     return "channels_first" if first in (1, 3) or last not in (1, 3, 4) else "channels_last"
 
 
-def _decode(picture: str | os.PathLike | Image.Image, needed_edge: int | None) -> np.ndarray:
-    """A PIL image, or what a path, a URL or a base64 string leads to, as RGB bytes (3, height, width)."""
+def _decode(source: Any, needed_edge: int | None) -> np.ndarray:
+    """Decode a PIL image, a path, a URL, a base64 string or a file to RGB bytes (3, height, width)."""
     try:
-        if isinstance(picture, Image.Image):
-            return _pil_to_rgb(picture)
-        with _open(picture) as image:
+        if isinstance(source, Image.Image):
+            return _pil_to_rgb(source)
+        with _open(source) as image:
             _decode_reduced(image, needed_edge)
             return _pil_to_rgb(image)
     except FileNotFoundError:
         raise
-    except Exception as error:  # what a broken file makes Pillow raise, or a server httpx, has no common type
-        if isinstance(picture, (str, os.PathLike)):
-            name = os.fspath(picture)
+    except Exception as error:  # Pillow's errors for a broken file and httpx' have no common base class
+        if isinstance(source, (str, os.PathLike)):
+            name = os.fspath(source)
         else:
-            name = getattr(picture, "filename", "") or getattr(picture, "name", "")
+            name = getattr(source, "filename", "") or getattr(source, "name", "")
         shown, reason = _short(name) if name else "An image", str(error).partition("\n")[0]
-        raise ValueError(f"{shown} cannot be read as a picture: {reason}") from error
+        raise ValueError(f"{shown} cannot be read as an image: {reason}") from error
 
 
 def _decode_reduced(image: Image.Image, needed_edge: int | None) -> None:
-    """Have a large JPEG decoded at a half, a quarter or an eighth of its size, which takes a fraction of the time.
+    """Let a large JPEG be decoded at a half, a quarter or an eighth of its size, which is several times faster.
 
-    Only where that leaves twice what the views need, and divides both edges: libjpeg rounds up, and the picture would
-    shift. The views of photographs then change by 0.2 to 0.7 of 255 levels on average.
+    Only where the result still has twice the size that the views need, and the scale divides both edges: libjpeg
+    rounds up, which would shift the image. Views of photos then change by 0.2 to 0.7 of 255 levels on average.
     """
     if needed_edge is None or image.format != "JPEG":
         return
@@ -373,13 +386,11 @@ def _decode_reduced(image: Image.Image, needed_edge: int | None) -> None:
 
 
 def _open(source: Any) -> Image.Image:
-    """Open what `transformers.image_utils.load_image` opens, or a file, without its conversion to RGB."""
-    if hasattr(source, "read"):
-        return Image.open(source)
-    if os.path.isfile(source):
+    """Open a file, or what `transformers.image_utils.load_image` opens, without converting it to RGB."""
+    if hasattr(source, "read") or os.path.isfile(source):
         return Image.open(source)
     if not isinstance(source, str):
-        raise FileNotFoundError(f"There is no picture {os.fspath(source)!r}.")
+        raise FileNotFoundError(f"There is no image {os.fspath(source)!r}.")
     if source.startswith(("http://", "https://")):
         response = httpx.get(source, follow_redirects=True, timeout=TIMEOUT).raise_for_status()
         return Image.open(io.BytesIO(response.content))
@@ -388,35 +399,35 @@ def _open(source: Any) -> Image.Image:
     try:
         return Image.open(io.BytesIO(base64.b64decode(source)))
     except (ValueError, UnidentifiedImageError):
-        raise FileNotFoundError(f"There is no picture {_short(source)}.") from None
+        raise FileNotFoundError(f"There is no image {_short(source)}.") from None
 
 
 def _short(name: str) -> str:
-    """A path, a URL or a base64 string for a message."""
+    """A path, a URL or a base64 string, quoted and cut for a message."""
     return repr(name if len(name) <= 300 else f"{name[:60]}...")
 
 
 def _pil_to_rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image of any mode, turned upright by its EXIF orientation, as RGB bytes (3, height, width)."""
+    """Convert a PIL image of any mode, after applying its EXIF orientation, to RGB bytes (3, height, width)."""
     if 0 in image.size:
         raise ValueError("it has no pixels")
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # without the question it would copy every picture
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose would copy upright images too
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        # Sixteen bits, of which `convert` would cut everything above 255 off to white. Mode I may also hold bytes.
+        # `convert` clips 16-bit values at 255. Mode I may hold 8-bit values too.
         values = np.asarray(image).clip(0, 2**16 - 1)
         wide = image.mode != "I" or values.max() > 255
         image = Image.fromarray((values // 256 if wide else values).astype(np.uint8))
     if image.mode == "P":
-        image = image.convert("RGBA")  # a palette whose transparency is not one colour, but one value a colour
-    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # `convert` would copy it all
+        image = image.convert("RGBA")  # a palette may have one transparency per colour, which only RGBA keeps
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # `convert` copies even RGB
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _image_processor(vision_model: str | Path) -> Any:
-    """The encoder's image processor, in a form that can be saved and loaded inside a processor.
+    """The encoder's image processor, in a form that can be reloaded inside a `ProcessorMixin`.
 
-    Source: timm's own evaluation transform for a timm encoder, whose wrapper does not survive a reload there.
+    A timm encoder's wrapper cannot; an equal `BitImageProcessor` with timm's evaluation transform replaces it.
     """
     processor = AutoImageProcessor.from_pretrained(vision_model)
     if type(processor).__name__ != "TimmWrapperImageProcessor":
@@ -433,13 +444,13 @@ def _image_processor(vision_model: str | Path) -> Any:
 
 
 def _tokenizer(model: str | Path) -> Any:
-    """The encoder's tokenizer. One that knows no limit of its own gets the encoder's."""
+    """The encoder's tokenizer; without its own limit it gets the encoder's."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer.model_max_length > NO_LIMIT:
         config = AutoConfig.from_pretrained(model)
         positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
         if positions is not None:
-            # RoBERTa and its kin, whose padding ID is 1, number the positions from 2 on.
+            # RoBERTa and models like it, whose padding ID is 1, count positions from 2.
             tokenizer.model_max_length = positions - 2 * (getattr(config, "pad_token_id", None) == 1)
     return tokenizer
 

@@ -1,6 +1,68 @@
-"""Predict the sentiment of posts."""
+"""Predict the sentiment of posts.
 
-from clipcacg.scripts.reporting.predictions import main
+    python scripts/predict.py CHECKPOINT --image photo.jpg --text "What a lovely morning!"
+    python scripts/predict.py CHECKPOINT --input posts.csv --output predictions.jsonl
+
+The input is a `.csv` or `.jsonl` file with the columns id, text and image (paths relative to the file), or a folder in
+the layout of MVSA. The output has one JSON line per post, in the order of the input: id, label and probabilities
+(labels and probabilities for several labels per post, value for a regression). A post that cannot be read gets a line
+with its id and an error. An interrupted run continues where it stopped when called again with the same output.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import HfArgumentParser
+
+from clipcacg.scripts.data.collator import PostCollator
+from clipcacg.scripts.data.errors import InputError, add_debug_flag, one_sentence, set_up_logging
+from clipcacg.scripts.reporting.predictions import load_checkpoint, predict_file, predict_rows, prepare, write_line
+
+
+@dataclass
+class PredictionArguments:
+    """What to predict, and where the predictions go."""
+
+    image: str | None = field(default=None, metadata={"help": "Path or URL of one image."})
+    text: str | None = field(default=None, metadata={"help": "One text."})
+    input: str | None = field(default=None, metadata={"help": "Or: a .csv or .jsonl file, or a folder like MVSA's."})
+    output: str = field(default="predictions.jsonl", metadata={"help": "File of JSON lines, for --input."})
+    overwrite: bool = field(default=False, metadata={"help": "Start again instead of continuing the output."})
+    max_samples: int | None = field(default=None, metadata={"help": "Predict only the first posts."})
+    batch_size: int = field(default=32, metadata={"help": "Posts per forward pass."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 where autocast allows it: faster."})
+    num_workers: int = field(default=1, metadata={"help": "Processes that prepare posts; 0: only this process."})
+
+    def __post_init__(self) -> None:
+        if (self.input is None) == (self.image is None and self.text is None):
+            raise InputError("Give one post with --image and --text, or many with --input.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    set_up_logging()
+    with one_sentence(argv):
+        parser = HfArgumentParser(PredictionArguments, description=__doc__.split("\n")[0])
+        parser.add_argument("checkpoint", help="Folder or Hub name of a trained model.")
+        add_debug_flag(parser)
+        arguments, rest = parser.parse_args_into_dataclasses(argv)
+        model, processor = load_checkpoint(rest.checkpoint)
+        # Convolutions are faster with the channels last.
+        model.to(PartialState().device, memory_format=torch.channels_last)
+        if arguments.input:
+            options = {name: getattr(arguments, name) for name in ("max_samples", "batch_size", "num_workers", "bf16")}
+            source, output = Path(arguments.input), Path(arguments.output)
+            predict_file(model, processor, source, output, overwrite=arguments.overwrite, **options)
+            return
+        row = {"id": arguments.image or "text", "text": arguments.text, "image": arguments.image}
+        rows, inputs = prepare([row], PostCollator(processor, model.config))
+        line = predict_rows(model, rows, inputs, arguments.bf16)[0]
+        if "error" in line:
+            raise InputError(line["error"])
+        write_line(sys.stdout, line)
+
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,12 @@
 """Plain functions and constants that tests share."""
 
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
 import torch
 
 TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -26,3 +33,29 @@ def make_inputs(lengths: list[int], clip_lengths: list[int], seed: int = 0) -> d
         "clip_attention_mask": clip_attention_mask,
         "clip_pixel_values": torch.randn(batch, 3, 32, 32, generator=generator),
     }
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    """Wait until a server that was just started answers."""
+    for _ in range(600):
+        assert process.poll() is None, log.read_text()
+        try:
+            httpx.get(url).raise_for_status()
+            return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+def upload(url: str, path: Path) -> dict[str, Any]:
+    """Upload a file to the demo, and return what the page sends of it."""
+    with path.open("rb") as file:
+        response = httpx.post(f"{url}/gradio_api/upload", files={"files": (path.name, file)}, timeout=60)
+    stored = response.raise_for_status().json()[0]
+    return {"path": stored, "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}

@@ -30,7 +30,7 @@ from clipcacg.scripts.bench.setting import (
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.features import cache_features
 from clipcacg.scripts.data.loading import DataArguments, load_posts
-from clipcacg.scripts.reporting.predictions import PredictionArguments, predict_file
+from clipcacg.scripts.reporting.predictions import predict_file
 from clipcacg.scripts.training.arguments import RecipeArguments
 from clipcacg.scripts.training.run import make_trainer
 
@@ -177,13 +177,11 @@ def prediction(setting: Setting) -> dict[str, Figure]:
     with torch.inference_mode():
         trial = in_turn(1, **{str(size): partial(forward, collated(posts[:128], size)) for size in sizes})
         best = min(sizes, key=lambda size: trial[str(size)][0])
-        arguments = PredictionArguments(
-            input=str(source), output=str(setting.folder / "out.jsonl"), overwrite=True, batch_size=best
-        )
+        output, options = setting.folder / "out.jsonl", {"overwrite": True, "batch_size": best}
         times = in_turn(
             min(setting.repeats, 3),
             forward=partial(forward, collated(posts, best)),
-            predict=lambda: predict_file(model, processor, arguments),
+            predict=partial(predict_file, model, processor, source, output, **options),
         )
     how = f"{len(posts)} posts, batches of {best}"
     return {

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -22,7 +23,7 @@ from clipcacg.scripts.bench.setting import (
     seconds,
     tiny_backbones,
 )
-from clipcacg.scripts.reporting.predictions import PredictionArguments, predict_file
+from clipcacg.scripts.reporting.predictions import predict_file
 
 TRAIN = "clipcacg.scripts.train"  # launched, not imported
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -74,17 +75,15 @@ def plot(setting: Setting, curves: dict[str, tuple[list[int], list[float]]]) -> 
 def seconds_of_prediction(setting: Setting, count: int) -> float:
     """Seconds of `predict_file` on `count` posts, which repeat the same hundred, with a tiny model."""
     tiny = Setting(**{**vars(setting), "size": "tiny"})
-    arguments = many_posts(tiny, count)
-    run = partial(predict_file, make_model(tiny), make_processor(tiny), arguments)
-    return seconds(run)
+    source = many_posts(tiny, count)
+    output = source.with_suffix(".out.jsonl")
+    return seconds(partial(predict_file, make_model(tiny), make_processor(tiny), source, output, overwrite=True))
 
 
-def many_posts(setting: Setting, count: int) -> PredictionArguments:
+def many_posts(setting: Setting, count: int) -> Path:
     hundred = list(make_posts(setting, 100))
     posts = [{**hundred[number % 100], "id": str(number)} for number in range(count)]
-    source = write_posts(setting.folder / f"{count}.jsonl", posts)
-    output = str(setting.folder / f"{count}.out.jsonl")
-    return PredictionArguments(input=str(source), output=output, overwrite=True)
+    return write_posts(setting.folder / f"{count}.jsonl", posts)
 
 
 def memory_of_prediction(setting: Setting) -> dict[str, Figure]:

@@ -1,15 +1,11 @@
-"""Draw what a model looks at, and what its decision rests on.
+"""Explain a prediction: where the cross-attention looks, what moved the score, and a figure of both.
 
-    python scripts/explain.py CHECKPOINT --image picture.jpg --text "What a lovely morning!" -o explanation.png
-
-The two are not the same, and the figure keeps them apart. Attention says where the model fetched information from;
-attribution, here by integrated gradients, says which regions and words moved the score of the predicted class, and in
-which direction. Needs the extra `explain`. A checkpoint's own code is run (`trust_remote_code=True`).
+The two are different things, and the figure keeps them apart. Attention shows where the model takes information from.
+Attribution, here by integrated gradients, shows which regions and words moved the score of the predicted label, and in
+which direction.
 """
 
-import argparse
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,17 +22,20 @@ from matplotlib.figure import Figure  # the class itself: pyplot would set a bac
 from matplotlib.font_manager import findfont, get_font
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.data.errors import InputError
+
 N_STEPS = 32  # points on the path of integrated gradients
-STEPS_AT_ONCE = 8  # what keeps the memory of base-size models below a few GB
+STEPS_AT_ONCE = 8  # keeps the memory of base-size models below a few GB
 MAX_BARS = 20
 ENCODERS = {"pixel_values": "the vision encoder", "clip_pixel_values": "CLIP"}
 RED, BLUE, GOLD = (0.84, 0.15, 0.16), (0.12, 0.35, 0.75), (0.72, 0.53, 0.04)
-# Where gradients are taken, by input: at the embeddings, of words as of CLIP's patches, but for the vision encoder at
-# its last feature map. On the way from a grey picture to a photo the scores of a convolutional network leap up and
-# down: gradients at its pixels added up to anything in our trials, at the feature map to within some percent.
+# The module behind which gradients are taken, by input: the embeddings of words and of CLIP's patches, but the last
+# feature map of the vision encoder. On the path from a grey image to a photo, the score of a convolutional network
+# jumps: in our trials gradients at its pixels did not add up to the score, gradients at its feature map nearly did.
 PROBES = {
     "input_ids": "text",
     "clip_input_ids": "clip.text",
@@ -47,10 +46,10 @@ PROBES = {
 
 @dataclass
 class HeatMap:
-    """Weights of the regions of a picture.
+    """Weights of the regions of an image.
 
     Args:
-        view: (height, width, 3), values in 0 to 1: the resized and cropped picture as an encoder sees it.
+        view: (height, width, 3), values in 0 to 1: the resized and cropped image as an encoder sees it.
         weights: (rows, columns), from the top left.
     """
 
@@ -60,16 +59,16 @@ class HeatMap:
 
 @dataclass
 class Attention:
-    """Where one modality looks in F_IT: the weights of equation 6, averaged over heads and over its real positions.
+    """Where one modality looks in F_IT: the weights of equation 6, averaged over heads and unpadded queries.
 
-    Equation 11 takes the same mean, so a position counts as much here as it does in the model.
+    Equation 11 takes the same mean over queries.
 
     Args:
-        regions: The weights of the picture's positions.
-        words: (words,), the weights of the text's positions, the mean over the pieces of a word: added up they would
-            make any rare word look important.
-        shares: Who gets how much; adds up to 1. "first token" is CLIP(I) * CLIP(T), "markers" are tokens that stand
-            for no word, such as `<s>`.
+        regions: Weights of the image regions.
+        words: (words,), weights of the words, each the mean over its tokens. A sum would favour rare words, which have
+            many tokens.
+        shares: Who gets how much, adding up to 1: "image", "words", "markers" (tokens such as `<s>` that belong to no
+            word) and, with CLIP, "first token", which is CLIP(I) * CLIP(T).
     """
 
     regions: HeatMap
@@ -79,13 +78,13 @@ class Attention:
 
 @dataclass
 class Attribution:
-    """Integrated gradients of one score, from a mid-grey picture and words without meaning to the post.
+    """Integrated gradients of one logit, on the path from a grey image and empty words to the post.
 
     Args:
-        regions: By encoder, what each region of the picture adds to the score.
-        words: (words,), what each word adds to it, through both encoders; None without a text.
-        difference: The score of the post less that of the starting point. All of the above should add up to it; how
-            far they do tells how much to believe them.
+        regions: By encoder, what each image region adds to the logit.
+        words: (words,), what each word adds to it through both encoders; None without a text.
+        difference: The logit of the post minus the logit of the starting point. `total` should be close to it; the
+            gap tells how exact the attribution is.
     """
 
     regions: dict[str, HeatMap]
@@ -94,27 +93,27 @@ class Attribution:
 
     @property
     def total(self) -> float:
-        """All of the above added up."""
+        """Sum of all attributions."""
         maps = sum(float(heat_map.weights.sum()) for heat_map in self.regions.values())
         return maps + (0.0 if self.words is None else float(self.words.sum()))
 
 
 @dataclass
 class Explanation:
-    """All that the figure shows.
+    """Everything that the figure shows.
 
     Args:
-        probabilities: By label; a regression has its one "value" here instead.
-        predicted: The label that `attribution` is about.
-        attribution: What the decision rests on.
-        attention: By who looks, "text" and "picture"; empty for a model without cross-attention.
-        view: (height, width, 3), the picture as the vision encoder sees it, or None.
-        words: The words of the text, or None.
+        scores: Probability by label; {"value": prediction} for a regression.
+        predicted: The label with the highest score, which `attribution` explains.
+        attribution: What moved its score.
+        attention: By who looks, "text" and "image"; empty without cross-attention.
+        view: (height, width, 3), the image as the vision encoder sees it, or None.
+        words: Words of the text, or None.
         gate: Mean of g of equation 12, or None without a gate; 1 is the linear path, 0 the tanh path.
-        balance: lambda of equation 15, or None; 1 is the picture's side, 0 the text's.
+        balance: lambda of equation 15, or None; 1 is the image's side, 0 the text's.
     """
 
-    probabilities: dict[str, float]
+    scores: dict[str, float]
     predicted: str
     attribution: Attribution
     attention: dict[str, Attention] = field(default_factory=dict)
@@ -128,24 +127,24 @@ def explain(model: PreTrainedModel, processor: Any, image: Any = None, text: str
     """Explain the prediction for one post.
 
     Args:
-        model: A `ClipCaCgForSequenceClassification` in 32 bits; it is put into evaluation mode.
+        model: A `ClipCaCgForSequenceClassification` in float32; it is put into evaluation mode.
         processor: Its `ClipCaCgProcessor`.
-        image: Anything that the processor takes for one picture. A model that reads no picture ignores it.
-        text: The text; likewise.
+        image: One image in any form that the processor takes; ignored by a model that reads no images.
+        text: The text; ignored by a model that reads no texts.
 
     Raises:
-        ValueError: If the model needs what was not given, or the picture is broken.
-        FileNotFoundError: If there is no picture at a path.
+        InputError: If a part that the model reads is missing or broken.
     """
     inputs = prepare(model, processor, image, text)
     words, owners = ([], {}) if "input_ids" not in inputs else find_words(processor, text, inputs)
     with torch.inference_mode():
         outputs = model.eval()(**inputs, output_attentions=True)
-    probabilities = read_scores(outputs.logits[0], model.config)
-    predicted = max(probabilities, key=probabilities.get)
-    views = {name: view(inputs[name][0], part) for name, part in image_processors(processor) if name in inputs}
-    target = list(probabilities).index(predicted)
-    explanation = Explanation(probabilities, predicted, attribute(model, inputs, target, views, owners, len(words)))
+    scores = read_scores(outputs.logits, model.config)
+    predicted = max(scores, key=scores.get)
+    parts = {"pixel_values": processor.image_processor, "clip_pixel_values": processor.clip_image_processor}
+    views = {name: view(inputs[name][0], part) for name, part in parts.items() if name in inputs}
+    target = list(scores).index(predicted)
+    explanation = Explanation(scores, predicted, attribute(model, inputs, target, views, owners, len(words)))
     explanation.view = views.get("pixel_values")
     explanation.words = words if "input_ids" in inputs else None
     if outputs.text_attentions is not None:
@@ -156,58 +155,53 @@ def explain(model: PreTrainedModel, processor: Any, image: Any = None, text: str
     return explanation
 
 
+def read_scores(logits: Tensor, config: Any) -> dict[str, float]:
+    """Logits (1, labels) as probability by label, or as {"value": prediction} for a regression."""
+    answer = ClipCaCgProcessor.post_process(logits, config)[0]
+    return answer.get("scores", answer)
+
+
 def prepare(model: PreTrainedModel, processor: Any, image: Any, text: str | None) -> dict[str, Tensor]:
-    """The inputs that the model reads, a batch of one post, on its device.
+    """Make the inputs that the model reads, a batch of one post, on its device.
 
     Raises:
-        ValueError: If the picture or the text that it needs is missing.
+        InputError: If the image or the text that it needs is missing or broken.
     """
-    needed = model.config.required_inputs
-    given = {"picture": ("pixel_values", image), "text": ("input_ids", text)}
-    missing = [name for name, (tensor, value) in given.items() if tensor in needed and value is None]
+    given = {"image": image, "text": text}
+    missing = [name for name in model.config.modalities if given[name] is None]
     if missing:
-        raise ValueError(f"This model needs a {' and a '.join(missing)}.")
-    post = {"images": image if "pixel_values" in needed else None, "text": text if "input_ids" in needed else None}
-    batch = processor(**post, return_tensors="pt")
+        raise InputError(f"This model needs {' and '.join({'image': 'an image'}.get(n, 'a text') for n in missing)}.")
+    columns = {{"image": "images"}.get(name, name): [given[name]] for name in model.config.modalities}
+    try:
+        batch = processor(**columns, return_tensors="pt")
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
+    needed = model.config.required_inputs
     masks = [name.replace("input_ids", "attention_mask") for name in needed if name.endswith("input_ids")]
     return {name: batch[name].to(model.device) for name in [*needed, *masks]}
 
 
-def image_processors(processor: Any) -> list[tuple[str, Any]]:
-    """Names of the pictures among the inputs, and the parts that make them."""
-    return [("pixel_values", processor.image_processor), ("clip_pixel_values", processor.clip_image_processor)]
-
-
 def view(pixels: Tensor, image_processor: Any) -> np.ndarray:
-    """Normalised pixels (channels, height, width) as a picture (height, width, 3) with values in 0 to 1."""
-    picture = pixels.cpu().permute(1, 2, 0).numpy()
+    """Turn normalised pixels (channels, height, width) into an image (height, width, 3) with values in 0 to 1."""
+    image = pixels.cpu().permute(1, 2, 0).numpy()
     if image_processor.do_normalize:
-        picture = picture * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
-    return picture.clip(0, 1)
-
-
-def read_scores(logits: Tensor, config: Any) -> dict[str, float]:
-    """Logits (labels,) as probabilities by label, or as the one value of a regression."""
-    if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
-        return {"value": logits.item()}
-    several = config.problem_type == "multi_label_classification"
-    values = logits.float().sigmoid() if several else logits.float().softmax(dim=-1)
-    return {config.id2label[index]: value for index, value in enumerate(values.tolist())}
+        image = image * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
+    return image.clip(0, 1)
 
 
 def find_words(processor: Any, text: str, inputs: dict[str, Tensor]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """What stands between spaces, and which of these words each token belongs to.
+    """Split a text at spaces, and find the word of each token.
 
     Returns:
-        The words, and for each input of token ids (text_len,) indices into them; -1 for a token that is no part of a
-        word. One list of words for both tokenizers makes their weights comparable, and pieces readable.
+        The words, and for each input of token IDs (text_len,) indices into them; -1 for a token of no word. Both
+        tokenizers share the list of words, which makes their weights comparable.
     """
     spans = [match.span() for match in re.finditer(r"\S+", text)]
     starts, ends = np.array([span[0] for span in spans], int), np.array([span[1] for span in spans], int)
     owners = {}
     for name, tokenizer in (("input_ids", processor.tokenizer), ("clip_input_ids", processor.clip_tokenizer)):
         if name in inputs:
-            # The last character tells the word: some tokenizers give a token the space before it.
+            # The last character tells the word: some tokenizers prepend the space before a token.
             last = np.array([end - 1 for _, end in token_spans(tokenizer, text, inputs[name][0].tolist())])
             index = np.searchsorted(starts, last, side="right") - 1
             inside = (index >= 0) & (last < (ends[index] if spans else 0))
@@ -216,9 +210,10 @@ def find_words(processor: Any, text: str, inputs: dict[str, Tensor]) -> tuple[li
 
 
 def token_spans(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, int]]:
-    """Where each token stands in the text; (0, 0) for one that does not.
+    """Start and end of each token in the text; (0, 0) for a token that is not in it.
 
-    Tokenizers in plain Python do not tell: there each token's letters are looked for after those of the one before.
+    Tokenizers in pure Python report no offsets: there we search each token's characters after those of the previous
+    token.
     """
     if tokenizer.is_fast:
         return tokenizer(text, truncation=True, return_offsets_mapping=True)["offset_mapping"]
@@ -232,7 +227,7 @@ def token_spans(tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, in
 
 
 def add_up(values: np.ndarray, owners: np.ndarray, count: int) -> np.ndarray:
-    """Values of tokens (text_len,) added up by word (words,); those of markers are left out."""
+    """Sum the values of tokens (text_len,) by word (words,), leaving out tokens of no word."""
     return np.bincount(owners[owners >= 0], weights=values[owners >= 0], minlength=count)
 
 
@@ -241,14 +236,14 @@ def read_attention(
 ) -> dict[str, Attention]:
     """Both directions of the cross-attention, by who looks.
 
-    F_IT is [first token; regions; words] in the modes with CLIP and [regions; words] in the one without. With CLIP's
-    towers its regions and words are CLIP's own.
+    F_IT is [first token; regions; words] in the modes with CLIP, [regions; words] without. With CLIP's towers its
+    regions and words are CLIP's own.
     """
     clip = "clip_input_ids" in inputs
     token_owners = owners["clip_input_ids" if clip else "input_ids"]
-    picture = views["clip_pixel_values" if clip else "pixel_values"]
+    image = views["clip_pixel_values" if clip else "pixel_values"]
     real = inputs["attention_mask"][0].bool()
-    sides = {"text": outputs.text_attentions[0][:, real], "picture": outputs.image_attentions[0]}
+    sides = {"text": outputs.text_attentions[0][:, real], "image": outputs.image_attentions[0]}
     first = 0 if outputs.image_embeds is None else 1
     attention = {}
     for side, weights in sides.items():
@@ -256,17 +251,17 @@ def read_attention(
         regions, tokens = mean[first : len(mean) - len(token_owners)], mean[len(mean) - len(token_owners) :]
         words = add_up(tokens, token_owners, count) / add_up(np.ones_like(tokens), token_owners, count).clip(1)
         within, markers = tokens[token_owners >= 0].sum(), tokens[token_owners < 0].sum()
-        shares = {"picture": regions.sum(), "words": within, "markers": markers}
+        shares = {"image": regions.sum(), "words": within, "markers": markers}
         shares |= {"first token": mean[0]} if first else {}
-        grid = regions.reshape(grid_shape(len(regions), picture))
-        attention[side] = Attention(HeatMap(picture, grid), words, {name: float(s) for name, s in shares.items()})
+        grid = regions.reshape(grid_shape(len(regions), image))
+        attention[side] = Attention(HeatMap(image, grid), words, {name: float(s) for name, s in shares.items()})
     return attention
 
 
-def grid_shape(regions: int, picture: np.ndarray) -> tuple[int, int]:
-    """Rows and columns of so many regions: of all pairs, the one whose shape is closest to the picture's."""
+def grid_shape(regions: int, image: np.ndarray) -> tuple[int, int]:
+    """Rows and columns of a grid of regions: the pair whose shape is closest to the image's."""
     pairs = [(rows, regions // rows) for rows in range(1, regions + 1) if regions % rows == 0]
-    return min(pairs, key=lambda pair: abs(np.log(pair[0] / pair[1] * picture.shape[1] / picture.shape[0])))
+    return min(pairs, key=lambda pair: abs(np.log(pair[0] / pair[1] * image.shape[1] / image.shape[0])))
 
 
 def attribute(
@@ -277,17 +272,28 @@ def attribute(
     owners: dict[str, np.ndarray],
     count: int,
 ) -> Attribution:
-    """Integrated gradients of one logit, over all inputs at once, so that what they add can be compared.
+    """Integrated gradients of one logit over all inputs together, which makes their attributions comparable.
 
     Args:
         target: Index of the logit.
-        views, owners, count: The pictures as the encoders see them, the word of each token, how many words there are.
+        views: The image as each encoder sees it, by input.
+        owners: (text_len,), the word of each token, by input.
+        count: Number of words.
 
-    Source: Sundararajan et al., "Axiomatic Attribution for Deep Networks", 2017. The starting point is our choice: a
-        grey picture, and embeddings of zero; markers stay, so that only words can matter.
+    Source:
+        Sundararajan et al., "Axiomatic Attribution for Deep Networks", 2017. The starting point is our choice: a grey
+        image, and word embeddings of zero. Markers keep theirs, so that only words can matter.
     """
+
+    def as_tensor(output: Any) -> Tensor:
+        return output if isinstance(output, Tensor) else output.last_hidden_state
+
     names = [name for name in PROBES if name in inputs]
-    modules = [probe(model, name) for name in names]
+    encoders = [model.backbones()[PROBES[name]] for name in names]
+    modules = [
+        encoder if name == "pixel_values" else encoder.get_input_embeddings()
+        for name, encoder in zip(names, encoders, strict=True)
+    ]
     with torch.no_grad():
         points = [as_tensor(module(inputs[name])) for name, module in zip(names, modules, strict=True)]
         starts = []
@@ -309,33 +315,21 @@ def attribute(
     return Attribution(regions, sum(words) if words else None, difference)
 
 
-def probe(model: PreTrainedModel, name: str) -> nn.Module:
-    """The module behind which the gradients with respect to an input are taken; see `PROBES`."""
-    encoder = model.backbones()[PROBES[name]]
-    return encoder if name == "pixel_values" else encoder.get_input_embeddings()
-
-
-def as_tensor(output: Any) -> Tensor:
-    """Embeddings as they are, of an encoder's output its feature map."""
-    return output if isinstance(output, Tensor) else output.last_hidden_state
-
-
 def score_of(
     model: PreTrainedModel, inputs: dict[str, Tensor], modules: Sequence[nn.Module], target: int, *values: Tensor
 ) -> Tensor:
-    """One logit (batch,) of the post, with the outputs of modules replaced by values (batch, ...)."""
+    """One logit (batch,) of the post, with the modules' outputs replaced by values (batch, ...)."""
     batch = {name: tensor.expand(len(values[0]), *tensor.shape[1:]) for name, tensor in inputs.items()}
     with ExitStack() as stack:
         for module, value in zip(modules, values, strict=True):
-            encoder = isinstance(module, PreTrainedModel)
-            output = BaseModelOutput(last_hidden_state=value) if encoder else value
+            output = BaseModelOutput(last_hidden_state=value) if isinstance(module, PreTrainedModel) else value
             stack.enter_context(output_replaced(module, output))
         return model(**batch).logits[:, target]
 
 
 @contextmanager
 def output_replaced(module: nn.Module, output: Any) -> Iterator[None]:
-    """Let a module return an output without computing anything."""
+    """Let a module return an output without computing it; a forward hook would compute it first."""
     before = vars(module).get("forward")
     module.forward = lambda *_, **__: output
     try:
@@ -347,15 +341,16 @@ def output_replaced(module: nn.Module, output: Any) -> Iterator[None]:
 
 
 def upsample(heat_map: HeatMap) -> np.ndarray:
-    """The weights (rows, columns) as (height, width, 1) of the picture."""
+    """Resize the weights (rows, columns) to (height, width, 1) of the image."""
     weights = torch.from_numpy(heat_map.weights)[None, None]
     return F.interpolate(weights, size=heat_map.view.shape[:2], mode="bilinear")[0, 0, :, :, None].numpy()
 
 
 def light_up(heat_map: HeatMap) -> np.ndarray:
-    """The picture (height, width, 3) lit where the weights are, dark elsewhere.
+    """The image (height, width, 3), bright where the weights are high and dark where they are low.
 
-    Full light is the strongest weight, or twice the average if that is more: even attention gives an even picture.
+    Full brightness is the strongest weight or twice the average, whichever is more: uniform attention gives a uniform
+    image.
     """
     weights = heat_map.weights
     strength = upsample(heat_map) / max(weights.max(), 2 * weights.mean())
@@ -363,37 +358,38 @@ def light_up(heat_map: HeatMap) -> np.ndarray:
 
 
 def tint(heat_map: HeatMap, limit: float) -> np.ndarray:
-    """The picture (height, width, 3) in grey, red where weights are above zero and blue where they are below.
+    """The image (height, width, 3) in grey, tinted red for positive weights and blue for negative ones.
 
     Args:
         heat_map: What to show.
-        limit: The weight of the full colour.
+        limit: The weight that gets full colour.
     """
     weights = upsample(heat_map).clip(-limit, limit) / (limit or 1)
-    strength = 0.75 * np.abs(weights)  # the picture stays visible
+    strength = 0.75 * np.abs(weights)  # below 1, so that the image stays visible
     return heat_map.view.mean(axis=-1, keepdims=True) * (1 - strength) + np.where(weights > 0, RED, BLUE) * strength
 
 
 def strongest(attribution: Attribution) -> float:
-    """The strongest weight of all encoders' maps, so that they can share one scale."""
+    """The largest absolute weight in all encoders' maps, which lets them share one scale."""
     return float(max((np.abs(heat_map.weights).max() for heat_map in attribution.regions.values()), default=0))
 
 
-def draw(explanation: Explanation) -> Figure:
-    """Draw the figure: a column for the post, one for each direction of the attention, the last for the attribution.
+Panel = Callable[[Axes], None] | None
 
-    Pictures are in the upper row, the words below them; panels that the model does not have are left out.
+
+def draw(explanation: Explanation) -> Figure:
+    """Draw the figure: columns for the post, for each direction of the attention, and for the attribution.
+
+    Images are in the upper row, words in the lower one; panels that the model does not have are left out.
     """
-    columns = [post_column(explanation)]
-    columns += [attention_column(explanation, side) for side in explanation.attention]
-    columns += attribution_columns(explanation)
+    columns = build_columns(explanation)
     rows = [row for row in (0, 1) if any(column[row] for column in columns)]
     figure = Figure(figsize=(4.2 * len(columns), 4.4 * len(rows)), dpi=110, layout="constrained")
     total, difference = explanation.attribution.total, explanation.attribution.difference
     figure.suptitle(
-        "Attention: where the model fetches information. Attribution: what moved the score. The two may differ.\n"
-        f"From a grey picture and empty words to this post the score moves by {difference:+.2f}; "
-        f"all attributions add up to {total:+.2f}.",
+        "Attention: where the model takes information from. Attribution: what moved the score. The two may differ.\n"
+        f"From a grey image and empty words to this post the score moves by {difference:+.2f}; "
+        f"the attributions add up to {total:+.2f}.",
         fontsize=11,
     )
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -403,44 +399,31 @@ def draw(explanation: Explanation) -> Figure:
     return figure
 
 
-Column = tuple[Callable[[Axes], None] | None, Callable[[Axes], None] | None]
-
-
-def post_column(explanation: Explanation) -> Column:
-    """The picture; the prediction, and what the gate and lambda say."""
-    picture = None
+def build_columns(explanation: Explanation) -> list[tuple[Panel, Panel]]:
+    """The upper and the lower panel of each column of the figure."""
+    image: Panel = None
     if explanation.view is not None:
-        picture = partial(show, image=explanation.view, title="The picture, as the vision encoder sees it")
-    return picture, partial(draw_scores, explanation=explanation)
-
-
-def attention_column(explanation: Explanation, side: str) -> Column:
-    """Where the text or the picture looks: regions, and words."""
-    attention = explanation.attention[side]
-    regions, words = attention.shares["picture"], attention.shares["words"]
-    peak = attention.regions.weights.max() / attention.regions.weights.mean()
-    heading = f"ATTENTION of the {side}"
-    title = f"{heading} to regions\n{regions:.0%} of it; strongest: {peak:.1f} x the average"
-    style = {"title": f"{heading} to words\n{words:.0%} of it; other tokens: {1 - regions - words:.0%}"}
-    return (
-        partial(show, image=light_up(attention.regions), title=title),
-        partial(draw_words, words=explanation.words, weights=attention.words, colours=(GOLD, GOLD), **style),
-    )
-
-
-def attribution_columns(explanation: Explanation) -> list[Column]:
-    """What moved the score: a map for each encoder that sees the picture, and under the first one the words."""
+        image = partial(show, image=explanation.view, title="The image as the vision encoder sees it")
+    columns: list[tuple[Panel, Panel]] = [(image, partial(draw_scores, explanation=explanation))]
+    bars = partial(draw_words, words=explanation.words)
+    for side, attention in explanation.attention.items():
+        heading, shares, weights = f"ATTENTION of the {side}", attention.shares, attention.regions.weights
+        peak, others = weights.max() / weights.mean(), 1 - shares["image"] - shares["words"]
+        title = f"{heading} to image regions\n{shares['image']:.0%} of it; strongest: {peak:.1f} x the average"
+        regions = partial(show, image=light_up(attention.regions), title=title)
+        title = f"{heading} to words\n{shares['words']:.0%} of it; other tokens: {others:.0%}"
+        columns.append((regions, partial(bars, weights=attention.words, colours=(GOLD, GOLD), title=title)))
     found = explanation.attribution
     heading = f"ATTRIBUTION to {readable(explanation.predicted)!r}\nby integrated gradients\n"
     maps = []
     for encoder, regions in found.regions.items():
-        title = f"{heading}regions, through {encoder}: {regions.weights.sum():+.2f}"
+        title = f"{heading}image regions, through {encoder}: {regions.weights.sum():+.2f}"
         maps.append(partial(show, image=tint(regions, strongest(found)), title=title))
-    words = None
+    words: Panel = None
     if found.words is not None:
-        style = {"title": f"{heading}words: {found.words.sum():+.2f}; red for, blue against", "colours": (RED, BLUE)}
-        words = partial(draw_words, words=explanation.words, weights=found.words, **style)
-    return list(zip_longest(maps, [words]))
+        title = f"{heading}words: {found.words.sum():+.2f}; red for, blue against"
+        words = partial(bars, weights=found.words, colours=(RED, BLUE), title=title)
+    return columns + list(zip_longest(maps, [words]))
 
 
 def show(axes: Axes, image: np.ndarray, title: str) -> None:
@@ -450,28 +433,32 @@ def show(axes: Axes, image: np.ndarray, title: str) -> None:
 
 
 def draw_scores(axes: Axes, explanation: Explanation) -> None:
-    """Bars of the probabilities; the gate and lambda below them."""
-    names = [readable(name) for name in explanation.probabilities]
-    values = list(explanation.probabilities.values())
+    """Bars of the scores, with the gate and lambda below them."""
+    names = [readable(name) for name in explanation.scores]
+    values = list(explanation.scores.values())
     bars = axes.barh(range(len(values)), values, height=0.5, color="#555555")
     axes.bar_label(bars, [f"{value:.3f}" for value in values], padding=3, fontsize=9)
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.invert_yaxis()
-    if "value" not in explanation.probabilities:
+    if "value" not in explanation.scores:
         axes.set_xlim(0, 1.2)
     notes = []
     if explanation.gate is not None:
         notes.append(f"gate {explanation.gate:.2f} (mean; 1: linear path, 0: tanh path)")
-        notes.append(f"lambda {explanation.balance:.2f} (1: picture's side, 0: text's)")
+        notes.append(f"lambda {explanation.balance:.2f} (1: image's side, 0: text's)")
     axes.set_xlabel("\n".join(notes), fontsize=9)
     axes.set_title("PREDICTION", fontsize=10)
 
 
 def draw_words(axes: Axes, words: list[str], weights: np.ndarray, title: str, colours: tuple[str, str]) -> None:
-    """A bar for each word in reading order, of long texts for the strongest only.
+    """Draw a bar per word in reading order; only the strongest words of a long text.
 
     Args:
-        colours: Of weights above zero, and of those below.
+        axes: Where to draw.
+        words: The words.
+        weights: (words,).
+        title: Title of the panel.
+        colours: Colours of positive and negative weights.
     """
     kept = np.sort(np.argsort(-np.abs(weights), kind="stable")[:MAX_BARS])
     axes.barh(range(len(kept)), weights[kept], color=[colours[int(weight < 0)] for weight in weights[kept]])
@@ -485,7 +472,7 @@ def draw_words(axes: Axes, words: list[str], weights: np.ndarray, title: str, co
 
 
 def readable(word: str) -> str:
-    """A word as the figure's font can show it: symbols that it lacks by their names, long words cut."""
+    """A word that the figure's font can show: missing symbols become their names, and long words are cut."""
     font = get_font(findfont("DejaVu Sans"))
     shown = ""
     for letter in word:
@@ -494,40 +481,14 @@ def readable(word: str) -> str:
             shown += letter
         elif kind == "So":
             shown += f"[{unicodedata.name(letter, 'symbol').lower()}]"
-        elif kind[0] not in "MC":  # accents of what is not shown, and what nobody sees
+        elif kind[0] not in "MC":  # combining marks and control characters
             shown += "□"
     return shown if len(shown) <= 18 else f"{shown[:17]}…"
 
 
-def load_checkpoint(checkpoint: str) -> tuple[PreTrainedModel, Any]:
-    """A model in 32 bits, ready to be explained, and its processor, from a folder or the Hub."""
-    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32)
-    return model.eval().requires_grad_(False), AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-
-
 def summary(explanation: Explanation) -> str:
-    """What the figure says in numbers, in one line."""
-    parts = [f"{name} {value:.3f}" for name, value in explanation.probabilities.items()]
+    """The numbers of the figure in one line."""
+    parts = [f"{name} {value:.3f}" for name, value in explanation.scores.items()]
     if explanation.gate is not None:
         parts += [f"gate {explanation.gate:.3f}", f"lambda {explanation.balance:.3f}"]
     return ", ".join(parts)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="Folder or Hub name of a trained model.")
-    parser.add_argument("--image", help="Path or URL of the picture.")
-    parser.add_argument("--text", help="The text.")
-    parser.add_argument("-o", "--output", default="explanation.png", help="Picture file to write.")
-    arguments = parser.parse_args(argv)
-    try:
-        model, processor = load_checkpoint(arguments.checkpoint)
-        explanation = explain(model, processor, arguments.image, arguments.text)
-    except (OSError, TypeError, ValueError) as error:
-        sys.exit(str(error))
-    draw(explanation).savefig(arguments.output)
-    print(summary(explanation))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,4 @@
-"""Predict the sentiment of posts.
-
-    python scripts/predict.py CHECKPOINT --image picture.jpg --text "What a lovely morning!"
-    python scripts/predict.py CHECKPOINT --input posts.csv --output predictions.jsonl
-
-The input is a `.csv` or `.jsonl` file with the columns id, text and image (paths relative to the file), or a folder in
-the layout of MVSA. The output has one JSON line a post, in the order of the input: id, label and probabilities. A post
-that cannot be read gets a line with its id and an error instead. Called again with the same output, a run that was
-broken off goes on where it stopped.
-"""
+"""Predict posts: one at a time, or a file or folder of them, line by line into a file of predictions."""
 
 import csv
 import hashlib
@@ -15,71 +6,99 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from accelerate import PartialState
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.collator import PostCollator
-from clipcacg.scripts.data.loading import locate_picture, one_sentence
+from clipcacg.scripts.data.errors import InputError, as_input_error
+from clipcacg.scripts.data.loading import locate_picture
 from clipcacg.scripts.data.mvsa import Fault, read_text
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class PredictionArguments:
-    """What to predict, and where to."""
-
-    image: str | None = field(default=None, metadata={"help": "Path or URL of one picture."})
-    text: str | None = field(default=None, metadata={"help": "One text."})
-    input: str | None = field(default=None, metadata={"help": "Or: a .csv or .jsonl file, or a folder like MVSA's."})
-    output: str = field(default="predictions.jsonl", metadata={"help": "JSON lines, for --input."})
-    overwrite: bool = field(default=False, metadata={"help": "Start anew instead of going on with the output."})
-    max_samples: int | None = field(default=None, metadata={"help": "Predict the first so many posts only."})
-    batch_size: int = field(default=32, metadata={"help": "Posts at a time."})
-    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 where PyTorch deems it safe: faster."})
-    num_workers: int = field(default=1, metadata={"help": "Processes that prepare posts; 0: none beside this one."})
-
-    def __post_init__(self) -> None:
-        if (self.input is None) == (self.image is None and self.text is None):
-            raise ValueError("Give one post with --image and --text, or many with --input.")
+Row = dict[str, Any]
+Inputs = dict[str, torch.Tensor]
 
 
-def read_rows(source: Path) -> Iterator[dict[str, Any]]:
-    """The posts of a file or folder one by one, however many there are: id, and text and image or else an error.
+def load_checkpoint(
+    checkpoint: str, trust_remote_code: bool = False, **kwargs: Any
+) -> tuple[ClipCaCgForSequenceClassification, ClipCaCgProcessor]:
+    """Load a model in evaluation mode, and its processor.
+
+    Args:
+        checkpoint: Folder or Hub name.
+        trust_remote_code: Run the code that the checkpoint holds in place of this package's. The Auto classes would
+            not do that: they prefer the classes that this package registers.
+        **kwargs: As in the model's `from_pretrained`.
 
     Raises:
-        ValueError: If the source is neither a folder of posts nor a .csv or .jsonl file.
+        InputError: If the checkpoint does not exist, is broken or of another model.
     """
-    if source.is_dir():
-        yield from read_folder(source / "data" if (source / "data").is_dir() else source)
-    elif source.suffix == ".csv":
-        yield from read_csv(source)
-    elif source.suffix == ".jsonl":
-        with source.open(encoding="utf-8-sig", errors="replace") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield as_post(json.loads(line), number, source.parent)
-                except (AttributeError, RecursionError, ValueError) as error:
-                    yield {"id": str(number), "error": f"line {number} is not a JSON object: {error}"}
-    else:
-        raise ValueError(f"{source} is neither a folder nor a .csv or .jsonl file.")
+    model_class, processor_class = ClipCaCgForSequenceClassification, ClipCaCgProcessor
+    with as_input_error(f"The checkpoint {checkpoint} cannot be loaded", OSError, ValueError, SafetensorError):
+        if trust_remote_code:
+            auto_map = PreTrainedConfig.get_config_dict(checkpoint)[0].get("auto_map", {})
+            names = ("AutoModelForSequenceClassification", "AutoProcessor")
+            if not auto_map.keys() >= set(names):
+                raise InputError(f"The checkpoint {checkpoint} holds no code: leave out --trust_remote_code.")
+            model_class, processor_class = (
+                get_class_from_dynamic_module(auto_map[name], checkpoint) for name in names
+            )
+        processor = processor_class.from_pretrained(checkpoint)
+        model = model_class.from_pretrained(checkpoint, **kwargs).eval()
+    if model.config.model_type != ClipCaCgConfig.model_type:
+        raise InputError(
+            f"The checkpoint {checkpoint} is a {model.config.model_type!r} model, not a CLIP-CA-CG model."
+        )
+    return model, processor
 
 
-def read_csv(source: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a table; strictly, or a quote that is not closed would swallow those below it unnoticed."""
+def read_rows(source: Path) -> Iterator[Row]:
+    """Read the posts of a file or folder lazily.
+
+    Args:
+        source: A .csv or .jsonl file with the columns id, text and image, or a folder in the layout of MVSA.
+
+    Yields:
+        {id, text, image}, or {id, error} for a row that cannot be read.
+
+    Raises:
+        InputError: If the source cannot be read, or is neither a folder of posts nor a .csv or .jsonl file.
+    """
+    readers = {".csv": read_csv, ".jsonl": read_jsonl}
+    reader = read_folder if source.is_dir() else readers.get(source.suffix)
+    if reader is None:
+        raise InputError(f"{source} is neither a folder nor a .csv or .jsonl file.")
+    with as_input_error(f"{source} cannot be read", OSError):
+        yield from reader(source)
+
+
+def read_jsonl(source: Path) -> Iterator[Row]:
+    """Read the posts of a file of JSON lines."""
+    with source.open(encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield as_post(json.loads(line), number, source.parent)
+            except (AttributeError, RecursionError, ValueError) as error:
+                yield {"id": str(number), "error": f"line {number} is not a JSON object: {error}"}
+
+
+def read_csv(source: Path) -> Iterator[Row]:
+    """Read the posts of a table. Strictly: an unclosed quote would otherwise swallow the rows below it silently."""
     csv.field_size_limit(sys.maxsize)
     with source.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         rows = csv.DictReader(file, strict=True)
@@ -92,28 +111,26 @@ def read_csv(source: Path) -> Iterator[dict[str, Any]]:
                 yield {"id": str(number), "error": f"the row that ends on line {rows.line_num}: {error}"}
 
 
-def read_folder(folder: Path) -> Iterator[dict[str, Any]]:
-    """The posts <ID>.jpg and <ID>.txt of a folder, by ID.
+def read_folder(source: Path) -> Iterator[Row]:
+    """Read the posts <ID>.jpg and <ID>.txt of a folder, or of its subfolder `data`, in the order of their IDs.
 
     Raises:
-        ValueError: If there are none.
+        InputError: If there are none.
     """
+    folder = source / "data" if (source / "data").is_dir() else source
     ids = {path.stem for path in folder.iterdir() if path.suffix in (".jpg", ".txt")}
     if not ids:
-        raise ValueError(f"{folder} holds neither <ID>.jpg nor <ID>.txt.")
+        raise InputError(f"{folder} holds neither <ID>.jpg nor <ID>.txt.")
     for post_id in sorted(ids, key=lambda post_id: (len(post_id), post_id)):
         try:
-            yield {
-                "id": post_id,
-                "text": read_text(folder / f"{post_id}.txt"),
-                "image": str(folder / f"{post_id}.jpg"),
-            }
+            text = read_text(folder / f"{post_id}.txt")
+            yield {"id": post_id, "text": text, "image": str(folder / f"{post_id}.jpg")}
         except Fault as fault:
             yield {"id": post_id, "error": ": ".join(fault.args)}
 
 
-def as_post(row: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
-    """What we read of a row, whatever else it holds; a row without an ID is called by its number."""
+def as_post(row: Row, number: int, folder: Path) -> Row:
+    """Keep id, text and image of a row; its number replaces a missing ID."""
     post_id = row.get("id")
     image = locate_picture(row.get("image") or None, folder)
     return {"id": str(number if post_id is None else post_id), "text": row.get("text"), "image": image}
@@ -144,9 +161,9 @@ def write_line(file: TextIO, line: dict[str, Any]) -> None:
 
 @dataclass
 class PreparedBatches(IterableDataset):
-    """Batches of rows and the model inputs of the good ones, made by one worker process or several.
+    """Batches of rows with the model inputs of the readable ones, made by any number of worker processes.
 
-    Worker k of n makes every n-th batch, and the loader takes from the workers in turn: the order stays.
+    Worker k of n makes every n-th batch, and the loader takes from the workers in turn, which keeps the order.
     """
 
     source: Path
@@ -155,58 +172,77 @@ class PreparedBatches(IterableDataset):
     batch_size: int
     collator: PostCollator
 
-    def __iter__(self) -> Iterator[tuple[list[dict[str, Any]], dict[str, torch.Tensor] | None]]:
+    def __iter__(self) -> Iterator[tuple[list[Row], Inputs | None]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         rows = islice(read_rows(self.source), self.start, self.stop)
-        turn = 0
-        while batch := list(islice(rows, self.batch_size)):
+        for turn in count():
+            batch = list(islice(rows, self.batch_size))
+            if not batch:
+                return
             if turn % workers == number:
                 yield prepare(batch, self.collator)
-            turn += 1
 
 
-def prepare(
-    rows: list[dict[str, Any]], collator: PostCollator
-) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor] | None]:
-    """Make the inputs of the good rows, and give each bad one an error; only a batch that fails is looked at singly.
+def prepare(rows: list[Row], collator: PostCollator) -> tuple[list[Row], Inputs | None]:
+    """Make the model inputs of the readable rows, and give every other row an error.
+
+    Rows are tried one by one only after the batch failed, which keeps the usual case fast.
 
     Returns:
         The rows, and the inputs of those without an error, in their order; None if there is no such row.
     """
     for row in rows:
-        if "error" not in row:
-            row |= missing_part(row, collator.config.modality)
+        missing = [name for name in collator.config.modalities if not isinstance(row.get(name), str)]
+        if missing and "error" not in row:
+            row["error"] = f"the model needs {' and '.join(missing)}, which this post does not have"
     good = [row for row in rows if "error" not in row]
     try:
         return rows, collator(good) if good else None
     except (OSError, TypeError, ValueError):
         for row in good:
-            row |= unreadable(row, collator)
+            try:
+                collator([row])
+            except (OSError, TypeError, ValueError) as error:
+                row["error"] = str(error)
         good = [row for row in good if "error" not in row]
         return rows, collator(good) if good else None
 
 
-def missing_part(row: dict[str, Any], modality: str) -> dict[str, str]:
-    needed = {"both": ("text", "image"), "text": ("text",), "image": ("image",)}[modality]
-    missing = [name for name in needed if not isinstance(row.get(name), str)]
-    return {"error": f"the model needs {' and '.join(missing)}, which this post does not have"} if missing else {}
+@torch.inference_mode()
+def predict_rows(
+    model: ClipCaCgForSequenceClassification, rows: list[Row], inputs: Inputs | None, bf16: bool = False
+) -> list[Row]:
+    """Predict what `prepare` returned: one line per row, with its prediction or its error."""
+    logits: Iterator[torch.Tensor] = iter(())
+    if inputs is not None:
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            logits = iter(model(**inputs).logits.float().cpu())
+    return [
+        {"id": str(row["id"]), "error": row["error"]}
+        if "error" in row
+        else prediction_line(str(row["id"]), next(logits), model.config)
+        for row in rows
+    ]
 
 
-def unreadable(row: dict[str, Any], collator: PostCollator) -> dict[str, str]:
-    try:
-        collator([row])
-    except (OSError, TypeError, ValueError) as error:
-        return {"error": str(error)}
-    return {}
+def lines_done(output: Path, origin: dict[str, Any]) -> int:
+    """Count the posts that an earlier run finished, and cut off an incomplete last line.
 
-
-def lines_done(output: Path) -> int:
-    """How many posts an earlier run finished; a last line that was broken off is cut away.
+    A hidden file beside the output records its origin.
 
     Raises:
-        ValueError: If the file holds anything but lines of ours.
+        InputError: If the file is no output of this model for this input: appending would mix two sets of predictions.
     """
+    note = output.with_name(f".{output.name}.origin")
+    if not output.is_file() or not output.stat().st_size:
+        note.write_text(json.dumps(origin), encoding="utf-8")
+        return 0
+    if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != origin:
+        raise InputError(
+            f"{output} does not belong to this model and {origin['input']}: give another --output, or --overwrite."
+        )
     done, end = 0, 0
     with output.open("r+b") as file:
         for line in file:
@@ -215,109 +251,62 @@ def lines_done(output: Path) -> int:
             try:
                 json.loads(line)["id"]
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{output} is not a file of predictions: name another --output.") from error
+                raise InputError(f"{output} is not a file of predictions: give another --output.") from error
             done, end = done + 1, end + len(line)
         file.truncate(end)
     return done
 
 
-def check_origin(output: Path, origin: dict[str, str]) -> int:
-    """The number of posts that are done, if the output comes from this model and this input.
-
-    A hidden file beside the output tells where it comes from.
-
-    Raises:
-        ValueError: If it comes from others, so that going on would mix two sets of predictions.
-    """
-    note = output.with_name(f".{output.name}.origin")
-    if output.is_file() and output.stat().st_size:
-        if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != origin:
-            raise ValueError(
-                f"{output} does not belong to this model and {origin['input']}: name another --output, or --overwrite."
-            )
-        return lines_done(output)
-    note.write_text(json.dumps(origin), encoding="utf-8")
-    return 0
-
-
-@torch.inference_mode()
-def predict_rows(
-    model: ClipCaCgForSequenceClassification,
-    rows: list[dict[str, Any]],
-    inputs: dict[str, torch.Tensor] | None,
-    bf16: bool = False,
-) -> list[dict[str, Any]]:
-    """One line a row: its prediction or its error."""
-    scores = iter(())
-    if inputs is not None:
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            scores = iter(model(**inputs).logits.float().cpu())
-    return [
-        {"id": str(row["id"]), "error": row["error"]}
-        if "error" in row
-        else prediction_line(str(row["id"]), next(scores), model.config)
-        for row in rows
-    ]
-
-
 def predict_file(
-    model: ClipCaCgForSequenceClassification, processor: ClipCaCgProcessor, arguments: PredictionArguments
+    model: ClipCaCgForSequenceClassification,
+    processor: ClipCaCgProcessor,
+    source: Path,
+    output: Path,
+    *,
+    max_samples: int | None = None,
+    batch_size: int = 32,
+    num_workers: int = 1,
+    bf16: bool = False,
+    overwrite: bool = False,
 ) -> None:
-    """Predict every post of `--input`, line by line into `--output`, and tell how many could not be read.
+    """Predict every post of a file or folder, line by line into a file, and continue an interrupted run.
+
+    Args:
+        model: Model in evaluation mode, on the device to compute on.
+        processor: Its processor.
+        source: See `read_rows`.
+        output: File of JSON lines; see `prediction_line`. A post that cannot be read gets {id, error}.
+        max_samples: Predict only the first posts.
+        batch_size: Posts per forward pass.
+        num_workers: Processes that prepare posts; 0 prepares them in this one.
+        bf16: Compute in bfloat16 where PyTorch's autocast allows it.
+        overwrite: Start again instead of continuing the output.
 
     Raises:
-        FileNotFoundError, ValueError: If input or output cannot be used, or no post at all could be read.
+        InputError: If the input or the output cannot be used, or no post could be read.
     """
-    source, output = Path(arguments.input), Path(arguments.output)
     if not source.exists():
-        raise FileNotFoundError(f"There is no {source}.")
-    output.parent.mkdir(parents=True, exist_ok=True)
+        raise InputError(f"There is no {source}.")
     if output.exists() and output.samefile(source):
-        raise ValueError(f"{source} is both input and output: name another --output.")
-    if arguments.overwrite:
-        output.unlink(missing_ok=True)
+        raise InputError(f"{source} is both input and output: give another --output.")
     weights = model.classifier.weight.detach().float().cpu().numpy().tobytes()
     origin = {"input": str(source.resolve()), "model": hashlib.sha256(weights).hexdigest()}
-    done = check_origin(output, origin | ({"bf16": True} if arguments.bf16 else {}))
-    collator = PostCollator(processor, model.config)
-    batches = PreparedBatches(source, done, arguments.max_samples, arguments.batch_size, collator)
-    loader = DataLoader(batches, batch_size=None, num_workers=arguments.num_workers)
-    with (
-        output.open("a", encoding="utf-8", errors="backslashreplace") as file,
-        tqdm(initial=done, unit=" posts") as bar,
-    ):
-        failed, total = 0, 0
-        for rows, inputs in loader:
-            for line in predict_rows(model, rows, inputs, arguments.bf16):
+    with as_input_error(f"{output} cannot be written", OSError):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            output.unlink(missing_ok=True)
+        done = lines_done(output, origin | ({"bf16": True} if bf16 else {}))
+        file = output.open("a", encoding="utf-8", errors="backslashreplace")
+    batches = PreparedBatches(source, done, max_samples, batch_size, PostCollator(processor, model.config))
+    failed, total = 0, 0
+    with file, tqdm(initial=done, unit=" posts") as bar:
+        for rows, inputs in DataLoader(batches, batch_size=None, num_workers=num_workers):
+            for line in predict_rows(model, rows, inputs, bf16):
                 write_line(file, line)
                 failed, total = failed + ("error" in line), total + 1
             file.flush()
             bar.update(len(rows))
     if failed and failed == done + total:
-        raise ValueError(f"none of {total} posts could be read; their lines in {output} say why.")
+        raise InputError(f"None of {total} posts could be read; their lines in {output} say why.")
     if failed:
         logger.warning("%d of %d posts could not be read; their lines in %s say why", failed, total, output)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(PredictionArguments, description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="Folder or Hub name of a trained model.")
-    with one_sentence():
-        arguments, rest = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
-        model = ClipCaCgForSequenceClassification.from_pretrained(rest.checkpoint).to(PartialState().device).eval()
-        model.to(memory_format=torch.channels_last)  # the vision encoder's convolutions are faster so
-        processor = ClipCaCgProcessor.from_pretrained(rest.checkpoint)
-        if arguments.input:
-            predict_file(model, processor, arguments)
-            return
-    row = {"id": arguments.image or "text", "text": arguments.text, "image": arguments.image}
-    rows, inputs = prepare([row], PostCollator(processor, model.config))
-    line = predict_rows(model, rows, inputs, arguments.bf16)[0]
-    if "error" in line:
-        sys.exit(f"predict.py: {line['error']}")
-    write_line(sys.stdout, line)
-
-
-if __name__ == "__main__":
-    main()

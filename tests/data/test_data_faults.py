@@ -16,11 +16,12 @@ from PIL import Image
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts import predict
 from clipcacg.scripts.data import mvsa
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.data.mvsa import MvsaDataError, load_mvsa, split_mvsa
-from clipcacg.scripts.reporting import predictions as predict
+from clipcacg.scripts.reporting import predictions
 from clipcacg.scripts.training import evaluation as evaluate_checkpoint
 from clipcacg.scripts.training import run as train
 
@@ -89,7 +90,7 @@ def read(folder: Path) -> tuple[list[str], str]:
 def predicted(folder: Path, collator: PostCollator) -> list[dict]:
     """The posts of a folder as `predict.py` takes them; each is ready for the model or has an error."""
     before = listing(folder)
-    rows, inputs = predict.prepare(list(predict.read_rows(folder)), collator)
+    rows, inputs = predictions.prepare(list(predictions.read_rows(folder)), collator)
     assert (0 if inputs is None else len(inputs["input_ids"])) == sum("error" not in row for row in rows)
     assert listing(folder) == before
     return rows
@@ -184,7 +185,7 @@ def test_a_picture_of_any_bytes_is_read_or_named(folder: Path, collator: PostCol
     try:
         collator([{"text": "", "image": str(folder / "data/3.jpg")}])
     except ValueError as error:
-        assert "data/3.jpg' cannot be read as a picture" in str(error) and "\n" not in str(error)
+        assert "data/3.jpg' cannot be read as an image" in str(error) and "\n" not in str(error)
         assert "error" in rows["3"]
 
 
@@ -357,7 +358,7 @@ def test_a_table_of_any_bytes_gives_a_row_or_an_error_a_line(
     table = folder / f"data/posts.{suffix}"
     table.write_bytes(content)
     before = listing(folder)
-    rows, _ = predict.prepare(list(predict.read_rows(table)), collator)
+    rows, _ = predictions.prepare(list(predictions.read_rows(table)), collator)
     assert listing(folder) == before
     assert all(isinstance(row.get("error", ""), str) and len(row.get("error", "")) < 1000 for row in rows)
     if suffix == "jsonl":
@@ -368,7 +369,7 @@ def test_a_table_of_any_bytes_gives_a_row_or_an_error_a_line(
 def test_a_quote_that_is_not_closed_is_said(folder: Path) -> None:
     """It would swallow the rows below it, and a model of texts would not notice."""
     (folder / "posts.csv").write_text('id,text\n1,fine\n2,"so good\n3,so bad\n4,lost\n')
-    good, bad = predict.read_rows(folder / "posts.csv")
+    good, bad = predictions.read_rows(folder / "posts.csv")
     assert good["text"] == "fine" and bad["id"] == "2" and "line" in bad["error"] and "end of data" in bad["error"]
 
 
@@ -432,7 +433,7 @@ def test_a_picture_that_breaks_during_training_or_evaluation_is_one_sentence(
     write_labels(tmp_path / "posts", ids)
     data = ["--data_dir", str(tmp_path / "posts")]
     output = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "--report_to", "none", "--dataloader_num_workers"]
-    said = r"\w+: '.*/posts/data/\d+.jpg' cannot be read as a picture: [^\n]*$"
+    said = r"\w+: '.*/posts/data/\d+.jpg' cannot be read as an image: [^\n]*$"
     for workers in ("0", "1"):
         with pytest.raises(SystemExit, match=said):
             train.main([*data, "--model_name_or_path", str(checkpoint), *output, workers])

@@ -226,3 +226,24 @@ def test_saving_where_the_code_lives(tiny_config: MakeConfig, tmp_path: Path) ->
     tiny_config().save_pretrained(tmp_path)
     assert all((tmp_path / name).samefile(code / name) for name in CODE_FILES)
     assert (tmp_path / "config.json").exists()
+
+
+def test_asking_for_a_dict_changes_no_config(tiny_config: Callable[..., ClipCaCgConfig]) -> None:
+    config = tiny_config()
+    config.text_config._name_or_path = "/somewhere/here"
+    before = config.to_dict()
+    config.to_diff_dict(), config.to_json_string(), repr(config)
+    assert config.to_dict() == before and config.text_config._name_or_path == "/somewhere/here"
+
+
+def test_a_config_takes_what_every_config_takes(tiny_config: Callable[..., ClipCaCgConfig]) -> None:
+    """create_and_test_config_common_properties and check_config_arguments_init."""
+    fields = {"output_hidden_states": True, "return_dict": False, "problem_type": "regression", "num_labels": 1}
+    config = tiny_config(**fields, dtype="float16", architectures=["X"])
+    assert {name: getattr(config, name) for name in fields} == fields
+    assert config.dtype in (torch.float16, "float16") and config.architectures == ["X"]
+    assert ClipCaCgConfig.from_dict(config.to_dict()).return_dict is False
+    rest = ClipCaCgConfig.from_dict(config.to_dict(), return_unused_kwargs=True, dropout=0.25, foo=False)
+    assert (rest[0].dropout, rest[1]) == (0.25, {"foo": False})
+    with pytest.raises(TypeError):
+        ClipCaCgConfig(*[None] * 30)

@@ -1,17 +1,21 @@
 """What transformers asks of a model, and what ours promises, for every mode and ablation."""
 
+import copy
+import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import infer_auto_device_map
+from accelerate import cpu_offload, disk_offload, infer_auto_device_map
 from inputs import CLIP_MODES, TRANSFORMER, make_inputs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AttentionInterface, AutoConfig, AutoModel, CLIPModel
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForSequenceClassification, CLIPModel
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel, encoder_mask
@@ -142,16 +146,6 @@ def test_gradients_reach_every_parameter_of(build: Build, inputs: Inputs, family
         pytest.importorskip("timm")
     model = build("feature", vision_config={"model_type": family, **VISION_ENCODERS[family]})
     assert not [name for name, gradient in gradients(model, inputs).items() if gradient is None]
-
-
-@every_variant
-def test_activation_checkpointing_gives_equal_gradients(build: Build, inputs: Inputs, variant: str) -> None:
-    model = build(variant)
-    plain = {name: gradient.clone() for name, gradient in gradients(model, inputs).items()}
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before 5.23
-    getattr(model, f"{name}_checkpointing_enable")()
-    assert getattr(model, f"is_{name}_checkpointing")
-    assert_close(gradients(model, inputs), plain)
 
 
 @every_variant
@@ -389,22 +383,70 @@ def test_what_a_checkpoint_lacks_starts_as_in_a_new_model(
 
 
 @every_variant
-@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
-def test_save_and_load(build: Build, inputs: Inputs, variant: str, max_shard_size: str, tmp_path: Path) -> None:
+def test_parts_share_the_models_config(build: Build, variant: str) -> None:
     model = build(variant)
-    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_size == "20KB")
-    for cls, lacking in ((type(model), set()), (ClipCaCgModel, set())):
-        loaded, info = cls.from_pretrained(tmp_path, output_loading_info=True)
-        assert not info["missing_keys"] and info["unexpected_keys"] == lacking
-        assert_close(loaded(**inputs)[0], model.eval()(**inputs)["logits" if cls is type(model) else "fused_embeds"])
+    config = model.config
+    assert model.model.config is config
+    expected = {"text": config.text_config, "vision": config.vision_config}
+    expected |= {f"clip.{side}": getattr(config.clip_config, f"{side}_config") for side in ("text", "vision")}
+    assert all(part.config is expected[name] for name, part in model.backbones().items())
 
 
-def test_another_head_on_a_checkpoint(build: Build, tmp_path: Path) -> None:
-    model = build("feature")
-    loaded = reload(model, tmp_path, num_labels=5, ignore_mismatched_sizes=True)
-    assert loaded.classifier.weight.shape == (5, 16) and loaded.classifier.weight.isfinite().all()
-    assert_close(loaded.model.state_dict(), model.model.state_dict())
+@every_variant
+@pytest.mark.parametrize("saved", ["base", "classifier"])
+def test_each_class_loads_what_the_other_saved(
+    build: Build, inputs: Inputs, variant: str, saved: str, tmp_path: Path
+) -> None:
+    model = build(variant)
+    part = model.model if saved == "base" else model
+    part.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(part.state_dict()) and not list(tmp_path.glob("*.bin"))
+    fused, head = model(**inputs).fused_embeds, {"classifier.weight", "classifier.bias"}
+    classes = {ClipCaCgModel: AutoModel, ClipCaCgForSequenceClassification: AutoModelForSequenceClassification}
+    for cls, auto_class in classes.items():
+        loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(loaded) is cls and not loaded.training
+        lacking = head if saved == "base" and cls is ClipCaCgForSequenceClassification else set()
+        assert info["missing_keys"] == lacking and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert_close(loaded(**inputs).fused_embeds, fused)
+
+
+def test_a_base_model_loads_a_classifiers_checkpoint_in_silence(build: Build, tmp_path: Path) -> None:
+    build("none").save_pretrained(tmp_path)
+    code = "import sys; from clipcacg import ClipCaCgModel; ClipCaCgModel.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert "classifier" not in done.stdout + done.stderr
+
+
+class InPlaceInit(ClipCaCgForSequenceClassification):
+    """Initialises as many models outside of transformers do: in place, whatever was loaded before."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.GRU)):
+            for parameter in module.parameters(recurse=False):
+                parameter.data.normal_()
+
+
+@every_variant
+def test_a_subclass_that_initialises_in_place_reloads_every_weight(
+    tiny_config: Callable[..., ClipCaCgConfig], variant: str, tmp_path: Path
+) -> None:
+    model = InPlaceInit(tiny_config(**VARIANTS[variant]))
+    loaded = reload(model, tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+@every_clip_mode
+def test_the_evaluation_loss_does_not_depend_on_the_batch_size(build: Build, inputs: Inputs, variant: str) -> None:
+    model = build(variant)
+    together = model(**inputs, labels=LABELS)
+    rows = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(3)]
+    alone = [model(**post, labels=LABELS[row : row + 1]).loss for row, post in enumerate(rows)]
+    assert_close(together.loss, torch.stack(alone).mean())
+    assert together.contrastive_loss is None
+    trained = model.train()(**inputs, labels=LABELS)
+    assert (trained.contrastive_loss is not None) == (variant == "feature")
 
 
 @every_variant
@@ -559,3 +601,141 @@ def test_a_backbone_that_the_model_has_not_is_told(tiny_config: Callable[..., Cl
     for name in ("image", "clip.text"):
         with pytest.raises(ValueError, match=f"no backbone '{name}'. It has: text, vision"):
             model.encode(name, torch.zeros(1, 3, 32, 32))
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    return model(**inputs).logits
+
+
+@every_variant
+def test_another_size_is_refused_unless_it_was_asked_for(build: Build, variant: str, tmp_path: Path) -> None:
+    """test_load_with_mismatched_shapes: what does not fit is told, and drawn anew if the caller says so."""
+    model = build(variant)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path, num_labels=5)
+    loaded, info = type(model).from_pretrained(
+        tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert {key for key, *_ in info["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
+    assert loaded.classifier.weight.shape == (5, 16) and 0 < loaded.classifier.weight.std() < 1
+    assert loaded.config.id2label == {index: f"LABEL_{index}" for index in range(5)}
+    assert_close(loaded.model.state_dict(), model.model.state_dict())
+    narrow = {"text_config": {**model.config.text_config.to_dict(), "vocab_size": 70}}
+    if variant != "image":
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            ClipCaCgModel.from_pretrained(tmp_path, **narrow)
+
+
+@every_variant
+def test_a_type_is_kept_on_disk_and_back(build: Build, inputs: Inputs, variant: str, tmp_path: Path) -> None:
+    """test_load_save_without_changing_dtype: `dtype="auto"` is what was saved."""
+    half = torch.bfloat16
+    model = build(variant).to(half)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors").values()
+    assert {value.dtype for value in stored if value.is_floating_point()} == {half}
+    loaded = type(model).from_pretrained(tmp_path, dtype="auto")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {half} == {loaded.dtype}
+    assert logits_of(loaded, inputs).dtype == half and torch.equal(logits_of(loaded, inputs), logits_of(model, inputs))
+    assert type(model).from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+@every_variant
+def test_rows_of_a_batch_do_not_know_of_each_other(build: Build, inputs: Inputs, variant: str) -> None:
+    """test_batching_equivalence, for all outputs and not the logits alone; a loss is of the batch."""
+    model = build(variant)
+    asked = {"output_attentions": True, "output_hidden_states": True}
+    together = model(**inputs, **asked)
+    for row in range(3):
+        alone = model(**{name: value[row : row + 1] for name, value in inputs.items()}, **asked)
+        assert alone.keys() == together.keys()
+        for name, value in alone.items():
+            if name != "contrastive_loss":
+                for one, several in zip(as_tuple(value), as_tuple(together[name]), strict=True):
+                    assert_close(one[0], several[row], rtol=0, atol=1e-5)
+
+
+def as_tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.mark.filterwarnings("ignore:.*_checkpointing:FutureWarning")  # the names that every release has
+@every_variant
+def test_checkpointing_goes_on_and_off(build: Build, inputs: Inputs, variant: str) -> None:
+    """test_training_gradient_checkpointing, reentrant or not, for the base class as well; then off again."""
+    model = build(variant)
+    plain = {name: None if grad is None else grad.clone() for name, grad in gradients(model, inputs).items()}
+    for reentrant in (False, True):
+        # Reentrant checkpoints need an input with a gradient, as the Trainer and PEFT arrange it.
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant and variant != "image":
+            model.enable_input_require_grads()
+        assert model.is_gradient_checkpointing
+        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        assert_close(gradients(model, inputs), plain)
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert_close(gradients(model, inputs), plain)
+
+
+@every_variant
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_weights_that_are_fetched_when_they_are_needed(
+    build: Build, inputs: Inputs, variant: str, where: str, tmp_path: Path
+) -> None:
+    """test_cpu_offload and test_disk_offload_safetensors: every weight is elsewhere between two calls."""
+    model = build(variant)
+    before = logits_of(model, inputs)
+    if where == "cpu":
+        cpu_offload(model, execution_device="cpu")
+    else:
+        disk_offload(model, tmp_path, execution_device="cpu")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    for _ in range(2):
+        with torch.no_grad():
+            assert_close(logits_of(model, inputs), before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torchao takes its place some day
+@pytest.mark.parametrize("variant", ["encoder", "none", "text"])
+def test_encoders_in_8_bits_by_torch_alone(build: Build, inputs: Inputs, variant: str) -> None:
+    """torch's own dynamic quantization, which needs no other library; that of torchao has a file of its own."""
+    model = build(variant)
+    small, quantized = copy.deepcopy(model), torch.ao.nn.quantized.dynamic.Linear
+    for name, encoder in model.backbones().items():
+        if name != "vision":  # convolutions alone
+            before = sum(isinstance(module, nn.Linear) for module in encoder.modules())
+            torch.ao.quantization.quantize_dynamic(small.backbones()[name], {nn.Linear}, torch.qint8, inplace=True)
+            assert sum(isinstance(module, quantized) for module in small.backbones()[name].modules()) == before > 0
+    with torch.no_grad():
+        assert 0 < (small(**inputs).logits - model(**inputs).logits).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("module", ["convolution", "q_proj"])
+def test_adapters_of_convolutions_and_of_the_fusion(build: Build, inputs: Inputs, module: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = build("image" if module == "convolution" else "encoder")
+    before = logits_of(base, inputs)
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=[module])).eval()
+    assert_close(logits_of(model, inputs), before)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted = logits_of(model, inputs)
+    assert (adapted - before).abs().max() > 1e-4
+    loaded = reload(model.merge_and_unload(), tmp_path)
+    assert_close(logits_of(loaded, inputs), adapted, rtol=0, atol=1e-4)
+
+
+@every_clip_mode
+def test_an_unknown_attention_is_refused_and_changes_nothing(build: Build, variant: str) -> None:
+    model = build(variant)
+    model.set_attn_implementation("eager")
+    with pytest.raises((ImportError, ValueError)):
+        model.set_attn_implementation("no_such_attention")
+    used = [model.config, *(part.config for name, part in model.backbones().items() if name != "vision")]
+    assert {config._attn_implementation for config in used} == {"eager"} and "vision" in model.backbones()

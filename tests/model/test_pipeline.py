@@ -1,4 +1,4 @@
-"""The pipeline: from a checkpoint's own code, with the numbers of `scripts/predict.py`."""
+"""The pipeline, from a checkpoint's own code: the same numbers as `scripts/predict.py`."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ from transformers import pipeline
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.pipeline_clipcacg import ImageTextSentimentPipeline
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from clipcacg.scripts.reporting import predictions as predict
+from clipcacg.scripts.predict import main as predict
 
 TASK = "image-text-sentiment"
 
@@ -38,7 +38,7 @@ def test_it_gives_the_numbers_of_predict(checkpoint: Path, posts_folder: Path, t
     """In a fresh process where this project cannot be imported, from an empty folder."""
     posts = posts_of(posts_folder, 5)
     (tmp_path / "posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
-    predict.main([str(checkpoint), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "out.jsonl")])
+    predict([str(checkpoint), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "out.jsonl")])
     expected = [json.loads(line)["probabilities"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     code = (
         "import json, sys; sys.modules['clipcacg'] = None\n"
@@ -54,11 +54,12 @@ def test_it_gives_the_numbers_of_predict(checkpoint: Path, posts_folder: Path, t
         assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(scores, abs=1e-5)
 
 
-def test_batches_and_data_sets_give_the_same_as_single_posts(
+def test_batches_and_datasets_give_the_same_as_single_posts(
     sentiment: ImageTextSentimentPipeline, posts_folder: Path
 ) -> None:
     posts = posts_of(posts_folder, 7)
     single = [sentiment(post) for post in posts]
+    assert sentiment(tuple(posts[:2])) == sentiment(posts[:2]) and sentiment([]) == sentiment(()) == []
     table = datasets.Dataset.from_list(posts).cast_column("image", datasets.Image())
     for several in (sentiment(posts, batch_size=3), list(sentiment(table, batch_size=4))):
         for one, other in zip(single, several, strict=True):
@@ -66,7 +67,7 @@ def test_batches_and_data_sets_give_the_same_as_single_posts(
             assert [entry["score"] for entry in one] == pytest.approx([entry["score"] for entry in other], abs=1e-5)
 
 
-def test_every_form_of_a_picture(sentiment: ImageTextSentimentPipeline, posts_folder: Path) -> None:
+def test_every_form_of_an_image(sentiment: ImageTextSentimentPipeline, posts_folder: Path) -> None:
     path = posts_folder / "data/3.jpg"
     expected = sentiment({"image": str(path), "text": "hello"})
     for image in (Image.open(path), path, base64.b64encode(path.read_bytes()).decode()):
@@ -96,35 +97,27 @@ def test_one_modality_does_with_its_part(part: str, backbones: Path, posts_folde
     (entry,) = sentiment({part: post[part]})
     assert torch.isfinite(torch.tensor(entry["score"])) and entry == sentiment(post)[0]
     other = {"image": "text", "text": "image"}[part]
-    with pytest.raises(ValueError, match=f"reads {part} of a post, but {part} is missing"):
+    with pytest.raises(ValueError, match=f"reads the {part} of a post, but this one has no {part}"):
         sentiment({other: post[other]})
 
 
-def test_a_post_without_its_picture_is_told(sentiment: ImageTextSentimentPipeline) -> None:
-    with pytest.raises(ValueError, match="image is missing"):
-        sentiment({"text": "alone"})
-    with pytest.raises(ValueError, match="image and text are missing: give "):
-        sentiment("just a string")
-
-
-def test_a_post_is_one_picture_and_one_text(sentiment: ImageTextSentimentPipeline, posts_folder: Path) -> None:
-    picture = str(posts_folder / "data/1.jpg")
+def test_a_post_is_one_image_and_one_text(sentiment: ImageTextSentimentPipeline, posts_folder: Path) -> None:
+    path = str(posts_folder / "data/1.jpg")
     for image, text, words in (
-        (picture, ["I love it", "I hate it"], r"text\[0\] must be a string, not list"),
-        ([picture, picture], "I love it", r"images\[0\] must be a PIL image, .* not list"),
-        (picture, 5, r"text\[0\] must be a string, not int"),
+        (path, ["I love it", "I hate it"], r"text\[0\] must be a string, not list"),
+        ([path, path], "I love it", r"images\[0\] must be a PIL image, .* not list"),
+        (path, 5, r"text\[0\] must be a string, not int"),
         (5, "I love it", r"images\[0\] must be a PIL image, .* not int"),
     ):
         with pytest.raises(TypeError, match=words):
             sentiment({"image": image, "text": text})
-    with pytest.raises(ValueError, match="is not a picture"):
-        sentiment({"image": torch.zeros(2, 3, 32, 32), "text": "two pictures"})
-
-
-def test_a_tuple_is_several_posts_and_none_are_none(sentiment: ImageTextSentimentPipeline, posts_folder: Path) -> None:
-    posts = posts_of(posts_folder, 2)
-    assert sentiment(tuple(posts)) == sentiment(posts)
-    assert sentiment([]) == sentiment(()) == []
+    for post, words in (
+        ({"image": torch.zeros(2, 3, 32, 32), "text": "two images"}, "is not an image"),
+        ({"text": "alone"}, "this one has no image. Give "),
+        ("just a string", "this one has no image and no text. Give "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sentiment(post)
 
 
 def test_what_it_saves_is_a_whole_checkpoint(

@@ -1,4 +1,4 @@
-"""The processor: every kind of picture and text, keywords, limits, errors, and a round trip through the disk."""
+"""The processor: every kind of image and text, keywords, limits, errors, answers, and saving."""
 
 import base64
 import copy
@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader
 
 from clipcacg import processing_clipcacg
 from clipcacg.processing_clipcacg import ClipCaCgProcessor, label_scores
-from clipcacg.scripts.data.sample import make_tiny_backbones
 
 pytestmark = pytest.mark.filterwarnings("error")  # nothing that is tested here may warn
 LONG = "good day " * 200
@@ -50,8 +49,8 @@ def sixteen_bits(mode: str, dtype: str) -> Image.Image:
 
 PALETTE, RED, BLUE = RGB.quantize(16), *(Image.new("RGB", (70, 40), colour) for colour in ("red", "blue"))
 JPEG = stored(RGB, "JPEG").fp.getvalue()
-# What is given, and the picture it shows.
-PICTURES: dict[str, tuple[Any, Image.Image]] = {
+# What is given, and the image it shows.
+IMAGES: dict[str, tuple[Any, Image.Image]] = {
     **{mode: (RGB.convert(mode), RGB.convert(mode)) for mode in ("1", "L", "P", "PA", "RGBA", "CMYK", "YCbCr")},
     **{mode: (GRAY.convert(mode), GRAY) for mode in ("LA", "F", "I")},
     "one transparent colour": (stored(PALETTE, transparency=3), PALETTE),
@@ -87,11 +86,6 @@ BROKEN = {
 }
 
 
-@pytest.fixture(scope="session")
-def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_backbones(tmp_path_factory.getbasetemp() / "backbones")
-
-
 @pytest.fixture
 def processor(backbones: Path) -> ClipCaCgProcessor:
     return ClipCaCgProcessor.from_backbones(backbones / "text", backbones / "vision", backbones / "clip")
@@ -118,7 +112,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
 
 def check(processor: ClipCaCgProcessor, given: Any, *shown: Image.Image, atol: float = 1e-6, **keywords: Any) -> None:
-    """Both views of what is given are those that the stock image processors make of the pictures it shows."""
+    """Both views of what is given are those that the stock image processors make of the images shown."""
     data = processor(images=given, return_tensors="pt", **keywords)
     assert sorted(data) == ["clip_pixel_values", "pixel_values"]
     for name in data:
@@ -127,10 +121,10 @@ def check(processor: ClipCaCgProcessor, given: Any, *shown: Image.Image, atol: f
         torch.testing.assert_close(data[name], pixels, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("kind", PICTURES)
-def test_pictures_of_every_kind(processor: ClipCaCgProcessor, kind: str):
-    given, shown = PICTURES[kind]
-    # A picture of floats is not rounded to bytes between resizing and normalising.
+@pytest.mark.parametrize("kind", IMAGES)
+def test_images_of_every_kind(processor: ClipCaCgProcessor, kind: str):
+    given, shown = IMAGES[kind]
+    # A float image is not rounded to bytes between resizing and normalising.
     check(processor, given, shown, atol=0.02 if "float" in str(getattr(given, "dtype", "")) else 1e-6)
 
 
@@ -156,19 +150,19 @@ def test_batches_and_keywords_of_arrays(processor: ClipCaCgProcessor):
 
 @pytest.mark.parametrize("kind", ["height, width, 3", "I;16"])
 def test_paths_urls_and_base64(processor: ClipCaCgProcessor, tmp_path: Path, server: Callable, kind: str):
-    given, shown = PICTURES[kind]
-    picture = given if kind == "I;16" else shown
-    picture.save(tmp_path / "a b.png")
+    given, shown = IMAGES[kind]
+    image = given if kind == "I;16" else shown
+    image.save(tmp_path / "a b.png")
     content = (tmp_path / "a b.png").read_bytes()
     text = base64.b64encode(content).decode()
-    sources = [picture, given, tmp_path / "a b.png", str(tmp_path / "a b.png"), server("a b.png")]
+    sources = [image, given, tmp_path / "a b.png", str(tmp_path / "a b.png"), server("a b.png")]
     sources += [text, base64.encodebytes(content).decode(), f"data:image/png;base64,{text}"]
     for source in sources:
         check(processor, source, shown)
     check(processor, sources, *[shown] * len(sources))
 
 
-def test_a_picture_is_read_once_for_both_views(processor: ClipCaCgProcessor, tmp_path: Path, server: Callable):
+def test_an_image_is_read_once_for_both_views(processor: ClipCaCgProcessor, tmp_path: Path, server: Callable):
     class CountingPng(PngImageFile):
         read = 0
 
@@ -185,9 +179,7 @@ def test_a_picture_is_read_once_for_both_views(processor: ClipCaCgProcessor, tmp
 
 @pytest.mark.parametrize("name", [*BROKEN, "missing.jpg", "."])
 @pytest.mark.parametrize("kind", ["path", "string", "url"])
-def test_a_broken_picture_is_named(
-    processor: ClipCaCgProcessor, tmp_path: Path, server: Callable, name: str, kind: str
-):
+def test_a_broken_image_is_named(processor: ClipCaCgProcessor, tmp_path: Path, server: Callable, name: str, kind: str):
     (tmp_path / name).is_dir() or name == "missing.jpg" or (tmp_path / name).write_bytes(BROKEN[name])
     source = {"path": tmp_path / name, "string": str(tmp_path / name), "url": server(name)}[kind]
     missing = kind != "url" and name not in BROKEN
@@ -198,29 +190,26 @@ def test_a_broken_picture_is_named(
     assert ("404 " in message) == (kind == "url" and name == "missing.jpg")
 
 
-@pytest.mark.parametrize("name", ["cut.jpg", "cut.png", "header.ppm"])
-def test_an_open_picture_that_is_broken_is_named(processor: ClipCaCgProcessor, tmp_path: Path, name: str):
-    (tmp_path / name).write_bytes(BROKEN[name])
-    with Image.open(tmp_path / name) as image, pytest.raises(ValueError, match=f"{name}' cannot be read as a picture"):
-        processor(images=image)
-
-
-def test_other_broken_sources(processor: ClipCaCgProcessor):
+def test_other_broken_sources_are_named(processor: ClipCaCgProcessor, tmp_path: Path):
     cut = base64.b64encode(JPEG[:1000]).decode()
     for source in (cut, f"data:image/jpeg;base64,{cut}", "http://127.0.0.1:9/a.png"):
-        with pytest.raises(ValueError, match="cannot be read as a picture") as caught:
+        with pytest.raises(ValueError, match="cannot be read as an image") as caught:
             processor(images=source)
         assert source[:30] in str(caught.value) and len(str(caught.value)) < 300
+    for name in ("cut.jpg", "cut.png", "header.ppm"):
+        (tmp_path / name).write_bytes(BROKEN[name])
+        with Image.open(tmp_path / name) as image, pytest.raises(ValueError, match=f"{name}' cannot be read as an im"):
+            processor(images=image)
 
 
 def test_a_post_or_many(processor: ClipCaCgProcessor):
     assert processor.model_input_names == NAMES + CLIP_NAMES
     both = processor(images=[RGB, GRAY], text=["good", ""], return_tensors="pt")
     assert list(both) == processor.model_input_names
-    pictures = processor(images=(RGB, GRAY), return_tensors="pt")
+    images = processor(images=(RGB, GRAY), return_tensors="pt")
     texts = processor(text=("good", ""), return_tensors="pt")
-    assert {**texts, **pictures}.keys() == both.keys() and not texts.keys() & pictures.keys()
-    assert all(torch.equal(value, both[name]) for name, value in {**texts, **pictures}.items())
+    assert {**texts, **images}.keys() == both.keys() and not texts.keys() & images.keys()
+    assert all(torch.equal(value, both[name]) for name, value in {**texts, **images}.items())
     one = processor(images=RGB, text="good", return_tensors="pt")
     assert all(torch.equal(one[name][0], both[name][0]) for name in both)
     assert both["attention_mask"].sum(1).tolist()[1] == both["clip_attention_mask"].sum(1).tolist()[1] == 2  # ""
@@ -284,6 +273,25 @@ def test_image_keywords(processor: ClipCaCgProcessor):
     assert all(value.max() > 100 for value in plain.values())
 
 
+def test_nested_keywords_are_those_of_transformers(processor: ClipCaCgProcessor):
+    def outputs(**keywords: Any) -> dict[str, Any]:
+        return dict(processor(images=RGB, text=[LONG], **keywords))
+
+    flat = outputs(max_length=9, crop_size=20, return_tensors="np")
+    for nested in (
+        {"text_kwargs": {"max_length": 9}, "images_kwargs": {"crop_size": 20}, "return_tensors": "np"},
+        {"text_kwargs": {"max_length": 9, "return_tensors": "np"}, "crop_size": 20},
+        {
+            "common_kwargs": {"return_tensors": "np", "max_length": 30},
+            "max_length": 9,
+            "images_kwargs": {"crop_size": 20},
+        },
+    ):
+        before = copy.deepcopy(nested)
+        np.testing.assert_equal(outputs(**nested), flat)
+        assert nested == before
+
+
 @pytest.mark.parametrize(
     "images, text, keywords, error, message",
     [
@@ -297,12 +305,21 @@ def test_image_keywords(processor: ClipCaCgProcessor):
         (None, ["one", None], {}, TypeError, r"text\[1\] .* not NoneType"),
         ([[RGB]], None, {}, TypeError, r"images\[0\] .* not list"),
         (None, [["one"]], {}, TypeError, r"text\[0\] .* not list"),
-        (RGB, "one", {"do_resizee": False}, TypeError, "do_resizee: no such keyword"),
-        (None, "one", {"videos": None, "truncatoin": 1}, TypeError, "truncatoin, videos: no such keyword"),
-        (np.zeros((9, 9, 2)), None, {}, ValueError, r"\(9, 9, 2\) is not a picture"),
-        (np.zeros(3), None, {}, ValueError, r"\(3,\) is not a picture"),
-        (np.zeros((1, 1, 9, 9, 3)), None, {}, ValueError, r"\(1, 9, 9, 3\) is not a picture"),
-        (np.zeros((0, 9, 3)), None, {}, ValueError, r"\(0, 9, 3\) is not a picture"),
+        (
+            RGB,
+            "one",
+            {"text_kwargs": {"padding": False}, "padding": True},
+            ValueError,
+            "padding .* in text_kwargs and flat",
+        ),
+        (RGB, "one", {"images_kwargs": {"size": 9}, "size": 9}, ValueError, "size was given twice"),
+        (RGB, "one", {"images_kwargs": {"padding": True}}, TypeError, "Unknown keyword padding. Allowed: "),
+        (RGB, "one", {"do_resizee": False}, TypeError, "Unknown keyword do_resizee. Allowed: "),
+        (None, "one", {"videos": None, "truncatoin": 1}, TypeError, "Unknown keyword truncatoin, videos. Allowed: "),
+        (np.zeros((9, 9, 2)), None, {}, ValueError, r"\(9, 9, 2\) is not an image"),
+        (np.zeros(3), None, {}, ValueError, r"\(3,\) is not an image"),
+        (np.zeros((1, 1, 9, 9, 3)), None, {}, ValueError, r"\(1, 9, 9, 3\) is not an image"),
+        (np.zeros((0, 9, 3)), None, {}, ValueError, r"\(0, 9, 3\) is not an image"),
         (Image.new("RGB", (0, 9)), None, {}, ValueError, "An image .*no pixels"),
     ],
 )
@@ -311,12 +328,6 @@ def test_clear_errors(
 ):
     with pytest.raises(error, match=message):
         processor(images=images, text=text, **keywords)
-
-
-def test_half_a_clip_pair_is_refused(processor: ClipCaCgProcessor):
-    for pair in ({"clip_tokenizer": processor.clip_tokenizer}, {"clip_image_processor": processor.image_processor}):
-        with pytest.raises(ValueError, match="give both or neither"):
-            ClipCaCgProcessor(processor.image_processor, processor.tokenizer, **pair)
 
 
 def test_bert_and_a_shared_tokenizer(processor: ClipCaCgProcessor, tmp_path: Path):
@@ -367,6 +378,9 @@ def test_data_loader_workers(processor: ClipCaCgProcessor):
 
 
 def test_from_backbones(backbones: Path, tmp_path: Path):
+    for pair in ({"clip_tokenizer": "any"}, {"clip_image_processor": "any"}):
+        with pytest.raises(ValueError, match="give both or neither"):
+            ClipCaCgProcessor("any", "any", **pair)
     with pytest.raises(ValueError, match="clip_mode"):
         ClipCaCgProcessor.from_backbones(backbones / "text", backbones / "vision", clip_mode="encodr")
     shutil.copytree(backbones, tmp_path / "copy")
@@ -426,6 +440,8 @@ def test_a_jpeg_that_is_not_resized_is_decoded_whole(processor: ClipCaCgProcesso
     photograph(640, 480).save(tmp_path / "photo.jpg")
     keywords = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
     assert processor(images=tmp_path / "photo.jpg", **keywords)["pixel_values"].shape[-2:] == (480, 640)
+    few, many = ({"size": {"shortest_edge": 64}, "crop_pct": share} for share in (0.5, 0.05))
+    assert processor._needed_edge(few) == 128 and processor._needed_edge(many) == 1280
 
 
 @pytest.mark.parametrize("size", [(48, 40), [48, 40]])
@@ -434,11 +450,6 @@ def test_a_size_may_be_a_pair_as_in_the_parts(processor: ClipCaCgProcessor, size
     processor.image_processor = processor.clip_image_processor  # ConvNext's own takes no pair
     pixels = processor(images=RGB, size=size, do_center_crop=False, return_tensors="pt")["clip_pixel_values"]
     assert pixels.shape[-2:] == (48, 40)
-
-
-def test_a_share_to_crop_counts_for_the_scale_of_decoding(processor: ClipCaCgProcessor) -> None:
-    few, many = ({"size": {"shortest_edge": 64}, "crop_pct": share} for share in (0.5, 0.05))
-    assert processor._needed_edge(few) == 128 and processor._needed_edge(many) == 1280
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
-"""Many at once, some of them bad: all are answered, right ones as if they were alone, and memory stays flat."""
+"""Many requests at once, some of them bad: each gets its own answer, and memory stays flat."""
 
 import gc
 import json
 import os
 import random
 import resource
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from inputs import free_port, upload, wait_for
 from transformers import pipeline
 
 from clipcacg.pipeline_clipcacg import ImageTextSentimentPipeline
@@ -26,7 +26,7 @@ MEGABYTE = 2**20
 
 
 def resident(process: int) -> int:
-    """Bytes of memory that a process holds now, not at its peak."""
+    """Bytes of memory that a process holds now."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -36,9 +36,9 @@ def sentiment(checkpoint: Path) -> ImageTextSentimentPipeline:
 
 
 def good_posts(folder: Path, count: int) -> list[dict[str, str]]:
-    """Posts no two of which are alike, with texts from one word to more than the encoder takes."""
-    pictures = sorted(str(path) for path in (folder / "data").glob("*.jpg"))[:count]
-    return [{"image": image, "text": f"post {n} is so nice " * (n % 30)} for n, image in enumerate(pictures, 1)]
+    """Distinct posts, with texts from one word to more than the encoder takes."""
+    images = sorted(str(path) for path in (folder / "data").glob("*.jpg"))[:count]
+    return [{"image": image, "text": f"post {n} is so nice " * (n % 30)} for n, image in enumerate(images, 1)]
 
 
 def bad_posts(folder: Path) -> list[Any]:
@@ -53,14 +53,14 @@ def bad_posts(folder: Path) -> list[Any]:
 
 
 def mixed(good: list[Any], bad: list[Any]) -> list[tuple[str, int]]:
-    """The requests in a random order: which list, and the place in it."""
+    """The requests in a random order: which list, and the index in it."""
     kinds = [("bad" if n % SHARE_BAD == 0 else "good", n) for n in range(REQUESTS)]
     random.Random(0).shuffle(kinds)
     return [(kind, n % len(good if kind == "good" else bad)) for kind, n in kinds]
 
 
 def answer(sentiment: ImageTextSentimentPipeline, post: Any) -> Any:
-    """Labels with their scores, or the kind and the words of an error that is ours."""
+    """Labels with their scores, or class and message of an error of ours."""
     try:
         return {entry["label"]: entry["score"] for entry in sentiment(post)}
     except (OSError, TypeError, ValueError) as error:
@@ -90,7 +90,7 @@ def test_the_pipeline_under_many_threads(
 
 
 def test_threads_that_ask_for_different_things(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tokenizer keeps the padding and the limit of its last call; no thread may get those of another."""
+    """A tokenizer keeps the padding and limit of its last call; no thread may get those of another."""
     processor, interval = ClipCaCgProcessor.from_pretrained(checkpoint), sys.getswitchinterval()
     keywords = [{}, {"max_length": 10}, {"padding": "max_length", "max_length": 40}, {"pad_to_multiple_of": 8}]
     cases = [({"text": ["so nice " * (n % 59)]}, keywords[n % 4]) for n in range(236)]
@@ -106,7 +106,7 @@ def test_threads_that_ask_for_different_things(checkpoint: Path, monkeypatch: py
 
 @pytest.mark.slow
 def test_the_memory_of_the_pipeline(sentiment: ImageTextSentimentPipeline, posts_folder: Path, tmp_path: Path) -> None:
-    """5,000 requests, one in ten bad; what is held after them is what was held after the first 500."""
+    """5,000 requests, one in ten bad: the process holds as much memory after them as after the first 500."""
     good, bad = good_posts(posts_folder, 45), bad_posts(tmp_path / "bad")
     held = {}
     for number in range(1, 5001):
@@ -124,34 +124,33 @@ def test_the_memory_of_the_pipeline(sentiment: ImageTextSentimentPipeline, posts
 def page(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
     """The address of the demo and its process."""
     pytest.importorskip("gradio", reason='needs the extra "demo"')
-    from test_demo import wait_for  # without Gradio it takes the tests of the pipeline with it
-
     folder = tmp_path_factory.mktemp("page")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # With an eighth of the steps: how exact an attribution is is not what these tests are about.
-    code = "from clipcacg.scripts.reporting import explanation, page; explanation.N_STEPS = 4; page.main()"
+    # With an eighth of the steps: these tests do not look at how exact an attribution is.
+    code = (
+        "from clipcacg.scripts.reporting import explanation; explanation.N_STEPS = 4\n"
+        "from clipcacg.scripts.demo import main; main()"
+    )
+    url = f"http://127.0.0.1:{free_port()}"
     environment = os.environ | {"TMPDIR": str(folder)}
     with (folder / "log").open("w") as log:
-        command = [sys.executable, "-c", code, str(checkpoint), "--port", str(port)]
+        command = [sys.executable, "-c", code, str(checkpoint), "--port", url.rpartition(":")[2]]
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     try:
-        wait_for(f"http://127.0.0.1:{port}", process, folder / "log")
-        yield f"http://127.0.0.1:{port}", process.pid
+        wait_for(url, process, folder / "log")
+        yield url, process.pid
         assert "scripts/" not in (folder / "log").read_text()  # no traceback passed through code of ours
     finally:
         process.kill()
         process.wait()
 
 
-def ask(client: Any, url: str, picture: Any, text: Any) -> Any:
-    """The label with its scores and the words with their weights, or the sentence of an error.
+def ask(client: Any, url: str, image: Any, text: Any) -> Any:
+    """The label with its scores and the words with their weights, or the message of an error.
 
-    Who is turned away at a full queue asks again a little later, as a person would.
+    A request that a full queue refuses is repeated a little later.
     """
     while True:
-        response = client.post(f"{url}/gradio_api/call/explain", json={"data": [picture, text]})
+        response = client.post(f"{url}/gradio_api/call/explain", json={"data": [image, text]})
         if response.status_code != 503:
             break
         assert "queue is full" in response.text.lower()
@@ -173,16 +172,14 @@ turned_away: list[Any] = []
 
 
 def page_posts(url: str, posts: Path, bad: Path) -> dict[str, list[tuple[Any, Any]]]:
-    """Uploaded pictures with texts, and what the page refuses."""
-    from test_demo import upload
-
+    """Uploaded images with texts, and what the page refuses."""
     bad_posts(bad)
-    pictures = [upload(url, path) for path in sorted((posts / "data").glob("*.jpg"))[:20]]
+    images = [upload(url, path) for path in sorted((posts / "data").glob("*.jpg"))[:20]]
     broken = [upload(url, bad / name) for name in ("cut.jpg", "page.jpg")]
-    good = [(picture, f"post {n} is so nice " * (1 + n % 9)) for n, picture in enumerate(pictures)]
+    good = [(image, f"post {n} is so nice " * (1 + n % 9)) for n, image in enumerate(images)]
     address = {"path": "http://127.0.0.1/a.png", "meta": {"_type": "gradio.FileData"}}
-    refused = [(picture, "a") for picture in broken] + [(address, "a"), (None, "a"), (pictures[0], None)]
-    return {"good": good, "bad": [*refused, (pictures[0], "a" * 2001), (pictures[0], 5), ("x", "a"), (5, 5)]}
+    refused = [(image, "a") for image in broken] + [(address, "a"), (None, "a"), (images[0], None)]
+    return {"good": good, "bad": [*refused, (images[0], "a" * 2001), (images[0], 5), ("x", "a"), (5, 5)]}
 
 
 @pytest.mark.slow
@@ -205,9 +202,9 @@ def test_the_page_under_many_visitors(page: tuple[str, int], posts_folder: Path,
 
 @pytest.mark.slow
 def test_the_memory_of_the_page(page: tuple[str, int], posts_folder: Path, tmp_path: Path) -> None:
-    """As many requests as fit into a minute, one in ten bad, after 200 to get warm.
+    """As many requests as fit into a minute, one in ten bad, after 200 to warm up.
 
-    Gradio's own record of a visitor, which the page keeps of 32 and not of 10,000, has 140 KB.
+    Gradio's record of a visitor has 140 KB; the page keeps 32 of them.
     """
     url, process = page
     posts = page_posts(url, posts_folder, tmp_path / "bad")

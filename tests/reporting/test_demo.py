@@ -1,30 +1,31 @@
-"""The demo: what it answers, what it refuses, and how it looks and behaves in a real browser."""
+"""The demo: what it answers, what it refuses, and how it behaves in a real browser."""
 
 import io
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from inputs import free_port, upload, wait_for
 from PIL import Image
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 
-httpx = pytest.importorskip("httpx", reason='needs the extra "demo"')
-demo = pytest.importorskip("demo", reason='needs the extra "demo"', exc_type=ImportError)
+page_module = pytest.importorskip(
+    "clipcacg.scripts.reporting.page", reason='needs the extra "demo"', exc_type=ImportError
+)
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.py"
 TEXT = "Feeling blessed <img src=x onerror=alert(1)> & <b>bold</b> #today"
@@ -48,12 +49,12 @@ def checkpoint(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture, and files that are none, or too much of one."""
+    """An image, and files that are no image or too large."""
     folder = tmp_path_factory.mktemp("posts")
     values = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
     Image.fromarray(values).save(folder / "good.jpg")
     (folder / "half.jpg").write_bytes((folder / "good.jpg").read_bytes()[:3000])
-    (folder / "text <b>.jpg").write_text("no picture")
+    (folder / "text <b>.jpg").write_text("no image")
     (folder / "empty.png").write_bytes(b"")
     Image.new("1", (9000, 6000)).save(folder / "bomb.png")
     Image.fromarray(values).save(folder / "program.eps")
@@ -69,18 +70,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, cache: Path) -> Iterator[str]:
     """The address of the demo, run as a person would run it. At its end nothing of it must be left."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO_")} | {
-        "TMPDIR": str(cache)
-    }
-    command = [sys.executable, str(SCRIPT), str(checkpoint), "--port", str(port)]
-    with (cache.parent / "server.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=cache.parent, env=env, stdout=log, stderr=log)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO_")}
+    url, log = f"http://127.0.0.1:{free_port()}", cache.parent / "server.log"
+    command = [sys.executable, str(SCRIPT), str(checkpoint), "--port", url.rpartition(":")[2]]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=cache.parent, env=env | {"TMPDIR": str(cache)}, stdout=file, stderr=file
+        )
     try:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(url, process, cache.parent / "server.log")
+        wait_for(url, process, log)
         yield url
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
@@ -88,17 +86,6 @@ def server(checkpoint: Path, cache: Path) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
-
-
-def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
-    for _ in range(600):
-        assert process.poll() is None, log.read_text()
-        try:
-            httpx.get(url).raise_for_status()
-            return
-        except httpx.TransportError:
-            time.sleep(0.2)
-    raise AssertionError(log.read_text())
 
 
 @pytest.fixture
@@ -121,17 +108,9 @@ def elsewhere() -> Iterator[tuple[str, list[str]]]:
     httpd.server_close()
 
 
-def upload(url: str, path: Path) -> dict[str, Any]:
-    """Upload a file and return what the page sends of it."""
-    with path.open("rb") as file:
-        response = httpx.post(f"{url}/gradio_api/upload", files={"files": (path.name, file)}, timeout=60)
-    stored = response.raise_for_status().json()[0]
-    return {"path": stored, "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
-
-
-def ask(url: str, picture: Any, text: Any) -> Any:
+def ask(url: str, image: Any, text: Any) -> Any:
     """What the page answers: the values of its panels, or the sentence of its error."""
-    response = httpx.post(f"{url}/gradio_api/call/explain", json={"data": [picture, text]}, timeout=60)
+    response = httpx.post(f"{url}/gradio_api/call/explain", json={"data": [image, text]}, timeout=60)
     if response.status_code != 200:
         return f"HTTP {response.status_code}"
     stream = httpx.get(f"{url}/gradio_api/call/explain/{response.json()['event_id']}", timeout=120).text
@@ -154,11 +133,11 @@ def test_a_post_is_answered(server: str, checkpoint: Path, posts: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("text <b>.jpg", "'text &lt;b&gt;.jpg' is not a picture in BMP, GIF, JPEG, PNG or WebP."),
-        ("empty.png", "'empty.png' is not a picture in BMP, GIF, JPEG, PNG or WebP."),
-        ("program.eps", "'program.eps' is not a picture in BMP, GIF, JPEG, PNG or WebP."),
+        ("text <b>.jpg", "'text &lt;b&gt;.jpg' is not an image in BMP, GIF, JPEG, PNG or WebP."),
+        ("empty.png", "'empty.png' is not an image in BMP, GIF, JPEG, PNG or WebP."),
+        ("program.eps", "'program.eps' is not an image in BMP, GIF, JPEG, PNG or WebP."),
         ("bomb.png", "'bomb.png' has more than 50 million pixels: please make it smaller."),
-        ("half.jpg", "cannot be read as a picture"),
+        ("half.jpg", "cannot be read as an image"),
     ],
 )
 def test_a_bad_file_gets_one_sentence(server: str, posts: Path, name: str, sentence: str) -> None:
@@ -167,34 +146,34 @@ def test_a_bad_file_gets_one_sentence(server: str, posts: Path, name: str, sente
     assert "Traceback" not in answer and "/" not in answer.replace("/b", "")  # no path of the server's
 
 
-def test_what_is_missing_gets_one_sentence(server: str, posts: Path) -> None:
-    picture = upload(server, posts / "good.jpg")
-    assert ask(server, None, TEXT) == "This model needs a picture."
-    assert ask(server, picture, " \n") == "This model needs a text."
-    assert ask(server, picture, "a" * 2001) == "The text has 2001 characters: please keep to 2000."
-    assert ask(server, picture, {"text": "a"}) == "The text must be a string."
-    Path(picture["path"]).unlink()
-    assert ask(server, picture, TEXT) == "The picture was deleted meanwhile: please add it again."
+def test_a_missing_part_gets_one_sentence(server: str, posts: Path) -> None:
+    image = upload(server, posts / "good.jpg")
+    assert ask(server, None, TEXT) == "This model needs an image."
+    assert ask(server, image, " \n") == "This model needs a text."
+    assert ask(server, image, "a" * 2001) == "The text has 2001 characters; the limit is 2000."
+    assert ask(server, image, {"text": "a"}) == "The text must be a string."
+    Path(image["path"]).unlink()
+    assert ask(server, image, TEXT) == "The image has been deleted: please add it again."
 
 
 def test_graded_words() -> None:
-    grades = [grade for _, grade in demo.graded_words(["a", "b", "c"], np.array([0.1, 0.3, 0.6]))]
+    grades = [grade for _, grade in page_module.graded_words(["a", "b", "c"], np.array([0.1, 0.3, 0.6]))]
     assert grades == ["little", "some", "much"]
-    assert {grade for _, grade in demo.graded_words(["a", "b"], np.array([0.3, 0.31]))} == {"some"}
-    assert demo.graded_words([], np.zeros(0)) == demo.signed_words([], np.zeros(0)) == []
+    assert {grade for _, grade in page_module.graded_words(["a", "b"], np.array([0.3, 0.31]))} == {"some"}
+    assert page_module.graded_words([], np.zeros(0)) == page_module.signed_words([], np.zeros(0)) == []
 
 
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "MPO", "PNG", "WEBP"])
-def test_kinds_of_pictures(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_formats(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    path = tmp_path / "picture"
+    path = tmp_path / "upload"
     Image.new("P", (30, 20)).convert("RGB").save(path, kind)
-    picture = demo.open_picture({"path": str(path), "orig_name": "a.b"})
-    assert picture.convert("RGB").size == (30, 20)
+    image = page_module.open_image({"path": str(path), "orig_name": "a.b"})
+    assert image.convert("RGB").size == (30, 20)
 
 
 def test_no_other_file_is_opened(server: str, posts: Path) -> None:
-    """A page that opened these would answer with labels, for they are pictures, or would say that they are not."""
+    """A page that opened these would answer with labels, because they are images, or would say that they are not."""
     mark = {"meta": {"_type": "gradio.FileData"}}
     own = upload(server, posts / "good.jpg")["path"]
     for path in (str(posts / "good.jpg"), f"{own}/../../../../{posts}/good.jpg", "/etc/passwd", "good.jpg"):
@@ -203,9 +182,9 @@ def test_no_other_file_is_opened(server: str, posts: Path) -> None:
     assert ask(server, {"path": f"file:{posts}/good.jpg", **mark}, TEXT) == "no sentence"
     for path in (str(posts / "good.jpg"), "/etc/passwd", f"{own}/../../../../{posts}/good.jpg", "", "."):
         # Without its mark Gradio does not look at a file's path.
-        assert ask(server, {"path": path}, TEXT) == "Only pictures that were added here are read."
-    for picture in ({"url": "/etc/passwd", **mark}, "/etc/passwd", [own], 7, {}):
-        assert isinstance(ask(server, picture, TEXT), str)
+        assert ask(server, {"path": path}, TEXT) == "Only images that were added here are read."
+    for image in ({"url": "/etc/passwd", **mark}, "/etc/passwd", [own], 7, {}):
+        assert isinstance(ask(server, image, TEXT), str)
     for path in ("/etc/passwd", str(posts / "good.jpg"), "..%2f..%2fetc/passwd", f"file://{posts}/good.jpg"):
         assert httpx.get(f"{server}/gradio_api/file={path}").status_code in (403, 404)
 
@@ -230,10 +209,10 @@ def test_no_address_is_fetched(server: str, posts: Path, elsewhere: tuple[str, l
 
 
 def test_size_limits_and_what_is_not_needed(server: str, posts: Path) -> None:
-    large = io.BytesIO(b"\xff\xd8" + bytes(demo.MAX_BYTES))
+    large = io.BytesIO(b"\xff\xd8" + bytes(page_module.MAX_BYTES))
     response = httpx.post(f"{server}/gradio_api/upload", files={"files": ("large.jpg", large)}, timeout=60)
     assert response.status_code == 413 and "maximum allowed size" in response.text
-    body = json.dumps({"data": [None, "a" * demo.MAX_BODY]})
+    body = json.dumps({"data": [None, "a" * page_module.MAX_BODY]})
     assert httpx.post(f"{server}/gradio_api/call/explain", content=body).status_code == 403
     for nested in ("[" * 100_000, '{"a":' * 100_000, "no json"):
         assert httpx.post(f"{server}/gradio_api/call/explain", content=nested).status_code == 403
@@ -249,11 +228,11 @@ def test_limits_hold_whoever_launches_the_page(
 ) -> None:
     """As a Space does it, which knows nothing but `build_demo`."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    page = demo.build_demo(str(checkpoint))
-    assert page.delete_cache == (60, demo.KEPT_SECONDS) and not page.analytics_enabled
+    page = page_module.build_demo(str(checkpoint))
+    assert page.delete_cache == (60, page_module.KEPT_SECONDS) and not page.analytics_enabled
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
     try:
-        assert page.max_file_size == demo.MAX_BYTES and not page.run_history
+        assert page.max_file_size == page_module.MAX_BYTES and not page.run_history
         assert httpx.get(f"{url}gradio_api/file=https://example.com/").text == "Not allowed here."
     finally:
         page.close()
@@ -267,13 +246,13 @@ def test_one_modality_alone(backbones: Path, posts: Path, tmp_path: Path, modali
     fields = {"modality": modality, "num_labels": 1}
     ClipCaCgForSequenceClassification.from_backbones(*names, hidden_size=32, **fields).save_pretrained(folder)
     ClipCaCgProcessor.from_backbones(*names).save_pretrained(folder)
-    page = demo.build_demo(str(folder))
+    page = page_module.build_demo(str(folder))
     shown = {block.label for block in page.blocks.values() if getattr(block, "label", None) and block.visible}
-    assert ("Picture" in shown) == (modality == "image") and ("Text" in shown) == (modality == "text")
+    assert ("Image" in shown) == (modality == "image") and ("Text" in shown) == (modality == "text")
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
     try:
-        picture = upload(url.rstrip("/"), posts / "good.jpg") if modality == "image" else None
-        label, *_ = ask(url.rstrip("/"), picture, TEXT if modality == "text" else None)
+        image = upload(url.rstrip("/"), posts / "good.jpg") if modality == "image" else None
+        label, *_ = ask(url.rstrip("/"), image, TEXT if modality == "text" else None)
         float(label["label"])
     finally:
         page.close()
@@ -309,14 +288,14 @@ def page(request: pytest.FixtureRequest, browser: Any, server: str) -> Iterator[
 
 
 def check_answer(page: Any, tmp_path: Path) -> None:
-    """A label, the words as they were typed, and four marked pictures."""
-    page.get_by_alt_text("The picture, marked").nth(3).wait_for(timeout=60_000)
+    """A label, the words as they were typed, and four marked images."""
+    page.get_by_alt_text("The marked image").nth(3).wait_for(timeout=60_000)
     assert page.locator("[data-testid=label-output-value]").inner_text() in ("negative", "neutral", "positive")
     for words in page.locator(".textfield").all():
         assert words.inner_text().split() == TEXT.split()
     assert not page.locator("img[src='x']").count()
-    picture = Image.open(io.BytesIO(page.screenshot(path=tmp_path / "page.png", full_page=True)))
-    assert picture.height > 1000 and len(picture.getcolors(2**24)) > 1000
+    image = Image.open(io.BytesIO(page.screenshot(path=tmp_path / "page.png", full_page=True)))
+    assert image.height > 1000 and len(image.getcolors(2**24)) > 1000
 
 
 @pytest.mark.slow
@@ -324,7 +303,7 @@ def test_with_a_mouse(page: Any, posts: Path, tmp_path: Path) -> None:
     page.locator("input[type=file]").set_input_files(posts / "good.jpg")
     page.locator("img[src*='/file=']").wait_for()
     page.get_by_label("Text").fill(TEXT)
-    page.get_by_role("button", name="Explain").click()
+    page.get_by_role("button", name="Analyze").click()
     check_answer(page, tmp_path)
 
 
@@ -349,7 +328,7 @@ def test_with_the_keyboard_alone(page: Any, posts: Path, tmp_path: Path) -> None
     page.locator("img[src*='/file=']").wait_for()
     tab_to("element.tagName == 'TEXTAREA'")
     page.keyboard.type(TEXT)
-    tab_to("element.innerText == 'Explain'")
+    tab_to("element.innerText == 'Analyze'")
     page.keyboard.press("Enter")
     check_answer(page, tmp_path)
 
@@ -358,12 +337,12 @@ def test_with_the_keyboard_alone(page: Any, posts: Path, tmp_path: Path) -> None
 def test_bad_files_and_examples(page: Any, posts: Path, tmp_path: Path) -> None:
     page.get_by_label("Text").fill(TEXT)
     page.keyboard.press("Enter")
-    page.get_by_text("This model needs a picture.").wait_for()
+    page.get_by_text("This model needs an image.").wait_for()
     page.locator("input[type=file]").set_input_files(posts / "text <b>.jpg")
-    page.get_by_role("button", name="Explain").click()
-    page.get_by_text("'text <b>.jpg' is not a picture in BMP, GIF, JPEG, PNG or WebP.").wait_for()
+    page.get_by_role("button", name="Analyze").click()
+    page.get_by_text("'text <b>.jpg' is not an image in BMP, GIF, JPEG, PNG or WebP.").wait_for()
     page.screenshot(path=tmp_path / "sentence.png")
     page.get_by_role("button", name="Draw an example").click()
     page.locator("img[src*='image.webp']").wait_for()
-    page.get_by_role("button", name="Explain").click()
-    page.get_by_alt_text("The picture, marked").nth(3).wait_for(timeout=60_000)
+    page.get_by_role("button", name="Analyze").click()
+    page.get_by_alt_text("The marked image").nth(3).wait_for(timeout=60_000)

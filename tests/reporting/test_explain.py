@@ -1,6 +1,8 @@
-"""Explanations: attributions that add up, weights that belong where they are shown, and a figure for every model."""
+"""Explanations: attributions that add up, weights at the right places, and a figure for every model."""
 
 import io
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,16 +18,19 @@ pytest.importorskip("captum", reason='needs the extra "explain"')
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from clipcacg.scripts.reporting import explanation as explain
+from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.explain import main
 from clipcacg.scripts.reporting.explanation import (
     Explanation,
     HeatMap,
     add_up,
     draw,
+    explain,
     find_words,
     grid_shape,
     light_up,
     readable,
+    summary,
     tint,
     token_spans,
 )
@@ -36,7 +41,7 @@ WORDS = ["RT", "@anna:", "I", "LOVE", "the", "beach", "😊", "(again)…", "#ph
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     values = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -50,7 +55,7 @@ def make(backbones: Path) -> Callable[..., tuple[Any, Any]]:
         names = [backbones / part for part in ("text", "vision", "clip")]
         model = ClipCaCgForSequenceClassification.from_backbones(*names, hidden_size=32, **fields)
         if model.config.modality != "text":
-            # Untrained, a grey picture is all zeros, and scaling that to unit length is a step that no sum follows.
+            # An untrained projection maps a grey image to zeros, and scaling those to unit length has no gradient.
             torch.nn.init.normal_(model.base_model.image_branch.projection.bias)
         return model, ClipCaCgProcessor.from_backbones(*names)
 
@@ -58,8 +63,8 @@ def make(backbones: Path) -> Callable[..., tuple[Any, Any]]:
 
 
 @pytest.fixture(scope="module")
-def explained(make: Callable, picture: Image.Image) -> dict[str, Explanation]:
-    return {mode: explain.explain(*make(clip_mode=mode), picture, TEXT) for mode in ("encoder", "feature", "none")}
+def explained(make: Callable, image: Image.Image) -> dict[str, Explanation]:
+    return {mode: explain(*make(clip_mode=mode), image, TEXT) for mode in ("encoder", "feature", "none")}
 
 
 @pytest.mark.parametrize("mode", ["encoder", "feature", "none"])
@@ -73,12 +78,12 @@ def test_the_attribution_adds_up_to_the_score(explained: dict[str, Explanation],
 
 
 @pytest.mark.parametrize("mode", ["encoder", "feature", "none"])
-def test_attention_is_that_of_the_model(explained: dict, make: Callable, picture: Image.Image, mode: str) -> None:
+def test_attention_is_that_of_the_model(explained: dict, make: Callable, image: Image.Image, mode: str) -> None:
     model, processor = make(clip_mode=mode)
-    inputs = processor(images=picture, text=TEXT, return_tensors="pt")
+    inputs = processor(images=image, text=TEXT, return_tensors="pt")
     with torch.inference_mode():
         outputs = model(**inputs, output_attentions=True)
-    for side, weights in (("text", outputs.text_attentions), ("picture", outputs.image_attentions)):
+    for side, weights in (("text", outputs.text_attentions), ("image", outputs.image_attentions)):
         attention, mean = explained[mode].attention[side], weights[0].mean(dim=(0, 1))
         assert sum(attention.shares.values()) == pytest.approx(1, abs=1e-5)
         assert ("first token" in attention.shares) == (mode != "none")
@@ -95,14 +100,14 @@ def test_attention_is_that_of_the_model(explained: dict, make: Callable, picture
         assert attention.shares["words"] == pytest.approx(words[torch.from_numpy(owners >= 0)].sum().item(), rel=1e-4)
 
 
-def test_the_rest_of_an_explanation(explained: dict, make: Callable, picture: Image.Image) -> None:
+def test_the_rest_of_an_explanation(explained: dict, make: Callable, image: Image.Image) -> None:
     model, processor = make(clip_mode="encoder")
-    inputs = processor(images=picture, text=TEXT, return_tensors="pt")
+    inputs = processor(images=image, text=TEXT, return_tensors="pt")
     outputs = model(**inputs)
     found = explained["encoder"]
-    assert list(found.probabilities) == ["negative", "neutral", "positive"]
-    assert list(found.probabilities.values()) == pytest.approx(outputs.logits.softmax(dim=-1)[0].tolist(), abs=1e-6)
-    assert found.predicted == max(found.probabilities, key=found.probabilities.get)
+    assert list(found.scores) == ["negative", "neutral", "positive"]
+    assert list(found.scores.values()) == pytest.approx(outputs.logits.softmax(dim=-1)[0].tolist(), abs=1e-6)
+    assert found.predicted == max(found.scores, key=found.scores.get)
     assert found.gate == pytest.approx(outputs.gate.mean().item()) and found.balance == 0.5
     assert found.words == WORDS
     part = processor.image_processor
@@ -110,23 +115,23 @@ def test_the_rest_of_an_explanation(explained: dict, make: Callable, picture: Im
     torch.testing.assert_close(again.permute(2, 0, 1).float(), inputs["pixel_values"][0], atol=1e-5, rtol=0)
 
 
-def test_twice_the_same_and_no_trace_in_the_model(make: Callable, picture: Image.Image) -> None:
+def test_it_is_deterministic_and_leaves_the_model_unchanged(make: Callable, image: Image.Image) -> None:
     model, processor = make(clip_mode="feature")
     model.train()
-    first, second = (explain.explain(model, processor, picture, TEXT) for _ in range(2))
-    assert first.probabilities == second.probabilities and not model.training
+    first, second = (explain(model, processor, image, TEXT) for _ in range(2))
+    assert first.scores == second.scores and not model.training
     np.testing.assert_array_equal(first.attribution.words, second.attribution.words)
     assert not any("forward" in vars(module) for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_only_what_a_model_reads_can_matter(make: Callable, picture: Image.Image) -> None:
-    """With the text side cut off by hand, no word moves the score, and all pixels together move it by all it moves."""
+def test_only_what_a_model_reads_can_matter(make: Callable, image: Image.Image) -> None:
+    """Without connections to the text no word moves the score, and the image regions account for all of it."""
     model, processor = make(clip_mode="none", use_cross_attention=False, use_gating=False)
     with torch.no_grad():
         first = model.base_model.fusion.mlp[0]
         first.weight[:, 32:64], first.weight[:, 96:] = 0, 0  # x = [image, text], then image, text
-    found = explain.explain(model, processor, picture, TEXT)
+    found = explain(model, processor, image, TEXT)
     assert not found.attribution.words.any() and not found.attention
     total = found.attribution.regions["the vision encoder"].weights.sum()
     assert total == pytest.approx(found.attribution.difference, rel=0.05, abs=1e-3)
@@ -134,7 +139,7 @@ def test_only_what_a_model_reads_can_matter(make: Callable, picture: Image.Image
 
 def test_a_word_between_markers_gets_all_of_the_text(make: Callable) -> None:
     model, processor = make(modality="text")
-    found = explain.explain(model, processor, text="wonderful").attribution
+    found = explain(model, processor, text="wonderful").attribution
     assert found.words == pytest.approx([found.difference], rel=0.05)
 
 
@@ -151,33 +156,33 @@ def test_a_word_between_markers_gets_all_of_the_text(make: Callable) -> None:
     ],
 )
 def test_every_model_has_a_figure(
-    make: Callable, picture: Image.Image, tmp_path: Path, fields: dict, maps: int, panels: int
+    make: Callable, image: Image.Image, tmp_path: Path, fields: dict, maps: int, panels: int
 ) -> None:
     model, processor = make(**fields)
-    found = explain.explain(model, processor, picture, TEXT)
+    found = explain(model, processor, image, TEXT)
     assert len(found.attribution.regions) == maps
     figure = draw(found)
     assert sum(axes.axison or bool(axes.images) for axes in figure.axes) == panels
     for axes in figure.axes:  # what is not attribution does not call itself so
         title = axes.get_title()
-        assert title.startswith(("The picture", "PREDICTION", "ATTENTION", "ATTRIBUTION")) or not axes.axison
+        assert title.startswith(("The image", "PREDICTION", "ATTENTION", "ATTRIBUTION")) or not axes.axison
     figure.savefig(tmp_path / "figure.png")
     assert Image.open(tmp_path / "figure.png").width > 500
 
 
-def test_odd_texts_are_drawn(make: Callable, picture: Image.Image, recwarn: pytest.WarningsRecorder) -> None:
+def test_odd_texts_are_drawn(make: Callable, image: Image.Image, recwarn: pytest.WarningsRecorder) -> None:
     model, processor = make(clip_mode="feature")
     for text in ("", " \n ", "$\\bad{$ and $", "<b>&amp;</b> _a_ ^", "🎉" * 3 + " 好 日", "word " * 400, "a" * 5000):
-        found = explain.explain(model, processor, picture, text)
+        found = explain(model, processor, image, text)
         assert found.words == text.split() and len(found.attribution.words) == len(found.words)
         assert np.isfinite(found.attention["text"].words).all()
         draw(found).savefig(io.BytesIO())
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
-def test_words_of_any_tokenizer(make: Callable, picture: Image.Image) -> None:
+def test_words_of_any_tokenizer(make: Callable, image: Image.Image) -> None:
     _, processor = make(clip_mode="encoder")
-    inputs = processor(images=picture, text=TEXT, return_tensors="pt")
+    inputs = processor(images=image, text=TEXT, return_tensors="pt")
     words, owners = find_words(processor, TEXT, inputs)
     assert words == WORDS
     for name, tokenizer in (("input_ids", processor.tokenizer), ("clip_input_ids", processor.clip_tokenizer)):
@@ -232,28 +237,53 @@ def test_what_the_font_lacks_is_named() -> None:
 @pytest.mark.parametrize(
     ("fields", "image", "text", "sentence"),
     [
-        ({}, None, "text", "This model needs a picture."),
-        ({}, None, None, "This model needs a picture and a text."),
+        ({}, None, "text", "This model needs an image."),
+        ({}, None, None, "This model needs an image and a text."),
         ({"modality": "text"}, None, None, "This model needs a text."),
-        ({}, "missing.jpg", "text", "There is no picture 'missing.jpg'."),
+        ({}, "missing.jpg", "text", "There is no image 'missing.jpg'."),
     ],
 )
-def test_what_is_missing_is_said(make: Callable, fields: dict, image: Any, text: Any, sentence: str) -> None:
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        explain.explain(*make(**fields), image, text)
+def test_a_missing_part_is_named(make: Callable, fields: dict, image: Any, text: Any, sentence: str) -> None:
+    with pytest.raises(InputError) as caught:
+        explain(*make(**fields), image, text)
     assert str(caught.value) == sentence
 
 
-def test_on_the_command_line(make: Callable, picture: Image.Image, tmp_path: Path) -> None:
+def test_several_labels_get_independent_probabilities(make: Callable, image: Image.Image) -> None:
+    model, processor = make(problem_type="multi_label_classification", clip_mode="none", num_labels=2)
+    found = explain(model, processor, image, TEXT)
+    logits = model(**processor(images=image, text=TEXT, return_tensors="pt")).logits[0]
+    assert list(found.scores.values()) == pytest.approx(logits.sigmoid().tolist(), abs=1e-6)
+
+
+def test_on_the_command_line(make: Callable, image: Image.Image, tmp_path: Path) -> None:
     model, processor = make(clip_mode="encoder")
     model.save_pretrained(tmp_path / "checkpoint")
     processor.save_pretrained(tmp_path / "checkpoint")
-    picture.save(tmp_path / "post.png")
+    image.save(tmp_path / "post.png")
     arguments = [str(tmp_path / "checkpoint"), "--text", TEXT, "--image"]
     command = [sys.executable, "-I", str(SCRIPT), *arguments, "post.png", "-o", "out.png"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == explain.summary(explain.explain(model, processor, picture, TEXT))
+    assert done.stdout.strip() == summary(explain(model, processor, image, TEXT))
     assert Image.open(tmp_path / "out.png").width > 1500
-    with pytest.raises(SystemExit, match="There is no picture 'nothing.png'."):
-        explain.main([*arguments, "nothing.png"])
+    with pytest.raises(SystemExit, match="There is no image 'nothing.png'."):
+        main([*arguments, "nothing.png"])
+    with pytest.raises(SystemExit, match="--output .*out.xyz cannot be written"):
+        main([*arguments, str(tmp_path / "post.png"), "-o", str(tmp_path / "out.xyz")])
+
+
+def test_the_code_of_a_checkpoint_runs_only_on_request(checkpoint: Path, image: Image.Image, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "marked")
+    with (folder / "modeling_clipcacg.py").open("a") as file:
+        file.write(f"\nfrom pathlib import Path\n\nPath({str(tmp_path / 'mark')!r}).touch()\n")
+    image.save(tmp_path / "post.png")
+    flags = ["--image", str(tmp_path / "post.png"), "--text", "a", "-o", str(tmp_path / "out.png")]
+    main([str(folder), *flags])
+    assert not (tmp_path / "mark").exists()
+    main([str(folder), *flags, "--trust_remote_code"])
+    assert (tmp_path / "mark").exists()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "auto_map"}))
+    with pytest.raises(SystemExit, match="holds no code: leave out --trust_remote_code"):
+        main([str(folder), *flags, "--trust_remote_code"])

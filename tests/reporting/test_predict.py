@@ -1,4 +1,4 @@
-"""Prediction over files: order, errors, resuming, and the same numbers as training saw."""
+"""predict.py: one post and files of posts, their order, errors and resuming."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from transformers import pipeline
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from clipcacg.scripts.reporting import predictions as predict
+from clipcacg.scripts.predict import main as predict
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -23,22 +23,26 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_one_post_on_the_command_line(checkpoint: Path, posts_folder: Path, tmp_path: Path) -> None:
-    picture, text = posts_folder / "data/1.jpg", "so happy today"
-    command = [sys.executable, str(SCRIPTS / "predict.py"), str(checkpoint), "--image", str(picture), "--text", text]
-    done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
-    line = json.loads(done.stdout)
-    inputs = ClipCaCgProcessor.from_pretrained(checkpoint)(images=picture, text=text, return_tensors="pt")
+def probabilities(checkpoint: Path, image: Path, text: str) -> dict[str, float]:
     model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint)
-    expected = model(**inputs).logits.softmax(dim=-1)[0]
-    assert list(line["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
-    assert line["label"] == model.config.id2label[expected.argmax().item()]
+    inputs = ClipCaCgProcessor.from_pretrained(checkpoint)(images=image, text=text, return_tensors="pt")
+    values = model(**inputs).logits.softmax(dim=-1)[0].tolist()
+    return {model.config.id2label[index]: value for index, value in enumerate(values)}
+
+
+def test_one_post_on_the_command_line(checkpoint: Path, posts_folder: Path, tmp_path: Path) -> None:
+    image, text = posts_folder / "data/1.jpg", "so happy today"
+    command = [sys.executable, str(SCRIPTS / "predict.py"), str(checkpoint), "--image", str(image), "--text", text]
+    done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
+    line, expected = json.loads(done.stdout), probabilities(checkpoint, image, text)
+    assert line["probabilities"] == pytest.approx(expected, abs=1e-5)
+    assert line["label"] == max(expected, key=expected.get)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_in_order_whatever_the_workers(checkpoint: Path, posts_folder: Path, tmp_path: Path) -> None:
     for name, more in (("a", ["--num_workers", "0"]), ("b", ["--num_workers", "2", "--batch_size", "7"])):
-        predict.main([str(checkpoint), "--input", str(posts_folder), "--output", str(tmp_path / name), *more])
+        predict([str(checkpoint), "--input", str(posts_folder), "--output", str(tmp_path / name), *more])
     first, second = lines(tmp_path / "a"), lines(tmp_path / "b")
     assert [line["id"] for line in first] == [str(number) for number in range(1, len(first) + 1)]
     assert [line["id"] for line in second] == [line["id"] for line in first]
@@ -48,7 +52,7 @@ def test_a_folder_in_order_whatever_the_workers(checkpoint: Path, posts_folder: 
 
 @pytest.fixture
 def faulty(posts_folder: Path, tmp_path: Path) -> Path:
-    """Six posts of which the second has half a picture, the fourth no text and the fifth no picture file."""
+    """Six posts: the second has half an image, the fourth no text, and the image file of the fifth is missing."""
     for number in range(1, 7):
         shutil.copy(posts_folder / f"data/{number}.jpg", tmp_path)
     (tmp_path / "2.jpg").write_bytes((tmp_path / "2.jpg").read_bytes()[:800])
@@ -61,71 +65,78 @@ def faulty(posts_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("batch_size", ["1", "3", "64"])
-def test_a_broken_post_costs_one_line(
+def test_a_broken_post_gets_a_line_with_its_error(
     checkpoint: Path, faulty: Path, batch_size: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = faulty.with_name("out.jsonl")
-    predict.main([str(checkpoint), "--input", str(faulty), "--output", str(output), "--batch_size", batch_size])
+    predict([str(checkpoint), "--input", str(faulty), "--output", str(output), "--batch_size", batch_size])
     found = lines(output)
     assert [line["id"] for line in found] == [f"post {number}" for number in range(1, 7)] + ["7"]
     assert ["error" in line for line in found] == [False, True, False, True, True, False, True]
     assert "2.jpg" in found[1]["error"] and "text" in found[3]["error"] and "5.jpg" in found[4]["error"]
     assert "line 7" in found[6]["error"]
     assert "4 of 7 posts could not be read" in caplog.text
-    alone = lines_of_single(checkpoint, faulty.parent / "6.jpg", "text 6")
+    alone = probabilities(checkpoint, faulty.parent / "6.jpg", "text 6")
     assert found[5]["probabilities"] == pytest.approx(alone, abs=1e-5)
 
 
-def test_posts_none_of_which_can_be_read_are_a_failure(checkpoint: Path, tmp_path: Path) -> None:
+def test_it_fails_if_no_post_can_be_read(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "posts.csv").write_text("text,image\na,gone.png\nb,missing.png\n")
-    with pytest.raises(SystemExit, match="none of 2 posts could be read; their lines in .*out.jsonl say why"):
-        predict.main(
-            [str(checkpoint), "--input", str(tmp_path / "posts.csv"), "--output", str(tmp_path / "out.jsonl")]
-        )
+    with pytest.raises(SystemExit, match="None of 2 posts could be read; their lines in .*out.jsonl say why"):
+        predict([str(checkpoint), "--input", str(tmp_path / "posts.csv"), "--output", str(tmp_path / "out.jsonl")])
     assert ["error" in line for line in lines(tmp_path / "out.jsonl")] == [True, True]
 
 
-def lines_of_single(checkpoint: Path, image: Path, text: str) -> dict[str, float]:
-    model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint)
-    inputs = ClipCaCgProcessor.from_pretrained(checkpoint)(images=image, text=text, return_tensors="pt")
-    probabilities = model(**inputs).logits.softmax(dim=-1)[0].tolist()
-    return {model.config.id2label[index]: value for index, value in enumerate(probabilities)}
-
-
-def test_a_run_that_was_broken_off_goes_on(checkpoint: Path, faulty: Path) -> None:
+def test_an_interrupted_run_continues(checkpoint: Path, faulty: Path) -> None:
     output = faulty.with_name("out.jsonl")
     arguments = [str(checkpoint), "--input", str(faulty), "--output", str(output)]
-    predict.main([*arguments, "--max_samples", "2"])
+    predict([*arguments, "--max_samples", "2"])
     assert [line["id"] for line in lines(output)] == ["post 1", "post 2"]
-    predict.main(arguments)
+    predict(arguments)
     whole = output.read_text()
     output.write_text(whole[: whole.index("post 4") + 3])  # in the middle of the fourth line
-    predict.main(arguments)
+    predict(arguments)
     assert lines(output) == [json.loads(line) for line in whole.splitlines()]
-    predict.main(arguments)
+    predict(arguments)
     assert len(lines(output)) == 7
     other = faulty.with_name("other.jsonl")
     other.write_text(faulty.read_text().replace("post", "tweet").replace("no json\n", '{"id": "tweet 7"}\n'))
     with pytest.raises(SystemExit, match="does not belong to"):
-        predict.main([str(checkpoint), "--input", str(other), "--output", str(output)])
+        predict([str(checkpoint), "--input", str(other), "--output", str(output)])
     assert len(lines(output)) == 7
 
 
-def test_a_csv(checkpoint: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
-    (tmp_path / "posts.csv").write_text('text,image\n"a, b",red.png\nc,missing.png\n')
-    predict.main([str(checkpoint), "--input", str(tmp_path / "posts.csv"), "--output", str(tmp_path / "out.jsonl")])
-    first, second = lines(tmp_path / "out.jsonl")
-    assert first["id"] == "1" and first["label"] and "missing.png" in second["error"]
-
-
-def test_what_cannot_be_asked_is_said(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="Give one post"):
-        predict.main([str(checkpoint)])
+def test_errors_in_the_input_end_in_one_sentence(
+    checkpoint: Path, backbones: Path, posts_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "posts.xls").touch()
+    (tmp_path / "empty").mkdir()
+    taken = ["--input", str(posts_folder), "--output", str(tmp_path / "posts.xls/out.jsonl")]
+    for flags, message in (
+        ([], "Give one post"),
+        (["--input", str(tmp_path / "nothing.csv")], "nothing.csv"),
+        (["--input", str(tmp_path / "posts.xls")], "posts.xls is neither a folder nor a .csv or .jsonl file"),
+        (["--input", str(tmp_path / "empty")], "empty holds neither <ID>.jpg nor <ID>.txt"),
+        (taken, "out.jsonl cannot be written"),
+        (["--text", "alone"], "needs image, which this post does not have"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            predict([str(checkpoint), "--output", str(tmp_path / "out.jsonl"), *flags])
+    for name in (tmp_path / "gone", backbones / "text"):
+        with pytest.raises(SystemExit, match=f"The checkpoint {name} cannot be loaded: "):
+            predict([str(name), "--text", "a"])
+    assert "Traceback" not in capsys.readouterr().err
     with pytest.raises(SystemExit, match="nothing.csv"):
-        predict.main([str(checkpoint), "--input", str(tmp_path / "nothing.csv")])
-    with pytest.raises(SystemExit, match="needs image, which this post does not have"):
-        predict.main([str(checkpoint), "--text", "alone"])
+        predict([str(checkpoint), "--input", "nothing.csv", "--debug"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "other")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"model_type": "clipcacg"', '"model_type": "other"'))
+    with pytest.raises(SystemExit, match="is a 'other' model, not a CLIP-CA-CG model"):
+        predict([str(folder), "--text", "a"])
 
 
 def test_a_run_never_touches_a_file_that_is_not_its_own(checkpoint: Path, faulty: Path) -> None:
@@ -133,21 +144,29 @@ def test_a_run_never_touches_a_file_that_is_not_its_own(checkpoint: Path, faulty
     notes.write_text("mine\nand no line break")
     for output in (notes, faulty):
         with pytest.raises(SystemExit, match="does not belong to|both input and output"):
-            predict.main([str(checkpoint), "--input", str(faulty), "--output", str(output)])
+            predict([str(checkpoint), "--input", str(faulty), "--output", str(output)])
     with pytest.raises(SystemExit, match="both input and output"):
-        predict.main([str(checkpoint), "--input", str(faulty), "--output", str(faulty), "--overwrite"])
+        predict([str(checkpoint), "--input", str(faulty), "--output", str(faulty), "--overwrite"])
     assert notes.read_text() == "mine\nand no line break" and faulty.read_bytes() == before
 
 
-def test_odd_rows_cost_a_line_each(checkpoint: Path, tmp_path: Path) -> None:
+def test_odd_rows(checkpoint: Path, tmp_path: Path) -> None:
     Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
-    rows = [b"text,image,error", b"caf\xe9,red.png,", b'"' + b"x" * 200_000 + b'",red.png,', b"fine,red.png,none"]
+    rows = [
+        b"text,image,error",
+        b"caf\xe9,red.png,",
+        b'"' + b"x" * 200_000 + b'",red.png,',
+        b"fine,red.png,none",
+        b"a,missing.png,",
+    ]
     (tmp_path / "posts.csv").write_bytes(b"\n".join(rows) + b"\n")
-    predict.main([str(checkpoint), "--input", str(tmp_path / "posts.csv"), "--output", str(tmp_path / "out.jsonl")])
-    assert ["label" in line for line in lines(tmp_path / "out.jsonl")] == [True, True, True]
+    predict([str(checkpoint), "--input", str(tmp_path / "posts.csv"), "--output", str(tmp_path / "out.jsonl")])
+    found = lines(tmp_path / "out.jsonl")
+    assert ["label" in line for line in found] == [True, True, True, False]
+    assert [line["id"] for line in found] == ["1", "2", "3", "4"] and "missing.png" in found[3]["error"]
     table = b'{"id": "\\ud800", "text": "a", "image": "red.png"}\n\n{"text": "b", "image": "red.png"}\n'
     (tmp_path / "posts.jsonl").write_bytes(table)
-    predict.main([str(checkpoint), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "two.jsonl")])
+    predict([str(checkpoint), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "two.jsonl")])
     assert [line["id"] for line in lines(tmp_path / "two.jsonl")] == ["\ud800", "3"]
 
 
@@ -155,15 +174,15 @@ def test_bf16_is_close_and_not_mixed_with_float32(
     checkpoint: Path, posts_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     flags = [str(checkpoint), "--input", str(posts_folder), "--max_samples", "20"]
-    predict.main([*flags, "--output", str(tmp_path / "float32")])
-    predict.main([*flags, "--output", str(tmp_path / "bf16"), "--bf16"])
+    predict([*flags, "--output", str(tmp_path / "float32")])
+    predict([*flags, "--output", str(tmp_path / "bf16"), "--bf16"])
     exact, rounded = (
         [value for line in lines(tmp_path / name) for value in line["probabilities"].values()]
         for name in ("float32", "bf16")
     )
     assert rounded == pytest.approx(exact, abs=0.02) and rounded != pytest.approx(exact, abs=1e-6)
     with pytest.raises(SystemExit, match="does not belong to this model"):
-        predict.main([*flags, "--output", str(tmp_path / "float32"), "--bf16"])
+        predict([*flags, "--output", str(tmp_path / "float32"), "--bf16"])
 
 
 def test_several_labels_get_the_same_probabilities_everywhere(
@@ -175,7 +194,7 @@ def test_several_labels_get_the_same_probabilities_everywhere(
     model.save_pretrained(tmp_path)
     ClipCaCgProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)
     post = {"image": str(posts_folder / "data/1.jpg"), "text": "so happy"}
-    predict.main([str(tmp_path), "--image", post["image"], "--text", post["text"]])
+    predict([str(tmp_path), "--image", post["image"], "--text", post["text"]])
     line = json.loads(capsys.readouterr().out)
     assert line["labels"] == ["neutral", "positive"] and min(list(line["probabilities"].values())[1:]) > 0.9
     entries = pipeline("image-text-sentiment", model=str(tmp_path), trust_remote_code=True)(post)

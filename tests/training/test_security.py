@@ -16,7 +16,7 @@ import torch
 from test_train import flags
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel
-from clipcacg.scripts.reporting import predictions as predict
+from clipcacg.scripts import predict
 from clipcacg.scripts.reporting.tables import escape_markdown, markdown_table
 from clipcacg.scripts.training import evaluation as evaluate_checkpoint
 from clipcacg.scripts.training import run as train
@@ -142,10 +142,10 @@ def test_no_script_runs_them(
             train.main([*flags(posts_folder, backbones, tmp_path / "out"), "--model_name_or_path", str(trapped)])
         elif script == "explain":
             pytest.importorskip("captum")
-            pytest.importorskip("explain").main([str(trapped), *post])
+            pytest.importorskip("clipcacg.scripts.explain").main([str(trapped), *post])
         elif script == "demo":
             pytest.importorskip("gradio")
-            pytest.importorskip("demo").build_demo(str(trapped))
+            pytest.importorskip("clipcacg.scripts.demo").main([str(trapped)])
         else:
             names = shutil.copytree(backbones, tmp_path / "backbones")
             (names / "text/model.safetensors").unlink()

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from clipcacg.scripts import predict
 from clipcacg.scripts.data.loading import DataArguments, load_posts
-from clipcacg.scripts.reporting import predictions as predict
 from clipcacg.scripts.training import run as train
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
