@@ -164,6 +164,13 @@ class NearIdentityGRU(nn.GRU):
     them on. Source: our choice.
     """
 
+    def train(self, mode: bool = True) -> NearIdentityGRU:
+        """Stay in training mode: cuDNN has no gradients in evaluation mode, which explanations need.
+
+        A GRU of one layer has no dropout, so both modes compute the same.
+        """
+        return super().train(True)
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Set the start: a tenth of PyTorch's random weights around the identity."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import BatchFeature, Pipeline
+from transformers import Pipeline
 from transformers.utils import ModelOutput
 
 from .processing_clipcacg import label_scores
@@ -29,12 +29,15 @@ class ImageTextSentimentPipeline(Pipeline):
         transformers' custom pipelines; the output has the form of its "text-classification" with `top_k=None`.
     """
 
-    _load_processor = True
-    _load_tokenizer = False
-    _load_image_processor = False
-    _load_feature_extractor = False
+    # transformers declares these four as None, and knows the types of a pipeline's model and processor only vaguely.
+    _load_processor = True  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    model: Any
+    processor: Any
 
-    def __call__(self, inputs: Any, **kwargs: Any) -> list[Any] | Iterator[list[dict[str, Any]]]:
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> list[Any] | Iterator[list[dict[str, Any]]]:
         """Predict one post, a list of posts, or a `datasets.Dataset` with the columns image and text.
 
         Args:
@@ -57,7 +60,7 @@ class ImageTextSentimentPipeline(Pipeline):
             inputs = list(inputs)
             if not inputs:
                 return []
-        return super().__call__(inputs, **kwargs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save model, code and processor as training does; transformers would leave out the processor.
@@ -74,10 +77,10 @@ class ImageTextSentimentPipeline(Pipeline):
             raise ValueError(f"top_k must be at least 1, not {top_k}.")
         return kwargs, {}, {} if top_k is None else {"top_k": top_k}
 
-    def preprocess(self, inputs: dict[str, Any], **kwargs: Any) -> BatchFeature:
+    def preprocess(self, input_: Any, **kwargs: Any) -> Any:
         """Turn a post into model inputs of batch size 1; keywords go to the processor."""
         needed = self.model.config.modalities
-        post = inputs if isinstance(inputs, dict) else {}
+        post = input_ if isinstance(input_, dict) else {}
         if missing := [name for name in needed if post.get(name) is None]:
             raise ValueError(
                 f"The model reads the {' and the '.join(needed)} of a post, but this one has no "
@@ -87,10 +90,12 @@ class ImageTextSentimentPipeline(Pipeline):
         parts = {{"image": "images"}.get(name, name): [post[name]] for name in needed}
         return self.processor(**parts, return_tensors="pt", **kwargs)
 
-    def _forward(self, model_inputs: BatchFeature) -> ModelOutput:
-        return ModelOutput(logits=self.model(**model_inputs).logits)
+    def _forward(self, input_tensors: Any, **kwargs: Any) -> ModelOutput:
+        return ModelOutput(logits=self.model(**input_tensors, **kwargs).logits)
 
-    def postprocess(self, model_outputs: ModelOutput, top_k: int | None = None) -> list[dict[str, Any]]:
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: ModelOutput, top_k: int | None = None
+    ) -> list[dict[str, Any]]:
         """Turn logits (1, labels) into labels with their scores, highest first."""
         config = self.model.config
         scores = label_scores(model_outputs["logits"][0], config)

@@ -50,7 +50,7 @@ class ClipCaCgProcessor(ProcessorMixin):
         CLIP's tokenizer in the folder `clip_tokenizer`.
     """
 
-    _auto_class = "AutoProcessor"
+    _auto_class = "AutoProcessor"  # type: ignore[assignment]  # transformers declares it as None
 
     def __init__(
         self, image_processor: Any, tokenizer: Any, clip_image_processor: Any = None, clip_tokenizer: Any = None
@@ -146,17 +146,18 @@ class ClipCaCgProcessor(ProcessorMixin):
             `{"labels": [every label with a probability of 0.5 or more], "scores": {label: probability}}`, for a
             regression `{"value": float}`.
         """
+        names: dict[int, str] = config.id2label  # type: ignore[assignment]  # transformers makes its keys integers
         answers: list[dict[str, Any]] = []
         for row in label_scores(logits, config):
             if config.task == "regression":
                 answers.append({"value": row.item()})
                 continue
-            scores = {config.id2label[index]: score for index, score in enumerate(row.tolist())}
+            scores = {names[index]: score for index, score in enumerate(row.tolist())}
             if config.task == "multi_label_classification":
                 chosen = [label for label, score in scores.items() if score >= 0.5]
                 answers.append({"labels": chosen, "scores": scores})
             else:
-                answers.append({"label": config.id2label[int(row.argmax())], "scores": scores})
+                answers.append({"label": names[int(row.argmax())], "scores": scores})
         return answers
 
     def _image_processors(self) -> list[Any]:
@@ -333,7 +334,7 @@ def _rgb_array(image: Any, data_format: str | None, needed_edge: int | None) -> 
         array = (array >> 8).astype(np.uint8)
     array = np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
     # torch accepts neither negative strides nor read-only arrays.
-    return np.require(array.transpose(2, 0, 1), requirements="CW")
+    return np.require(array.transpose(2, 0, 1), requirements=["C", "W"])
 
 
 def _middle(array: np.ndarray) -> np.ndarray:

@@ -1,21 +1,21 @@
-"""The other systems of the paper's Table III, built anew, and the floor beneath them; one file a system.
+"""The other systems of the paper's Table III, re-implemented, and our concatenation baseline; one file per system.
 
-What each departs from stands in its file and in its `substitutions`. `logistic_regression.py` has the two rows that
-are no model of ours.
+Each file says what its system departs from, and `substitutions` repeats that for the tables. `logistic_regression.py`
+holds the two baselines that are not neural models.
 """
 
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from .clmlf import Clmlf
-from .cnn_multi import CnnMulti
-from .co_memory import CoMemory
-from .concatenation import Concatenation
-from .dnn_lr import DnnLr
-from .itin import Itin
-from .mvan import Mvan
-from .sentibank_sentistrength import SentiBankSentiStrength
+from clipcacg.scripts.baselines.clmlf import Clmlf
+from clipcacg.scripts.baselines.cnn_multi import CnnMulti
+from clipcacg.scripts.baselines.co_memory import CoMemory
+from clipcacg.scripts.baselines.concatenation import Concatenation
+from clipcacg.scripts.baselines.dnn_lr import DnnLr
+from clipcacg.scripts.baselines.itin import Itin
+from clipcacg.scripts.baselines.mvan import Mvan
+from clipcacg.scripts.baselines.sentibank_sentistrength import SentiBankSentiStrength
 
-# In the order of Table III; the last is ours.
+# In the order of Table III; the last one is ours.
 SYSTEMS = {
     "sentibank_sentistrength": SentiBankSentiStrength,
     "cnn_multi": CnnMulti,

@@ -1,4 +1,4 @@
-"""Adjective-noun pairs as concepts of a picture: CLIP's similarity to each phrase, without any training."""
+"""Adjective-noun pairs as image concepts: CLIP's similarity of an image to each phrase, without training."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ from transformers import (
 from clipcacg.modeling_clipcacg import ClipEncoderInteraction, load_backbone
 
 NUMBERS = re.compile(r"\[(sentiment|#imgs):\s*([-+]?[\d.]+)\]")
-LOGIT_SCALE = 100.0  # CLIP's own
+LOGIT_SCALE = 100.0  # as in the published CLIP models
 
 
 def read_phrases(path: str | Path, count: int = 1200, least_sentiment: float = 0.5) -> list[tuple[str, float]]:
-    """The adjective-noun pairs of a list such as the Visual Sentiment Ontology's, the most photographed first.
+    """Read adjective-noun pairs, for example those of the Visual Sentiment Ontology, by decreasing number of images.
 
     Args:
-        path: A line a pair, `happy dog [sentiment: 1.4] [#imgs: 812]`; a line without brackets counts as a neutral
-            pair, and is kept.
-        count: How many to keep.
-        least_sentiment: Pairs with a sentiment nearer to zero are left out.
+        path: Text file with one pair per line: `happy dog [sentiment: 1.4] [#imgs: 812]`. A line without brackets is
+            a neutral pair and is always kept.
+        count: Number of pairs to keep.
+        least_sentiment: Leave out pairs whose absolute sentiment is smaller.
+
+    Returns:
+        (phrase, sentiment) of each pair.
     """
     found = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -44,7 +47,7 @@ def read_phrases(path: str | Path, count: int = 1200, least_sentiment: float = 0
 
 
 class ClipConcepts(nn.Module):
-    """Similarities of a picture to the phrases, and their sentiments weighted by the softmax over the phrases.
+    """Similarity of an image to each phrase, and the phrases' mean sentiment weighted by the softmax over phrases.
 
     Args:
         clip: Config of the CLIP model.
@@ -62,14 +65,14 @@ class ClipConcepts(nn.Module):
         self.register_buffer("sentiments", torch.tensor([sentiment for _, sentiment in phrases]))
 
     def forward(self, image: Tensor) -> Tensor:
-        """CLIP's picture (batch, projection), unit length, to (batch, phrases + 1)."""
+        """Map CLIP's image embedding (batch, projection) of unit length to (batch, phrases + 1)."""
         cosine = image @ self.phrase_embeds.T
         sentiment = (LOGIT_SCALE * cosine).softmax(dim=-1) @ self.sentiments.to(cosine.dtype)
         return torch.cat([cosine, sentiment.unsqueeze(-1)], dim=-1)
 
     @torch.no_grad()
     def read_phrases(self, clip_model: str | Path, phrases: Sequence[Sequence[Any]]) -> None:
-        """Put the phrases through CLIP's text tower, which is of no use afterwards."""
+        """Store the phrases' embeddings; CLIP's text tower is not kept."""
         tokenizer, config = AutoTokenizer.from_pretrained(clip_model), AutoConfig.from_pretrained(clip_model)
         config.text_config.projection_dim = config.projection_dim
         tower = CLIPTextModelWithProjection._from_config(config.text_config, dtype=torch.float32).eval()

@@ -1,19 +1,19 @@
-"""CLMLF: a Transformer over words and picture cells, and two contrastive losses.
+"""CLMLF: a Transformer over words and image cells, and two contrastive losses.
 
 Source: Li, Xu, Zhu and Zhao, "CLMLF: A Contrastive Learning and Multi-Layer Fusion Method for Multimodal Sentiment
-Detection", Findings of NAACL 2022; architecture and losses follow the authors' public code [V].
+Detection", Findings of NAACL 2022. Architecture and losses follow the authors' public code [V].
 
-The text encoder is trained, the ResNet-50 frozen; its cells and its pooled vector go through a Transformer of their
-own, then words and picture through the fusion layers, and an attention pools them. Beside the cross-entropy there are
+The text encoder is trained and the ResNet-50 frozen. The image cells and the pooled image vector go through their own
+Transformer layers, then words and image go through the fusion layers, and attention pools the result. Training adds
+two losses to the cross-entropy:
 
-- DBCL, on the data: each post against the second views of its batch;
-- LBCL, on the labels: posts of the same label. The code divides by the temperature after the log-softmax and counts
-  each post as its own partner. That is the default here; `self_pairs=False` is supervised contrastion as usually
-  written, with the temperature inside and without those pairs.
+- DBCL, on the data: contrasts each post with the second views of the posts in its batch.
+- LBCL, on the labels: contrasts posts by their label. The authors' code divides by the temperature after the
+  log-softmax and counts each post as its own partner, which is our default. `self_pairs=False` is the usual supervised
+  contrastive loss, with the temperature inside the softmax and without self pairs.
 
-Both are for training only. The second view of a post is what `input_ids_augmented`, `attention_mask_augmented` and
-`pixel_values_augmented` hold (or `text_features_augmented` and `image_features_augmented`); without them it is the
-same post under another draw of dropout.
+The second view of a post comes from `input_ids_augmented`, `attention_mask_augmented` and `pixel_values_augmented`, or
+from `text_features_augmented` and `image_features_augmented`. Without them it is the same post with other dropout.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipcacg.modeling_clipcacg import ClipCaCgClassifierOutput
-
-from .layers import masked_softmax, regions_of
-from .shared import BaselineConfig, BaselineForSequenceClassification, Scores
+from clipcacg.scripts.baselines.layers import masked_softmax, regions_of
+from clipcacg.scripts.baselines.shared import BaselineConfig, BaselineForSequenceClassification, Scores
 
 SUFFIX = "_augmented"
 
@@ -35,13 +34,13 @@ SUFFIX = "_augmented"
 class ClmlfConfig(BaselineConfig):
     """
     Args:
-        image_layers: Transformer layers over the picture alone.
-        fusion_layers: Transformer layers over words and picture; 3 for MVSA-Single, 4 for MVSA-Multiple.
-        data_loss_weight, label_loss_weight: Weights of DBCL and LBCL.
-        contrastive_temperature: Of both. (`temperature` is a word of transformers' own for generation.)
-        self_pairs: LBCL as in the authors' code, see above.
-        official_reshape: Cut the feature map into cells as the authors' code does, without turning the axes, which
-            mixes channels and positions.
+        image_layers: Transformer layers over the image alone.
+        fusion_layers: Transformer layers over words and image; 3 for MVSA-Single, 4 for MVSA-Multiple.
+        data_loss_weight, label_loss_weight: Weights of DBCL and LBCL; 0 leaves the loss out.
+        contrastive_temperature: Temperature of both losses. (transformers reserves `temperature` for generation.)
+        self_pairs: Whether LBCL counts each post as its own partner, as the authors' code does.
+        official_reshape: Whether to reshape the feature map into cells without transposing it, as the authors' code
+            does. This mixes channels and positions.
     """
 
     model_type = "clmlf"
@@ -78,13 +77,13 @@ class ClmlfConfig(BaselineConfig):
 
 
 def data_contrastive_loss(views: Tensor, second_views: Tensor, temperature: float) -> Tensor:
-    """DBCL: cross-entropy of (batch, batch) scores against the diagonal; both inputs are (batch, width)."""
+    """DBCL: cross-entropy of the (batch, batch) scores with the diagonal as target; both inputs are (batch, width)."""
     scores = views.float() @ second_views.float().T / temperature
     return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
 def label_contrastive_loss(views: Tensor, labels: Tensor, temperature: float, self_pairs: bool = True) -> Tensor:
-    """LBCL: mean over all pairs of one label; views are (batch, width), labels (batch,)."""
+    """LBCL: mean over all pairs with equal labels; views are (batch, width), labels (batch,)."""
     scores = views.float() @ views.float().T
     pairs = labels.unsqueeze(0) == labels.unsqueeze(1)  # (batch, batch)
     if self_pairs:
@@ -97,12 +96,12 @@ def label_contrastive_loss(views: Tensor, labels: Tensor, temperature: float, se
 
 
 def projection(size: int) -> nn.Sequential:
-    """A head of the contrastive losses."""
+    """Projection head of a contrastive loss."""
     return nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, size))
 
 
 class Layers(nn.Module):
-    """Transformer layers of BERT's kind: the norm comes after the residual, and there are no positions."""
+    """Post-norm Transformer layers as in BERT, without position embeddings."""
 
     def __init__(self, config: ClmlfConfig, count: int) -> None:
         super().__init__()
@@ -117,7 +116,13 @@ class Layers(nn.Module):
 
 
 class Clmlf(BaselineForSequenceClassification):
-    """Multi-layer fusion, attention pooling and an MLP."""
+    """Multi-layer fusion, attention pooling and an MLP.
+
+    Settings of the original, from the authors' code [V]: bert-base-uncased, up to 200 tokens, ResNet-50 frozen; AdamW
+    at 2e-5 without a schedule, weight decay 0.01, 50 epochs; batch 32 and three fusion layers for MVSA-Single, 64 and
+    four for MVSA-Multiple; dropout 0.1, temperature 0.07, both loss weights 1. The text encoder is frozen for the
+    first 20 epochs. The authors choose the epoch by validation accuracy and, separately, by weighted F1.
+    """
 
     config_class = ClmlfConfig
     label = "CLMLF (re-impl., no back-translation)"
@@ -135,10 +140,10 @@ class Clmlf(BaselineForSequenceClassification):
         size, channels = config.hidden_size, self.image_branch.channels
         self.text_projection = nn.Sequential(nn.Linear(config.text_config.hidden_size, size), nn.GELU())
         self.cell_projection = nn.Sequential(nn.Linear(channels, size), nn.GELU())
-        self.picture_projection = nn.Sequential(nn.Linear(channels, size), nn.GELU())
+        self.pooled_projection = nn.Sequential(nn.Linear(channels, size), nn.GELU())
         self.image_layers = Layers(config, config.image_layers)
         self.fusion_layers = Layers(config, config.fusion_layers)
-        # Without a bias in the end, which the softmax would not see.
+        # No bias in the last layer: softmax is invariant to it.
         self.pooling = nn.Sequential(nn.Linear(size, size // 2), nn.GELU(), nn.Linear(size // 2, 1, bias=False))
         self.classifier = nn.Sequential(
             nn.Dropout(config.dropout), nn.Linear(size, size // 2), nn.GELU(), nn.Linear(size // 2, config.num_labels)
@@ -153,8 +158,8 @@ class Clmlf(BaselineForSequenceClassification):
         cells = regions_of(feature_map)
         if self.config.official_reshape:
             cells = feature_map.reshape(cells.shape)
-        picture = self.picture_projection(feature_map.mean(dim=(2, 3))).unsqueeze(1)
-        image = self.image_layers(torch.cat([picture, self.cell_projection(cells)], dim=1))
+        pooled = self.pooled_projection(feature_map.mean(dim=(2, 3))).unsqueeze(1)
+        image = self.image_layers(torch.cat([pooled, self.cell_projection(cells)], dim=1))
         mask = F.pad(mask, (0, image.shape[1]), value=True)
         joint = self.fusion_layers(torch.cat([self.text_projection(words), image], dim=1), mask)
         weights = masked_softmax(self.pooling(joint).squeeze(-1), mask)  # (batch, text_len + 1 + cells)
@@ -164,7 +169,7 @@ class Clmlf(BaselineForSequenceClassification):
     def forward(
         self, *args: Any, labels: Tensor | None = None, return_dict: bool | None = None, **inputs: Any
     ) -> ClipCaCgClassifierOutput | tuple[Any, ...]:
-        """As in the base class; in training with labels the contrastive losses are added."""
+        """Classify posts as the base class does. In training mode the loss includes the contrastive losses."""
         second = {name.removesuffix(SUFFIX): value for name, value in inputs.items() if name.endswith(SUFFIX)}
         first = {name: value for name, value in inputs.items() if not name.endswith(SUFFIX)}
         output = super().forward(*args, labels=labels, return_dict=True, **first)
@@ -174,14 +179,14 @@ class Clmlf(BaselineForSequenceClassification):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def second_views(self, args: tuple[Any, ...], first: dict[str, Any], second: dict[str, Any]) -> Tensor:
-        """The fused vectors of the second views; what `second` lacks is taken from the first ones."""
+        """Fused vectors of the second views; inputs that `second` lacks are taken from `first`."""
         for raw, cached in (("input_ids", "text_features"), ("pixel_values", "image_features")):
             if raw in second or cached in second:
                 first = {name: value for name, value in first.items() if name not in (raw, cached)}
         return super().forward(*args, return_dict=True, **{**first, **second}).fused_embeds
 
     def contrastive_losses(self, fused: Tensor, second_fused: Tensor | None, labels: Tensor) -> Tensor:
-        """DBCL and LBCL, weighted; a weight of 0 leaves its loss out."""
+        """Weighted sum of DBCL and LBCL."""
         config, loss = self.config, fused.new_zeros(())
         temperature = config.contrastive_temperature
         if config.data_loss_weight:

@@ -1,14 +1,14 @@
-"""CNN-Multi: a CNN for the text, a CNN for the picture, and a third network over both.
+"""CNN-Multi: a CNN over the text, a CNN over the image, and a third network over both.
 
 Source: Cai and Xia, "Convolutional Neural Networks for Multimedia Sentiment Analysis", NLPCC 2015.
 
-- [V] The features of the two CNNs, each trained beforehand, are concatenated as input of a third.
+- [V] The two CNNs are trained first. The third network reads their concatenated features.
 - [R] The joint network has four fully connected layers.
-- [A] Everything else: text CNN as Kim's (widths 3, 4, 5, 100 maps each), image CNN of AlexNet's shape from random
-  weights, 512 picture features, widths 512, 256, 128 of the joint network, dropout 0.5.
+- [A] Everything else: text CNN as Kim's (widths 3, 4, 5 with 100 maps each), image CNN with AlexNet's shape and random
+  weights, 512 image features, joint network of widths 512, 256, 128, dropout 0.5.
 
-The original's two stages are one here: each CNN has a classifier of its own, whose cross-entropy is added to that of
-the joint network, so that both are trained for the task by themselves as well.
+We train in one stage instead of two. Each CNN has its own classifier, and the classifiers' cross-entropies are added
+to that of the joint network, so each CNN is also trained for the task on its own.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import TextCnn
-from .shared import BaselineConfig, BaselineForSequenceClassification, Scores
+from clipcacg.scripts.baselines.layers import TextCnn
+from clipcacg.scripts.baselines.shared import BaselineConfig, BaselineForSequenceClassification, Scores
 
 IMAGE_CNNS = ("encoder", "alexnet")
 
@@ -27,10 +27,10 @@ IMAGE_CNNS = ("encoder", "alexnet")
 class CnnMultiConfig(BaselineConfig):
     """
     Args:
-        maps: Feature maps of each width of the text CNN.
-        image_cnn: "encoder", the vision encoder's pooled features, or "alexnet", a CNN from random weights.
+        maps: Feature maps per kernel width of the text CNN.
+        image_cnn: "encoder" for the vision encoder's pooled features, "alexnet" for a CNN with random weights.
         alexnet_width: Width of the first fully connected layer of "alexnet".
-        branch_loss_weight: Weight of the two CNNs' own losses; 0 trains the joint network alone.
+        branch_loss_weight: Weight of the losses of the two CNNs; 0 trains the joint network alone.
     """
 
     model_type = "cnn-multi"
@@ -61,7 +61,7 @@ class CnnMultiConfig(BaselineConfig):
 
 
 class AlexNet(nn.Module):
-    """Five convolutions and three poolings of AlexNet's sizes, to a vector whatever the size of the picture."""
+    """AlexNet's five convolutions and three poolings, and one fully connected layer, for images of any size."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -76,14 +76,18 @@ class AlexNet(nn.Module):
         self.channels = width
 
     def forward(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
-        """Pictures of at least 63 pixels a side to (batch, width, 1, 1)."""
+        """Map images (batch, 3, height, width) of at least 63 x 63 pixels to (batch, width, 1, 1)."""
         if pixel_values is None or image_features is not None:
-            raise ValueError("image_cnn='alexnet' reads pixel_values, and has no encoder for image_features.")
+            raise ValueError("image_cnn='alexnet' needs pixel_values and cannot use image_features.")
         return self.layers(pixel_values.to(self.layers[0].weight.dtype))[..., None, None]
 
 
 class CnnMulti(BaselineForSequenceClassification):
-    """y = FC4([text CNN ; image CNN])."""
+    """y = FC4([text CNN ; image CNN]).
+
+    Settings of the original: none known, except that each CNN is first trained for the task [V]. A plausible choice
+    [A] is SGD with momentum 0.9 at a constant 0.01, batch 64, up to 30 epochs with early stopping.
+    """
 
     config_class = CnnMultiConfig
     label = "CNN-Multi (re-impl.)"

@@ -1,13 +1,13 @@
-"""Co-Memory (Co-MN): two memory networks that query each other, hop by hop.
+"""Co-Memory (Co-MN): two memory networks that query each other in several hops.
 
 Source: Xu, Mao and Chen, "A Co-Memory Network for Multimodal Sentiment Analysis", SIGIR 2018.
 
-- [V] One memory of words guided by the picture, one of regions guided by the text, in stacked hops; the regions are
-  those of a CNN's last feature map; the row of Table III has six hops.
-- [A] Sizes 128, additive scores and the LSTM are those of the same author's MultiSentiNet; the first queries are
-  means; a hop ends with the linear update of end-to-end memory networks; one set of weights serves all hops.
+- [V] A memory of words guided by the image and a memory of regions guided by the text, in stacked hops. Regions are
+  cells of a CNN's last feature map. The row of Table III has six hops.
+- [A] Size 128, additive attention and the LSTM are those of MultiSentiNet by the same author. The first queries are
+  means. A hop ends with the linear update of end-to-end memory networks. All hops share their weights.
 
-The last hop has no update: nothing would read it.
+The last hop has no update because nothing reads it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from clipcacg.modeling_clipcacg import masked_mean
-
-from .layers import AdditiveAttention, Recurrent, regions_of
-from .shared import BaselineConfig, BaselineForSequenceClassification, Scores
+from clipcacg.scripts.baselines.layers import AdditiveAttention, Recurrent, regions_of
+from clipcacg.scripts.baselines.shared import BaselineConfig, BaselineForSequenceClassification, Scores
 
 
 class CoMemoryConfig(BaselineConfig):
     """
     Args:
-        hops: Hops over the memories; the papers speak of 1, 3 and 6.
-        tied: Whether all hops share one set of weights.
+        hops: Number of hops over the memories; the publications mention 1, 3 and 6.
+        tied: Whether all hops share their weights.
     """
 
     model_type = "co-memory"
@@ -45,7 +44,7 @@ class CoMemoryConfig(BaselineConfig):
 
 
 class Hop(nn.Module):
-    """One reading of both memories: o_t = Att(T; q_t), o_v = Att(V; q_v)."""
+    """Read both memories once: o_t = Att(T; q_t), o_v = Att(V; q_v)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -59,7 +58,7 @@ class Hop(nn.Module):
 
 
 class Update(nn.Module):
-    """The next queries, each from what the other memory gave: q_t = o_v + H_t q_t, q_v = o_t + H_v q_v."""
+    """Compute the next queries from the other memory's output: q_t = o_v + H_t q_t, q_v = o_t + H_v q_v."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -71,7 +70,12 @@ class Update(nn.Module):
 
 
 class CoMemory(BaselineForSequenceClassification):
-    """Words T from an LSTM, regions V from a Linear, K hops, and y = MLP([o_t ; o_v])."""
+    """Words T from an LSTM, regions V from a linear layer, K hops, and y = MLP([o_t ; o_v]).
+
+    Settings of the original: six hops [V]. The same author's MultiSentiNet uses RMSprop, batch 32 (MVSA-Multiple:
+    128), width 128, trained word vectors and early stopping on the validation loss [V there, A here]. Keras' RMSprop
+    defaults are learning rate 0.001, rho 0.9 and epsilon 1e-7.
+    """
 
     config_class = CoMemoryConfig
     label = "Co-Memory (re-impl.)"
@@ -82,7 +86,7 @@ class CoMemory(BaselineForSequenceClassification):
         "feature map of the chosen vision encoder in place of the unnamed CNN",
         "padding masked; dropout before the classifier",
     )
-    # Another public table has 68.92 and 68.83 for MVSA-Multiple; which of the two slipped by a point is not known.
+    # Another published table gives 68.92 and 68.83 for MVSA-Multiple; we do not know which one is right.
     published = {"mvsa_single": (70.51, 70.01), "mvsa_multiple": (69.92, 69.83)}
 
     def __init__(self, config: CoMemoryConfig) -> None:
@@ -100,7 +104,7 @@ class CoMemory(BaselineForSequenceClassification):
     def score(self, words: Tensor, mask: Tensor, feature_map: Tensor, **extras: Any) -> Scores:
         words = self.lstm(words, mask)  # T
         regions = self.projection(regions_of(feature_map))  # V
-        queries = regions.mean(dim=1), masked_mean(words, mask)  # q_t from the picture, q_v from the text
+        queries = regions.mean(dim=1), masked_mean(words, mask)  # q_t from the image, q_v from the text
         read = self.hops[0](words, mask, regions, queries)
         for hop in range(1, self.config.hops):
             queries = self.updates[(hop - 1) % len(self.updates)](queries, read)

@@ -1,7 +1,8 @@
-"""Concatenation: the floor that a fusion has to beat.
+"""Concatenation: the baseline that a fusion method has to beat.
 
-The masked mean of the text encoder's states beside the mean of the vision encoder's feature map, under one Linear. Not
-a row of Table III: with the encoders frozen it is a linear probe, with them trained it is late fusion at its plainest.
+One linear layer reads the masked mean of the text encoder's states and the mean of the vision encoder's feature map.
+It is not a row of Table III. With frozen encoders it is a linear probe, with trained encoders the simplest late
+fusion.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from clipcacg.modeling_clipcacg import masked_mean
-
-from .shared import BaselineConfig, BaselineForSequenceClassification, Scores
+from clipcacg.scripts.baselines.shared import BaselineConfig, BaselineForSequenceClassification, Scores
 
 
 class ConcatenationConfig(BaselineConfig):
-    """No field of its own; `hidden_size` is not used."""
+    """No additional fields; `hidden_size` is not used."""
 
     model_type = "concatenation"
 
@@ -26,7 +26,11 @@ class ConcatenationConfig(BaselineConfig):
 
 
 class Concatenation(BaselineForSequenceClassification):
-    """y = W [mean of the words ; mean of the regions] + b."""
+    """y = W [mean of the words ; mean of the regions] + b.
+
+    A plausible recipe [A]: bert-base-uncased with up to 100 tokens and ResNet-50, both trained at 2e-5, the classifier
+    at 1e-3; linear decay after 10% warm-up, weight decay 0.01, batch 32, 5 epochs, dropout 0.1.
+    """
 
     config_class = ConcatenationConfig
     label = "Concatenation (our floor)"

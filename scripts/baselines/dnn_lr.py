@@ -3,12 +3,12 @@
 Source: Yu, Lin, Meng and Zhao, "Visual and Textual Sentiment Analysis of a Microblog Using Deep Convolutional Neural
 Networks", Algorithms 9(2):41, 2016 (reference [36] of the CLIP-CA-CG paper, whose table cites [49] by mistake).
 
-- [V] A text CNN on pretrained word vectors, a deep CNN with generalised dropout for the picture, transfer learning,
-  and logistic regression for the decision.
-- [R] The two probabilities are averaged; generalised dropout is DropConnect.
-- [A] Text CNN as Kim's (300 features), one DropConnect layer of 512 over the frozen vision encoder, equal weights.
+- [V] A text CNN on pretrained word vectors, a deep CNN with generalised dropout for the image, transfer learning, and
+  logistic regression for the decision.
+- [R] The two probabilities are averaged. Generalised dropout is DropConnect.
+- [A] Text CNN as Kim's (300 features), one DropConnect layer of width 512 on the frozen vision encoder, equal weights.
 
-The logistic regressions are not fitted afterwards on fixed features: they are the branches' own softmax layers.
+We do not fit the logistic regressions afterwards on fixed features. They are the softmax layers of the two networks.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import TextCnn
-from .shared import BaselineConfig, BaselineForSequenceClassification, Scores
+from clipcacg.scripts.baselines.layers import TextCnn
+from clipcacg.scripts.baselines.shared import BaselineConfig, BaselineForSequenceClassification, Scores
 
 
 class DnnLrConfig(BaselineConfig):
     """
     Args:
-        maps: Feature maps of each width of the text CNN.
-        dropconnect: Probability that a weight of the picture's layer is left out, in [0, 1).
+        maps: Feature maps per kernel width of the text CNN.
+        dropconnect: Probability of dropping a weight of the image layer, in [0, 1).
         text_weight: w of the decision p = w p_text + (1 - w) p_image, in [0, 1].
     """
 
@@ -49,10 +49,10 @@ class DnnLrConfig(BaselineConfig):
 
 
 class DropConnect(nn.Linear):
-    """A Linear that leaves out each weight with probability p in training, and scales them by 1 - p otherwise.
+    """A linear layer that drops each weight with probability p in training and scales the weights by 1 - p otherwise.
 
-    Source: Wan et al., "Regularization of Neural Networks using DropConnect", ICML 2013; the mean of the weights in
-    place of their sampling at the end, and one mask a batch, are our choice.
+    Source: Wan et al., "Regularization of Neural Networks using DropConnect", ICML 2013. One mask per batch, and the
+    mean weights instead of sampled ones in evaluation, are our choice.
     """
 
     def __init__(self, input_size: int, output_size: int, p: float) -> None:
@@ -65,7 +65,12 @@ class DropConnect(nn.Linear):
 
 
 class DnnLr(BaselineForSequenceClassification):
-    """p = w softmax(W_t text CNN) + (1 - w) softmax(W_v image network); the logits are log p."""
+    """p = w softmax(W_t text CNN) + (1 - w) softmax(W_v image network); the logits are log p.
+
+    Settings of the original: word vectors and the image network are pretrained [V]. Not training them further, all
+    widths and the optimizer are assumed [A]: Adam at a constant 0.001, weight decay 1e-4, batch 50, up to 50 epochs
+    with early stopping. Kim's text CNN uses Adadelta and AlexNet uses SGD.
+    """
 
     config_class = DnnLrConfig
     label = "DNN-LR (re-impl.)"
@@ -97,5 +102,5 @@ class DnnLr(BaselineForSequenceClassification):
         return Scores(p.clamp(min=torch.finfo(p.dtype).tiny).log(), torch.cat([text, image], dim=-1), branches)
 
     def training_loss(self, scores: Scores, labels: Tensor) -> Tensor:
-        """Each branch is trained by itself; the decision that averages them is not."""
+        """Sum of the two branches' losses; the averaged probabilities have no loss."""
         return sum(self.task_loss(branch, labels) for branch in scores.branches)

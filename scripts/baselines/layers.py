@@ -1,4 +1,4 @@
-"""Layers that several systems have: attention, recurrent networks and a CNN over words, all of them masked."""
+"""Layers that several systems share: attention, recurrent networks and a CNN over words, all with padding masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def regions_of(feature_map: Tensor) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last axis, zero where the mask is False, and zero throughout where there is no key at all."""
+    """Softmax over the last axis that is zero where the mask is False, also where the mask is False for all keys."""
     lowest = torch.finfo(scores.dtype).min
     return scores.masked_fill(~mask, lowest).softmax(dim=-1) * mask
 
@@ -34,22 +34,22 @@ class AdditiveAttention(nn.Module):
         self.score = nn.Linear(size, 1, bias=False)
 
     def forward(self, states: Tensor, query: Tensor, mask: Tensor | None = None) -> Tensor:
-        """States (batch, positions, size), query (batch, query_size) and a bool mask to (batch, size)."""
+        """Pool states (batch, positions, size) by a query (batch, query_size) and a bool mask to (batch, size)."""
         scores = self.score(torch.tanh(self.of_states(states) + self.of_query(query).unsqueeze(1))).squeeze(-1)
         weights = masked_softmax(scores, torch.ones_like(scores, dtype=torch.bool) if mask is None else mask)
         return (weights.unsqueeze(1) @ states).squeeze(1)
 
 
 class Recurrent(nn.Module):
-    """A recurrent network of torch's over the real tokens of each text; its states are zero at padding."""
+    """Run a recurrent network of torch over the real tokens of each text; padding gets zeros."""
 
     def __init__(self, network: nn.RNNBase) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """(batch, text_len, input_size) and a bool mask (batch, text_len) to (batch, text_len, output_size)."""
-        order = (~mask).long().argsort(dim=1, stable=True).unsqueeze(-1)  # the real tokens first
+        """Map (batch, text_len, input_size) and a bool mask (batch, text_len) to (batch, text_len, output_size)."""
+        order = (~mask).long().argsort(dim=1, stable=True).unsqueeze(-1)  # real tokens first
         moved = states.gather(1, order.expand_as(states))
         lengths = mask.sum(dim=1).clamp(min=1).cpu()
         packed = pack_padded_sequence(moved, lengths, batch_first=True, enforce_sorted=False)
@@ -61,7 +61,7 @@ class Recurrent(nn.Module):
 class TextCnn(nn.Module):
     """Kim's sentence CNN (EMNLP 2014): convolutions of several widths, ReLU, maximum over time.
 
-    A window that holds no real token does not count, so that padding changes nothing.
+    Windows without a real token are ignored, so padding does not change the output.
     """
 
     widths = (3, 4, 5)
@@ -72,11 +72,11 @@ class TextCnn(nn.Module):
         self.output_size = maps * len(self.widths)
 
     def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        """(batch, text_len, input_size) and a bool mask (batch, text_len) to (batch, output_size)."""
+        """Map (batch, text_len, input_size) and a bool mask (batch, text_len) to (batch, output_size)."""
         words = (words * mask.unsqueeze(-1)).transpose(1, 2)
         pooled = []
         for width, convolution in zip(self.widths, self.convolutions, strict=True):
             padded = F.pad(mask.to(words.dtype).unsqueeze(1), (width - 1, width - 1))
             holds_a_word = F.max_pool1d(padded, width, stride=1)  # (batch, 1, windows)
-            pooled.append((convolution(words).relu() * holds_a_word).amax(dim=-1))  # ReLU leaves nothing below 0
+            pooled.append((convolution(words).relu() * holds_a_word).amax(dim=-1))  # 0 is ReLU's minimum
         return torch.cat(pooled, dim=-1)

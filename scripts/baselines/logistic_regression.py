@@ -1,8 +1,4 @@
-"""Two rows that a table needs beside the systems: the largest class, and scikit-learn on frozen features.
-
-`majority` answers the most frequent class of the training posts to every post. `fit` is a logistic regression on the
-frozen encoders' pooled states, of the text, the picture or both, whose C is chosen on the validation posts.
-"""
+"""Baselines without a neural model: the majority class, and a logistic regression on frozen features."""
 
 from __future__ import annotations
 
@@ -24,23 +20,23 @@ LABELS = {modality: f"Logistic regression on frozen features ({modality})" for m
 
 
 def majority(train_labels: Sequence[int], posts: int) -> np.ndarray:
-    """The most frequent class, the lower one of a tie, for each of so many posts."""
+    """The most frequent class, the smallest index in a tie, repeated for `posts` posts."""
     return np.full(posts, np.bincount(train_labels).argmax())
 
 
 def pooled_features(
     text_features: Tensor | None, attention_mask: Tensor | None, image_features: Tensor | None, modality: str = "both"
 ) -> np.ndarray:
-    """The mean of the real words beside the mean of the regions, or one of them.
+    """Concatenate the mean of the real words and the mean of the regions, or return one of them.
 
     Args:
         text_features: (posts, text_len, width), the text encoder's last hidden state.
-        attention_mask: (posts, text_len); left out: no padding.
-        image_features: (posts, channels, height, width), the vision encoder's.
-        modality: "text", "image" or "both"; the other's features may be None.
+        attention_mask: (posts, text_len); None means no padding.
+        image_features: (posts, channels, height, width), the vision encoder's last feature map.
+        modality: "text", "image" or "both". Features of an unused modality may be None.
 
     Raises:
-        ValueError: For another modality.
+        ValueError: If the modality is unknown.
     """
     if modality not in MODALITIES:
         raise ValueError(f"modality must be one of {', '.join(MODALITIES)}, not {modality!r}.")
@@ -59,15 +55,15 @@ def fit(
     validation_labels: Sequence[int],
     choices: Sequence[float] = CHOICES,
 ) -> Pipeline:
-    """Fit one regression a C, and return the one with the best weighted F1 on validation.
+    """Fit one logistic regression per value of C, and return the one with the best weighted F1 on validation.
 
     Args:
         train, validation: (posts, width).
         train_labels, validation_labels: Class indices.
-        choices: C, the inverse strength of the L2 penalty; of equals the first is taken, which is the strongest.
+        choices: Values of C, the inverse strength of the L2 penalty; the first one wins a tie.
 
     Returns:
-        A pipeline that standardises, and has `predict` and `predict_proba`.
+        A pipeline of standardisation and classifier.
     """
     fitted = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)) for c in choices]
     for pipeline in fitted:

@@ -1,15 +1,15 @@
-"""MVAN: two views of the picture and the text, in memories that are updated turn by turn.
+"""MVAN: two views of the image and the text, in memories that are updated in turn.
 
 Source: Yang, Feng, Wang and Zhang, "Image-Text Multimodal Emotion Classification via Multi-View Attentional Network",
 IEEE Transactions on Multimedia, 2020.
 
-- [V] Feature mapping with an object view and a scene view of the picture, interactive learning with a memory network
+- [V] Feature mapping with an object view and a scene view of the image, interactive learning with a memory network
   that is continually updated, and feature fusion.
-- [R] GloVe and a BiLSTM for the text, a CNN trained on ImageNet and one trained on Places365 for the views, an MLP
-  with "stacking-pooling" for the fusion.
-- [A] Number of hops, widths, the order of the queries, GRU cells as updates, and the form of the fusion.
+- [R] GloVe and a BiLSTM for the text; one CNN trained on ImageNet and one on Places365 for the views; an MLP with
+  "stacking-pooling" for the fusion.
+- [A] Number of hops, widths, order of the queries, GRU cells as updates, and the form of the fusion.
 
-The scene view is substituted: without `scene_channels` it is a second projection of the one feature map there is.
+Without `scene_channels`, a second projection of the same feature map replaces the scene view.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from clipcacg.modeling_clipcacg import masked_mean
-
-from .layers import AdditiveAttention, Recurrent, regions_of
-from .shared import BaselineConfig, BaselineForSequenceClassification, Scores
+from clipcacg.scripts.baselines.layers import AdditiveAttention, Recurrent, regions_of
+from clipcacg.scripts.baselines.shared import BaselineConfig, BaselineForSequenceClassification, Scores
 
 
 class MvanConfig(BaselineConfig):
     """
     Args:
-        hops: Turns of the interactive memory; all share their weights.
-        hidden_size: Width of the views and memories; even, for the LSTM has half of it in each direction.
-        scene_channels: Channels of `scene_features`, or None: the scene view is another of the one feature map.
+        hops: Number of turns of the interactive memory, which share their weights.
+        hidden_size: Width of the views and memories; even, because each direction of the LSTM has half of it.
+        scene_channels: Channels of `scene_features`; None uses the vision encoder's feature map for both views.
     """
 
     model_type = "mvan"
@@ -50,7 +49,7 @@ class MvanConfig(BaselineConfig):
 
 
 class InteractiveMemory(nn.Module):
-    """Each turn the text's memory queries both views, the views' memories query the text, and GRU cells take it in."""
+    """In each turn the text memory queries both views, the view memories query the text, and GRU cells update them."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class InteractiveMemory(nn.Module):
     def forward(
         self, words: Tensor, mask: Tensor, objects: Tensor, scene: Tensor, hops: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Words and two sets of regions, each (batch, positions, hidden), to m_t, m_o and m_s (batch, hidden)."""
+        """Map words and two sets of regions (batch, positions, hidden) to m_t, m_o and m_s (batch, hidden)."""
         m_t, m_o, m_s = masked_mean(words, mask), objects.mean(dim=1), scene.mean(dim=1)
         for _ in range(hops):
             a_o = self.object_attention(objects, m_t)
@@ -75,7 +74,12 @@ class InteractiveMemory(nn.Module):
 
 
 class Mvan(BaselineForSequenceClassification):
-    """The BiLSTM's words and the two views through the memory, then stacking-pooling and an MLP."""
+    """BiLSTM words and two image views, interactive memory, stacking-pooling and an MLP.
+
+    Settings of the original: unknown. The defaults of MGNNS by the same author [V there, A here] are learning rate
+    5e-5, weight decay 1e-5, batch 16 accumulated 8 times, 10 epochs and dropout 0.5. Width 300 and three hops are
+    assumed [A].
+    """
 
     config_class = MvanConfig
     label = "MVAN (re-impl.)"
@@ -110,7 +114,7 @@ class Mvan(BaselineForSequenceClassification):
         scene_features: Tensor | None = None,
         **extras: Any,
     ) -> Scores:
-        """`scene_features` (batch, scene_channels, height, width): the feature map of a scene CNN."""
+        """`scene_features` (batch, scene_channels, height, width) is the feature map of a scene CNN."""
         scene_map = feature_map if self.config.scene_channels is None else scene_features
         if scene_map is None:
             raise ValueError(f"scene_channels={self.config.scene_channels} needs scene_features.")

@@ -1,21 +1,21 @@
-"""SentiBank & SentiStrength, by proxy: concepts of the picture and a lexicon's scores of the text, under one Linear.
+"""A proxy of SentiBank & SentiStrength: image concepts and lexicon scores of the text under one linear layer.
 
 Source: Borth, Ji, Chen, Breuel and Chang, "Large-scale Visual Sentiment Ontology and Detectors Using Adjective Noun
 Pairs", ACM Multimedia 2013; Thelwall, Buckley and Paltoglou, "Sentiment strength detection for the social web", JASIST
 2012.
 
-- [V] 1,200 detectors of adjective-noun pairs give the picture's features, SentiStrength a score of the text, and a
-  linear model combines them.
-- [A] How the three-class row of Table III was trained; here it is a multinomial logistic regression.
+- [V] 1,200 detectors of adjective-noun pairs give the image features, SentiStrength scores the text, and a linear
+  model combines them.
+- [A] The training of the three-class row in Table III; here it is a multinomial logistic regression.
 
-Neither part can be had: the detectors are not published as a package, and SentiStrength is no free software. In their
-place stand VADER's four scores (positive, negative, neutral, compound) and, for the picture, either of
+Neither part is available: the detectors were not published as a package, and SentiStrength is not free software. We
+replace SentiStrength by VADER's four scores (positive, negative, neutral, compound), and SentiBank by one of
 
 - the pooled feature map of the vision encoder;
-- with `phrases`, the cosine similarity of CLIP's picture to the phrase "a photo of a ..." of each adjective-noun pair,
-  and the pairs' sentiments weighted by the softmax over all (`clip_pixel_values`; needs a CLIP model).
+- with `phrases`, the cosine similarity of CLIP's image embedding to "a photo of a ..." for each adjective-noun pair,
+  and the pairs' mean sentiment weighted by the softmax over pairs (needs `clip_pixel_values` and a CLIP model).
 
-Neither is SentiBank, and both see more than it did. The encoders are never trained.
+Both replacements know more than SentiBank did. The encoders are never trained.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .clip_concepts import ClipConcepts
-from .shared import BaselineConfig, BaselineForSequenceClassification, Scores
+from clipcacg.scripts.baselines.clip_concepts import ClipConcepts
+from clipcacg.scripts.baselines.shared import BaselineConfig, BaselineForSequenceClassification, Scores
 
 LEXICON_SCORES = ("pos", "neg", "neu", "compound")
 
@@ -38,8 +38,8 @@ LEXICON_SCORES = ("pos", "neg", "neu", "compound")
 class SentiBankSentiStrengthConfig(BaselineConfig):
     """
     Args:
-        phrases: (phrase, sentiment) of each adjective-noun pair, as `clip_concepts.read_phrases` gives them; without
-            any the picture's features are those of the vision encoder.
+        phrases: (phrase, sentiment) of each adjective-noun pair, as `clip_concepts.read_phrases` returns them. If
+            empty, the image features are those of the vision encoder.
     """
 
     model_type = "sentibank-sentistrength"
@@ -55,7 +55,7 @@ class SentiBankSentiStrengthConfig(BaselineConfig):
     def check_values(self) -> None:
         super().check_values()
         if self.phrases and self.clip_config is None:
-            raise ValueError("phrases are compared with the picture by CLIP: give a clip_config, or a clip_model.")
+            raise ValueError("phrases need a CLIP model: give clip_config or clip_model.")
 
 
 @cache
@@ -66,13 +66,13 @@ def _analyzer() -> Any:
 
 
 def lexicon_scores(texts: Sequence[str]) -> Tensor:
-    """VADER's scores (batch, 4) of texts: three shares in [0, 1], and the compound in [-1, 1]."""
+    """VADER's scores (batch, 4): three shares in [0, 1] and the compound in [-1, 1]."""
     scored = [_analyzer().polarity_scores(text) for text in texts]
     return torch.tensor([[scores[name] for name in LEXICON_SCORES] for scores in scored])
 
 
 class LexiconCollator:
-    """Another collator's batch with `lexicon_scores` of the rows' texts."""
+    """Add `lexicon_scores` of the texts to the batch of another collator."""
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
@@ -82,7 +82,7 @@ class LexiconCollator:
 
 
 class Standardise(nn.Module):
-    """Each feature to mean 0 and variance 1 by all that was seen in training; one that never varies becomes 0."""
+    """Scale features to mean 0 and variance 1 by running statistics over all training batches; constants become 0."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -91,8 +91,8 @@ class Standardise(nn.Module):
         self.register_buffer("variance", torch.ones(size))
 
     @torch.no_grad()
-    def take_in(self, features: Tensor) -> None:
-        """Add a batch (batch, size) to the mean and variance of all before it."""
+    def update(self, features: Tensor) -> None:
+        """Add a batch (batch, size) to the running statistics."""
         count, mean = self.count + len(features), features.mean(dim=0)
         share, shift = len(features) / count, mean - self.mean
         variance = features.var(dim=0, correction=0)
@@ -102,12 +102,16 @@ class Standardise(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         if self.training:
-            self.take_in(features)
+            self.update(features)
         return (features - self.mean) / self.variance.clamp(min=1e-8).sqrt()
 
 
 class SentiBankSentiStrength(BaselineForSequenceClassification):
-    """y = W standardised([concepts of the picture ; scores of the text]) + b."""
+    """y = W standardised([image concepts ; text scores]) + b.
+
+    Settings of the original: no training on three classes is published. A plausible choice [A] is Adam at a constant
+    0.01, weight decay 0.001, batch 512, about 200 steps (25 epochs of MVSA-Single).
+    """
 
     config_class = SentiBankSentiStrengthConfig
     label = "SentiBank&SentiStrength-proxy (image features + VADER, LR)"
@@ -140,7 +144,7 @@ class SentiBankSentiStrength(BaselineForSequenceClassification):
         return super().encode(backbone, inputs, attention_mask)
 
     def train(self, mode: bool = True) -> SentiBankSentiStrength:
-        """Switch to training or evaluation mode; the encoders are frozen in both, after a reload as well."""
+        """Switch to training or evaluation mode; the encoders stay frozen in both, also after a reload."""
         for encoder in self.backbones().values():
             encoder.requires_grad_(False)
         return super().train(mode)
@@ -174,24 +178,25 @@ class SentiBankSentiStrength(BaselineForSequenceClassification):
         clip_image_features: Tensor | None = None,
         **extras: Any,
     ) -> Scores:
-        """
+        """Classify the standardised features.
+
         Args:
-            lexicon_scores: (batch, 4), from the function of that name.
-            clip_pixel_values, clip_image_features: With phrases, one of them; the second is what
-                `encode("clip.vision", ...)` returned before.
+            lexicon_scores: (batch, 4), output of the function `lexicon_scores`.
+            clip_pixel_values, clip_image_features: With phrases, one of the two; the second is the output of
+                `encode("clip.vision", ...)`.
         """
         if lexicon_scores is None:
-            raise ValueError("This system reads lexicon_scores, which the function of that name makes of texts.")
+            raise ValueError("This system needs lexicon_scores, the output of the function of that name.")
         if self.config.phrases:
-            concepts = self.concepts(self.clip_picture(clip_pixel_values, clip_image_features))
+            concepts = self.concepts(self.clip_image(clip_pixel_values, clip_image_features))
         else:
             concepts = feature_map.mean(dim=(2, 3))
         fused = self.standardise(torch.cat([concepts, lexicon_scores.to(concepts.dtype)], dim=-1))
         return Scores(self.classifier(fused), fused)
 
-    def clip_picture(self, clip_pixel_values: Tensor | None, clip_image_features: Tensor | None) -> Tensor:
+    def clip_image(self, clip_pixel_values: Tensor | None, clip_image_features: Tensor | None) -> Tensor:
         if clip_image_features is None and clip_pixel_values is None:
-            raise ValueError("With phrases this system reads pictures by CLIP: give clip_pixel_values.")
+            raise ValueError("With phrases this system needs clip_pixel_values.")
         if clip_image_features is None:
             clip_image_features = self.concepts.encode_image(clip_pixel_values)
         return clip_image_features[:, 0].to(self.classifier.weight.dtype)

@@ -1,14 +1,16 @@
 """What the other systems of the paper's Table III share: the config, the two encoders and the loss.
 
-A system is a subclass of `BaselineForSequenceClassification` that turns the encoders' states into `Scores`; its
-`label`, `fidelity`, `substitutions` and `published` say what stands in a table beside its results:
+A system is a subclass of `BaselineForSequenceClassification` that turns the encoders' outputs into `Scores`. Its class
+attributes are shown in the tables:
 
-    fidelity    A: follows official code; B: structure known, sizes assumed; C: a proxy
-    published   accuracy and F1 of the paper's Table III in percent, copied: mixed splits, and mixed kinds of F1
+    label           name of the row
+    fidelity        A: follows official code; B: known structure, assumed sizes; C: a proxy
+    substitutions   what differs from the original
+    published       accuracy and F1 of the paper's Table III in percent, from mixed splits and mixed kinds of F1
 
-In the docstrings [V] marks what was read in a public source, [R] what is commonly said of the system and could not be
-confirmed, [A] our assumption. Axis names and masks are those of `modeling_clipcacg.py`. The originals mostly have no
-padding masks; here padding is masked everywhere.
+In the docstrings, [V] marks what we verified in a public source, [R] what is commonly reported but could not be
+confirmed, and [A] our assumption. Axis names and masks are those of `modeling_clipcacg.py`. Most originals do not mask
+padding; here padding is masked everywhere.
 """
 
 from __future__ import annotations
@@ -30,18 +32,17 @@ from clipcacg.modeling_clipcacg import (
     dry_run,
     encoder_mask,
 )
-
-from . import word_vectors  # noqa: F401  the Auto classes are to know word vectors as a text encoder
+from clipcacg.scripts.baselines import word_vectors  # noqa: F401  registers the word-vector encoder with the Auto classes
 
 
 class BaselineConfig(ClipCaCgConfig):
-    """The fields that every system has; each adds its own.
+    """Fields that every system has; subclasses add their own.
 
     Args:
         hidden_size: Width of the system's own layers.
-        num_attention_heads: For systems with several; must divide `hidden_size`.
+        num_attention_heads: Attention heads of the systems that use several; must divide `hidden_size`.
         dropout: Dropout probability of the system's own layers, in [0, 1).
-        **kwargs: The encoders and the loss, as in `ClipCaCgConfig`. CLIP is left out unless a system asks for it.
+        **kwargs: Fields of the encoders and the loss, as in `ClipCaCgConfig`. CLIP is left out by default.
     """
 
     model_type = "clipcacg-baseline"
@@ -59,27 +60,23 @@ class BaselineConfig(ClipCaCgConfig):
         super().__init__(clip_config=clip_config, clip_mode=clip_mode, **sizes, **kwargs)
 
     def at_least_one(self, *names: str) -> None:
-        """Refuse a count below 1.
-
-        Raises:
-            ValueError: The message names the field.
-        """
+        """Raise a ValueError that names the first of these fields that is below 1."""
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `config.json` alone: the code that a CLIP-CA-CG checkpoint carries is not the code of this system."""
+        """Write `config.json` alone: the model code of a CLIP-CA-CG checkpoint does not belong to this system."""
         PreTrainedConfig.save_pretrained(self, save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 class Scores(NamedTuple):
-    """What a system makes of a batch.
+    """A system's output for a batch.
 
     Args:
-        logits: (batch, labels), the decision.
-        fused: (batch, width), what the decision was made from.
-        branches: Logits, of the same shape, that single branches give on their own.
+        logits: (batch, labels).
+        fused: (batch, width), input of the classifier.
+        branches: Logits (batch, labels) of single branches, for systems that train them separately.
     """
 
     logits: Tensor
@@ -88,7 +85,7 @@ class Scores(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """The states of any text encoder, word vectors included, or those that a cache kept."""
+    """Last hidden state of any text encoder, word vectors included, or cached features in its place."""
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__()
@@ -98,21 +95,21 @@ class TextEncoder(nn.Module):
     def forward(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, text_features: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """To the states (batch, text_len, width) and the bool mask (batch, text_len)."""
+        """Return the states (batch, text_len, width) and the bool mask (batch, text_len)."""
         if text_features is not None:
             return text_features.to(self.backbone.dtype), as_mask(attention_mask, text_features[..., 0])
         if input_ids is None:
-            raise ValueError("This system reads texts: give input_ids or text_features.")
+            raise ValueError("This system reads text: give input_ids or text_features.")
         mask = as_mask(attention_mask, input_ids)
         return self.encode(input_ids, mask), mask
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """(batch, text_len) to the encoder's last hidden state, which a cache may keep."""
+        """Return the encoder's last hidden state (batch, text_len, width), which may be cached."""
         return self.backbone(input_ids=input_ids, attention_mask=encoder_mask(mask)).last_hidden_state
 
 
 class ImageEncoder(nn.Module):
-    """The feature map of any vision encoder, or the one that a cache kept."""
+    """Last feature map of any vision encoder, or cached features in its place."""
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__()
@@ -122,20 +119,20 @@ class ImageEncoder(nn.Module):
             self.backbone.set_submodule(name, nn.Identity())
 
     def forward(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
-        """To the feature map (batch, channels, height, width)."""
+        """Return the feature map (batch, channels, height, width)."""
         if image_features is not None:
             return image_features.to(self.backbone.dtype)
         if pixel_values is None:
-            raise ValueError("This system reads pictures: give pixel_values or image_features.")
+            raise ValueError("This system reads images: give pixel_values or image_features.")
         return self.encode(pixel_values)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """A picture to the encoder's last feature map, which a cache may keep."""
+        """Return the encoder's last feature map (batch, channels, height, width), which may be cached."""
         return self.backbone(pixel_values.to(self.backbone.dtype)).last_hidden_state
 
 
 class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
-    """A system of Table III: the encoders, what the subclass makes of their states, and the loss of our own model."""
+    """Base class of the systems: text encoder, vision encoder, the subclass's `score`, and our own model's loss."""
 
     config: BaselineConfig
     config_class = BaselineConfig
@@ -189,17 +186,17 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
 
         Args:
             input_ids: (batch, text_len), token ids of the text encoder.
-            attention_mask: (batch, text_len), 1 for a real token, 0 for padding; left out: no padding.
-            pixel_values: (batch, channels, height, width), the picture as the vision encoder wants it.
-            text_features: (batch, text_len, width), the text encoder's last hidden state. It stands for `input_ids`,
-                and the encoder is not run.
-            image_features: (batch, channels, height, width), the vision encoder's; likewise for `pixel_values`.
-            labels: (batch,) class indices.
+            attention_mask: (batch, text_len), 1 for a real token, 0 for padding; None means no padding.
+            pixel_values: (batch, channels, height, width), preprocessed images.
+            text_features: (batch, text_len, width), the text encoder's last hidden state, in place of `input_ids`.
+            image_features: (batch, channels, height, width), the vision encoder's last feature map, in place of
+                `pixel_values`.
+            labels: (batch,), class indices.
             return_dict: False returns a tuple of the fields that are not None.
-            **extras: What a single system takes beside these, named at its `score`; it ignores the others.
+            **extras: Inputs of single systems, documented at their `score`; other systems ignore them.
 
         Returns:
-            `ClipCaCgClassifierOutput`, of which loss, logits and `fused_embeds` are filled.
+            `ClipCaCgClassifierOutput` with `loss`, `logits` and `fused_embeds`.
 
         Raises:
             ValueError: If an input that the system reads is missing.
@@ -214,15 +211,15 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def score(self, words: Tensor | None, mask: Tensor | None, feature_map: Tensor | None, **extras: Any) -> Scores:
-        """The system's own equations.
+        """Compute the system's own equations.
 
         Args:
-            words: (batch, text_len, width), or None for a system without a text encoder.
-            mask: (batch, text_len), bool, likewise.
-            feature_map: (batch, channels, height, width), or None for a system without a vision encoder.
+            words: (batch, text_len, width); None without a text encoder.
+            mask: (batch, text_len), bool; None without a text encoder.
+            feature_map: (batch, channels, height, width); None without a vision encoder.
         """
         raise NotImplementedError
 
     def training_loss(self, scores: Scores, labels: Tensor) -> Tensor:
-        """The loss of the task on the decision, unless a system trains its branches."""
+        """Loss of the logits; systems that train their branches override it."""
         return self.task_loss(scores.logits, labels)

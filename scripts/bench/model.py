@@ -206,7 +206,7 @@ def padding(setting: Setting) -> dict[str, Figure]:
 def modes(setting: Setting) -> dict[str, Figure]:
     """A forward pass in inference mode against the same pass done differently; above 1 is faster."""
     model, inputs = make_model(setting), make_inputs(setting, text_lengths(setting.batch_size))
-    encoder = model.model.image_branch.encoder
+    encoder = model.backbones()["vision"]
     last = {**inputs, "pixel_values": inputs["pixel_values"].to(memory_format=torch.channels_last)}
     compiled = torch.compile(model)
     plain, channels_last = partial(model, **inputs), partial(model, **last)

@@ -24,7 +24,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from clipcacg.scripts.data.drawing import draw_picture, write_tweet
+from clipcacg.scripts.data.drawing import draw_image, write_tweet
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.reporting.explanation import (
     Explanation,
@@ -222,14 +222,14 @@ def image_panel(label: str) -> gr.Image:
     """A marked image of the answer."""
     alt_text = f"The marked image: {label}"
     return gr.Image(
-        label=label, alt_text=alt_text, interactive=False, buttons=["fullscreen"], min_width=140, height=260
+        label=label, alt_text=alt_text, interactive=False, buttons=["fullscreen"], min_width=240, height=260
     )
 
 
 def draw_example() -> tuple[Image.Image, str]:
-    """A drawn post that nobody has seen before."""
+    """Draw a new random post."""
     rng = Random()
-    return draw_picture(rng.randrange(3), rng), write_tweet(rng.randrange(3), rng).strip()
+    return draw_image(rng.randrange(3), rng), write_tweet(rng.randrange(3), rng).strip()
 
 
 def build_demo(checkpoint: str, trust_remote_code: bool = False) -> gr.Blocks:

@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from inputs import TRANSFORMER, make_inputs
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, HfArgumentParser
+from transformers import AutoModelForSequenceClassification
 
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.baselines import SYSTEMS
@@ -18,7 +17,7 @@ from clipcacg.scripts.baselines.sentibank_sentistrength import LexiconCollator
 from clipcacg.scripts.baselines.shared import BaselineForSequenceClassification
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.loading import DataArguments, load_posts
-from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
+from clipcacg.scripts.training.arguments import RecipeArguments
 from clipcacg.scripts.training.trainer import SentimentTrainer
 
 Inputs = dict[str, Tensor]
@@ -29,7 +28,6 @@ TRAINED_SIZES = {
     "clmlf": {"hidden_size": 48, "image_layers": 1, "fusion_layers": 1},
     "cnn_multi": {"hidden_size": 64},
 }
-PRESETS = Path(__file__).parents[2] / "scripts" / "baselines" / "presets"
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SYSTEMS}
 VARIANTS |= {
@@ -212,20 +210,6 @@ def test_what_a_table_prints() -> None:
 def test_what_cannot_be_built_is_refused(system: str, fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         SYSTEMS[system].config_class(**fields)
-
-
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_presets_are_flags_and_fields(system: str) -> None:
-    preset = yaml.safe_load((PRESETS / f"{system}.yaml").read_text(encoding="utf-8"))
-    fields = preset.pop("config", {})
-    config = SYSTEMS[system].config_class(**fields)
-    own = SYSTEMS[system].config_class().to_dict()
-    assert fields.keys() <= own.keys() and all(getattr(config, name) == value for name, value in fields.items())
-    parser = HfArgumentParser((ModelArguments, DataArguments, RecipeArguments))
-    assert preset.keys() <= {action.dest for action in parser._actions}
-    assert preset["output_dir"].endswith(system)
-    needed = {f"{part}_model" for part in config.encoders}
-    assert needed | {"vision_model"} <= preset.keys()  # the picture's processor is always wanted
 
 
 @pytest.mark.slow

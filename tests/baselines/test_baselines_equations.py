@@ -202,7 +202,7 @@ def test_clmlf_fusion(features: dict[str, Tensor]) -> None:
     model = make("clmlf", num_attention_heads=4)
     for (text, cells), got in zip(posts(features), model(**features).fused_embeds, strict=True):
         cells_in, picture = F.gelu(linear(model.cell_projection[0], cells)), cells.mean(0)
-        picture = F.gelu(linear(model.picture_projection[0], picture)).unsqueeze(0)
+        picture = F.gelu(linear(model.pooled_projection[0], picture)).unsqueeze(0)
         states = torch.cat([picture, cells_in]).unsqueeze(0)
         for layer in model.image_layers.layers:
             states = layer(states)

@@ -11,8 +11,13 @@ from transformers import AutoModel, AutoTokenizer
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.baselines import SYSTEMS
 from clipcacg.scripts.baselines.logistic_regression import fit, majority, pooled_features
-from clipcacg.scripts.baselines.word_vectors import WordVectors, WordVectorsConfig
-from clipcacg.scripts.make_word_vectors import main, words_of_posts, write_word_vectors
+from clipcacg.scripts.baselines.word_vectors import (
+    WordVectors,
+    WordVectorsConfig,
+    words_of_posts,
+    write_word_vectors,
+)
+from clipcacg.scripts.make_word_vectors import main
 
 WORDS = ["i", "love", "do", "n't", "'s", "sunday", ":)", "&", "co-op", "ca", "it", "..."]
 

@@ -92,9 +92,16 @@ def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
 def test_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, sizes in (("POSTS", [4, 8]), ("BATCHES", [1, 2]), ("LENGTHS", [8, 16])):
         monkeypatch.setattr(sys.modules[exponent.__module__], name, sizes)
-    done = ("fusion", "fusion_bf16", "padding", "cache", "images", "prediction")
-    figures = run(tmp_path / "bench.json", *[name for name in SECTIONS if name not in done])
-    names = {"fusion_overhead_train_bf16_compiled", "peak_memory_ratio", "bf16_speedup", "growth_batch"}
-    assert names | {"predict_memory_growth", "two_process_speedup"} <= set(figures)
+    others = ("memory", "onnx", "growth", "memory_of_prediction", "processes")
+    figures = run(tmp_path / "bench.json", *others)
+    assert {"peak_memory_ratio", "growth_batch", "predict_memory_growth", "two_process_speedup"} <= figures.keys()
     assert figures.get("onnx_difference", 0) < 1e-4
     assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("section", ["fusion_bf16_compiled", "modes"])
+def test_what_is_compiled(tmp_path: Path, section: str) -> None:
+    figures = run(tmp_path / "bench.json", section)
+    assert {"fusion_overhead_train_bf16_compiled", "compile_speedup"} & figures.keys()

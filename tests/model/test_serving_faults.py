@@ -1,7 +1,6 @@
 """Many requests at once, some of them bad: each gets its own answer, and memory stays flat."""
 
 import gc
-import json
 import os
 import random
 import resource
@@ -15,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from inputs import free_port, upload, wait_for
+from inputs import ask_page, free_port, upload, wait_for
 from transformers import pipeline
 
 from clipcacg.pipeline_clipcacg import ImageTextSentimentPipeline
@@ -60,7 +59,7 @@ def mixed(good: list[Any], bad: list[Any]) -> list[tuple[str, int]]:
 
 
 def answer(sentiment: ImageTextSentimentPipeline, post: Any) -> Any:
-    """Labels with their scores, or class and message of an error of ours."""
+    """Labels with their scores, or class and message of an error that the project raises."""
     try:
         return {entry["label"]: entry["score"] for entry in sentiment(post)}
     except (OSError, TypeError, ValueError) as error:
@@ -138,7 +137,7 @@ def page(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     try:
         wait_for(url, process, folder / "log")
         yield url, process.pid
-        assert "scripts/" not in (folder / "log").read_text()  # no traceback passed through code of ours
+        assert "scripts/" not in (folder / "log").read_text()  # no traceback of the project
     finally:
         process.kill()
         process.wait()
@@ -149,21 +148,12 @@ def ask(client: Any, url: str, image: Any, text: Any) -> Any:
 
     A request that a full queue refuses is repeated a little later.
     """
-    while True:
-        response = client.post(f"{url}/gradio_api/call/explain", json={"data": [image, text]})
-        if response.status_code != 503:
-            break
-        assert "queue is full" in response.text.lower()
+    while (found := ask_page(url, image, text, client)) == "HTTP 503":
         turned_away.append(text)
         time.sleep(random.random())
-    if response.status_code != 200:
-        return f"HTTP {response.status_code}"
-    stream = client.get(f"{url}/gradio_api/call/explain/{response.json()['event_id']}").text
-    *_, last = [part for part in stream.strip().split("\n\n") if "heartbeat" not in part]
-    event, data = (line.partition(": ")[2] for line in last.split("\n"))
-    if event != "complete":
-        return (json.loads(data) or {}).get("error") or "no sentence"
-    label, words, *_ = json.loads(data)
+    if isinstance(found, str):
+        return found
+    label, words, *_ = found
     scores = {entry["label"]: entry["confidence"] for entry in label["confidences"]}
     return scores | {f"{n} {word['token']}": word["class_or_confidence"] for n, word in enumerate(words)}
 

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from inputs import free_port, upload, wait_for
+from inputs import ask_page, free_port, upload, wait_for
 from PIL import Image
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
@@ -108,19 +108,8 @@ def elsewhere() -> Iterator[tuple[str, list[str]]]:
     httpd.server_close()
 
 
-def ask(url: str, image: Any, text: Any) -> Any:
-    """What the page answers: the values of its panels, or the sentence of its error."""
-    response = httpx.post(f"{url}/gradio_api/call/explain", json={"data": [image, text]}, timeout=60)
-    if response.status_code != 200:
-        return f"HTTP {response.status_code}"
-    stream = httpx.get(f"{url}/gradio_api/call/explain/{response.json()['event_id']}", timeout=120).text
-    *_, last = [part for part in stream.strip().split("\n\n") if "heartbeat" not in part]
-    event, data = (line.partition(": ")[2] for line in last.split("\n"))
-    return json.loads(data) if event == "complete" else (json.loads(data) or {}).get("error") or "no sentence"
-
-
 def test_a_post_is_answered(server: str, checkpoint: Path, posts: Path) -> None:
-    label, words, *_ = ask(server, upload(server, posts / "good.jpg"), TEXT)
+    label, words, *_ = ask_page(server, upload(server, posts / "good.jpg"), TEXT)
     inputs = ClipCaCgProcessor.from_pretrained(checkpoint)(images=posts / "good.jpg", text=TEXT, return_tensors="pt")
     model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint)
     expected = model(**inputs).logits.softmax(dim=-1)[0]
@@ -141,19 +130,19 @@ def test_a_post_is_answered(server: str, checkpoint: Path, posts: Path) -> None:
     ],
 )
 def test_a_bad_file_gets_one_sentence(server: str, posts: Path, name: str, sentence: str) -> None:
-    answer = ask(server, upload(server, posts / name), TEXT)
+    answer = ask_page(server, upload(server, posts / name), TEXT)
     assert sentence in answer and "\n" not in answer and len(answer) < 200
     assert "Traceback" not in answer and "/" not in answer.replace("/b", "")  # no path of the server's
 
 
 def test_a_missing_part_gets_one_sentence(server: str, posts: Path) -> None:
     image = upload(server, posts / "good.jpg")
-    assert ask(server, None, TEXT) == "This model needs an image."
-    assert ask(server, image, " \n") == "This model needs a text."
-    assert ask(server, image, "a" * 2001) == "The text has 2001 characters; the limit is 2000."
-    assert ask(server, image, {"text": "a"}) == "The text must be a string."
+    assert ask_page(server, None, TEXT) == "This model needs an image."
+    assert ask_page(server, image, " \n") == "This model needs a text."
+    assert ask_page(server, image, "a" * 2001) == "The text has 2001 characters; the limit is 2000."
+    assert ask_page(server, image, {"text": "a"}) == "The text must be a string."
     Path(image["path"]).unlink()
-    assert ask(server, image, TEXT) == "The image has been deleted: please add it again."
+    assert ask_page(server, image, TEXT) == "The image has been deleted: please add it again."
 
 
 def test_graded_words() -> None:
@@ -177,14 +166,14 @@ def test_no_other_file_is_opened(server: str, posts: Path) -> None:
     mark = {"meta": {"_type": "gradio.FileData"}}
     own = upload(server, posts / "good.jpg")["path"]
     for path in (str(posts / "good.jpg"), f"{own}/../../../../{posts}/good.jpg", "/etc/passwd", "good.jpg"):
-        assert ask(server, {"path": path, **mark}, TEXT) == "no sentence"
-    assert ask(server, {"path": f"file://{posts}/good.jpg", **mark}, TEXT) == "HTTP 403"
-    assert ask(server, {"path": f"file:{posts}/good.jpg", **mark}, TEXT) == "no sentence"
+        assert ask_page(server, {"path": path, **mark}, TEXT) == "no sentence"
+    assert ask_page(server, {"path": f"file://{posts}/good.jpg", **mark}, TEXT) == "HTTP 403"
+    assert ask_page(server, {"path": f"file:{posts}/good.jpg", **mark}, TEXT) == "no sentence"
     for path in (str(posts / "good.jpg"), "/etc/passwd", f"{own}/../../../../{posts}/good.jpg", "", "."):
         # Without its mark Gradio does not look at a file's path.
-        assert ask(server, {"path": path}, TEXT) == "Only images that were added here are read."
+        assert ask_page(server, {"path": path}, TEXT) == "Only images that were added here are read."
     for image in ({"url": "/etc/passwd", **mark}, "/etc/passwd", [own], 7, {}):
-        assert isinstance(ask(server, image, TEXT), str)
+        assert isinstance(ask_page(server, image, TEXT), str)
     for path in ("/etc/passwd", str(posts / "good.jpg"), "..%2f..%2fetc/passwd", f"file://{posts}/good.jpg"):
         assert httpx.get(f"{server}/gradio_api/file={path}").status_code in (403, 404)
 
@@ -195,13 +184,13 @@ def test_no_address_is_fetched(server: str, posts: Path, elsewhere: tuple[str, l
     good = upload(server, posts / "good.jpg")
     metadata = "http://169.254.169.254/latest/meta-data"
     for target in (f"{address}/a.png", metadata, "https://example.com/a.png", "ftp://example.com/a.png"):
-        assert ask(server, {"path": target, **mark}, TEXT) == "HTTP 403"
-        assert ask(server, good, {"path": target, **mark}) == "HTTP 403"
+        assert ask_page(server, {"path": target, **mark}, TEXT) == "HTTP 403"
+        assert ask_page(server, good, {"path": target, **mark}) == "HTTP 403"
         # Gradio itself turns private addresses away here, with words of its own.
         assert httpx.get(f"{server}/gradio_api/file={target}").text == "Not allowed here."
         assert httpx.get(f"{server}/gradio_api/proxy={target}").status_code == 403
         # Beside an upload of one's own an address changes nothing.
-        assert isinstance(ask(server, {**good, "url": target}, TEXT), list)
+        assert isinstance(ask_page(server, {**good, "url": target}, TEXT), list)
     escaped = json.dumps({"data": [{"path": metadata, **mark}, TEXT]}).replace("http", "\\u0068ttp")
     for route in ("call/explain", "run/explain", "api/explain", "queue/join"):
         assert httpx.post(f"{server}/gradio_api/{route}", content=escaped).status_code == 403
@@ -252,7 +241,7 @@ def test_one_modality_alone(backbones: Path, posts: Path, tmp_path: Path, modali
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
     try:
         image = upload(url.rstrip("/"), posts / "good.jpg") if modality == "image" else None
-        label, *_ = ask(url.rstrip("/"), image, TEXT if modality == "text" else None)
+        label, *_ = ask_page(url.rstrip("/"), image, TEXT if modality == "text" else None)
         float(label["label"])
     finally:
         page.close()
@@ -272,7 +261,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(params=[(1280, 900), (375, 812)], ids=["desktop", "phone"])
 def page(request: pytest.FixtureRequest, browser: Any, server: str) -> Iterator[Any]:
-    """The demo in a new window. Whatever a test does there, it must not ask other servers or run scripts of a text."""
+    """The demo in a new window, which must not contact other servers or run scripts of a text."""
     width, height = request.param
     context = browser.new_context(viewport={"width": width, "height": height})
     page, asked, shouted = context.new_page(), [], []
@@ -287,9 +276,16 @@ def page(request: pytest.FixtureRequest, browser: Any, server: str) -> Iterator[
     context.close()
 
 
+def wait_for_images(page: Any) -> None:
+    """Wait for four marked images; the browser loads the last one only once it is in view."""
+    last = page.get_by_alt_text("The marked image").nth(3)
+    last.evaluate("element => element.scrollIntoView()", timeout=60_000)
+    last.wait_for(timeout=60_000)
+
+
 def check_answer(page: Any, tmp_path: Path) -> None:
     """A label, the words as they were typed, and four marked images."""
-    page.get_by_alt_text("The marked image").nth(3).wait_for(timeout=60_000)
+    wait_for_images(page)
     assert page.locator("[data-testid=label-output-value]").inner_text() in ("negative", "neutral", "positive")
     for words in page.locator(".textfield").all():
         assert words.inner_text().split() == TEXT.split()
@@ -345,4 +341,4 @@ def test_bad_files_and_examples(page: Any, posts: Path, tmp_path: Path) -> None:
     page.get_by_role("button", name="Draw an example").click()
     page.locator("img[src*='image.webp']").wait_for()
     page.get_by_role("button", name="Analyze").click()
-    page.get_by_alt_text("The marked image").nth(3).wait_for(timeout=60_000)
+    wait_for_images(page)

@@ -91,7 +91,7 @@ def test_attention_is_that_of_the_model(explained: dict, make: Callable, image: 
         torch.testing.assert_close(
             torch.from_numpy(attention.regions.weights.ravel()).float(), mean[first : first + 16]
         )
-        # The second word is "@anna:", whatever pieces it is in; the markers around the text are left out.
+        # The second word is "@anna:", split into several tokens; markers around the text are left out.
         name = "clip_input_ids" if mode == "encoder" else "input_ids"
         owners = find_words(processor, TEXT, inputs)[1][name]
         words = mean[first + 16 :]

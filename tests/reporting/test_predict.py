@@ -40,7 +40,9 @@ def test_one_post_on_the_command_line(checkpoint: Path, posts_folder: Path, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_in_order_whatever_the_workers(checkpoint: Path, posts_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_stays_in_order_with_any_number_of_workers(
+    checkpoint: Path, posts_folder: Path, tmp_path: Path
+) -> None:
     for name, more in (("a", ["--num_workers", "0"]), ("b", ["--num_workers", "2", "--batch_size", "7"])):
         predict([str(checkpoint), "--input", str(posts_folder), "--output", str(tmp_path / name), *more])
     first, second = lines(tmp_path / "a"), lines(tmp_path / "b")
