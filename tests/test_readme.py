@@ -15,10 +15,8 @@ from clipcacg.scripts.tables.rendering import RUNS_FILE, read_lines, select
 from clipcacg.scripts.tables.rows import ROWS, parse, short_hash
 
 ROOT = Path(__file__).parent.parent
-README, COMMANDS_PAGE, RESULTS_PAGE = (
-    (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "scripts/README.md", "scripts/results/README.md")
-)
+PAGES = ("README.md", "scripts/README.md", "scripts/results/README.md")
+README, COMMANDS_PAGE, RESULTS_PAGE = ((ROOT / name).read_text(encoding="utf-8") for name in PAGES)
 CODE = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [
     line
