@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from clipcacg.scripts.baselines import SYSTEMS
-from clipcacg.scripts.data import mvsa
+from clipcacg.scripts.data import splitting
 from clipcacg.scripts.tables import rows as comparison
 from clipcacg.scripts.tables import runs as reproduce
 from clipcacg.scripts.tables.rendering import PREDICTIONS_FILE, RUNS_FILE, read_lines
@@ -270,7 +270,7 @@ def test_folds_are_runs_of_one_section(
     ids = sorted(path.stem for path in (posts_folder / "data").glob("*.txt"))
     folds = [{"validation": ids[k : k + 10], "test": ids[k + 10 : k + 20]} for k in range(0, 100, 10)]
     (tmp_path / "mvsa_single_cheema.json").write_text(json.dumps({"folds": folds}))
-    monkeypatch.setattr(mvsa, "SPLITS_FOLDER", tmp_path)
+    monkeypatch.setattr(splitting, "PUBLISHED_SPLITS", tmp_path)
     more = ["--splits", "cheema", "--folds", "2-3", "--rows", "majority", "regression_text"]
     reproduce.main([*flags, *more])
     found = lines(tmp_path)
