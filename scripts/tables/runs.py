@@ -49,25 +49,23 @@ from clipcacg.scripts.baselines import SYSTEMS
 from clipcacg.scripts.baselines.logistic_regression import CHOICES, fit, majority, pooled_features
 from clipcacg.scripts.baselines.sentibank_sentistrength import LexiconCollator, SentiBankSentiStrength
 from clipcacg.scripts.data.collator import PostCollator
+from clipcacg.scripts.data.errors import set_up_logging
 from clipcacg.scripts.data.features import add_digests, cache_features
 from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts, one_sentence
 from clipcacg.scripts.reporting.run_facts import hardware_name
 from clipcacg.scripts.tables.rendering import PREDICTIONS_FILE, RUNS_FILE, append_line, read_lines, write_tables
 from clipcacg.scripts.tables.rows import ROWS, WORD_VECTORS, ReproduceArguments, Settings, folds_of, parse, short_hash
 from clipcacg.scripts.training.metrics import load_metric, score
+from clipcacg.scripts.training.record import data_kind, split_name, split_settings
 from clipcacg.scripts.training.run import (
     adapt_to_data,
     backbone_names,
     build,
     compute_features,
-    data_kind,
     label_fields,
     limit_and_freeze,
     make_trainer,
     set_loss,
-    set_up_logging,
-    split_name,
-    split_settings,
 )
 
 logger = logging.getLogger(__name__)

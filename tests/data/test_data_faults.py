@@ -16,14 +16,12 @@ from PIL import Image
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from clipcacg.scripts import predict
+from clipcacg.scripts import evaluate_checkpoint, predict, train
 from clipcacg.scripts.data import load_mvsa, load_posts, mvsa, split_mvsa
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.reporting import predictions
-from clipcacg.scripts.training import evaluation as evaluate_checkpoint
-from clipcacg.scripts.training import run as train
 
 # The same examples on every machine, however slow it is.
 FIXED = settings(

@@ -17,13 +17,13 @@ import clipcacg.scripts
 from clipcacg import processing_clipcacg
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts import train
 from clipcacg.scripts.data import collator, load_posts
 from clipcacg.scripts.data import features as feature_cache
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES, cache_features, key
 from clipcacg.scripts.data.loading import DataArguments
-from clipcacg.scripts.training import run as train
 
 MODES = {
     "encoder": {},

@@ -24,11 +24,10 @@ from safetensors.torch import load_file, save_file
 from clipcacg.configuration_clipcacg import AUTO_MAP
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from clipcacg.scripts import push_to_hub
+from clipcacg.scripts import push_to_hub, train
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.reporting import hub as hub_library
 from clipcacg.scripts.reporting.hub import check_secrets, push_checkpoint
-from clipcacg.scripts.training import run as train
 
 ROOT = Path(__file__).parents[2]
 TOKEN, STRANGER = "hf_" + "owner" * 7, "hf_" + "other" * 7
@@ -42,7 +41,7 @@ PUSHED = {
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content")  # huggingface_hub's own
 RUN = """
 import json, sys
-from clipcacg.scripts.training import run as train
+from clipcacg.scripts import train
 for arguments in json.loads(sys.argv[1]):
     try:
         train.main(arguments)

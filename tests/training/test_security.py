@@ -13,13 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import flags
+from inputs import flags
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel
-from clipcacg.scripts import predict
+from clipcacg.scripts import evaluate_checkpoint, predict, train
 from clipcacg.scripts.reporting.tables import escape_markdown, markdown_table
-from clipcacg.scripts.training import evaluation as evaluate_checkpoint
-from clipcacg.scripts.training import run as train
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted([*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py")])
