@@ -140,7 +140,8 @@ def cache_features(
     for column in sorted({FEATURES[name].column for name in frozen}):
         posts = datasets.DatasetDict({split: add_digests(dataset, column) for split, dataset in posts.items()})
     stores, training = {}, model.training
-    model = model.to(device).eval()
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` hides that it is a method
+    model.eval()
     for name in frozen:
         store_folder = (folder or CACHE_FOLDER) / key(model, processor, name, dtype)
         store_folder.mkdir(parents=True, exist_ok=True)

@@ -205,7 +205,7 @@ BAD = {
     "one byte": b"\xff",
     "NUL bytes": b"\0" * 4000,
     "page": b"<html>404</html>",
-    "text": "no picture".encode("utf-16"),
+    "text": "no image".encode("utf-16"),
     "JPEG header": JPEG[:300],
     "half a JPEG": JPEG[: len(JPEG) // 2],
     "half a PNG": PNG[: len(PNG) // 2],
