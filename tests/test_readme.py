@@ -11,7 +11,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from clipcacg.scripts.tables.rendering import RUNS_FILE, read_lines, select
+from clipcacg.scripts.tables.lines import RUNS_FILE, read_lines, select
 from clipcacg.scripts.tables.rows import ROWS, parse, short_hash
 
 ROOT = Path(__file__).parent.parent
