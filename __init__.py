@@ -4,7 +4,7 @@ Importing the package registers the model with transformers' Auto classes. A che
 registers itself: a second checkpoint, with other code, would then run the first one's classes.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoProcessor
 
@@ -13,7 +13,10 @@ from .modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel,
 from .pipeline_clipcacg import ImageTextSentimentPipeline
 from .processing_clipcacg import ClipCaCgProcessor
 
-__version__ = version("clipcacg")
+try:
+    __version__ = version("clipcacg")
+except PackageNotFoundError:  # a Space has the package's files beside its app.py, without an installation
+    __version__ = "unknown"
 
 if __name__ == "clipcacg":  # pytest also imports a checkout, as a package with the name of its folder
     AutoConfig.register(ClipCaCgConfig.model_type, ClipCaCgConfig)

@@ -1,6 +1,65 @@
-"""Train CLIP-CA-CG, test it, and leave a checkpoint that loads anywhere."""
+"""Train CLIP-CA-CG, test it, and leave a checkpoint that loads anywhere.
 
-from clipcacg.scripts.training.run import main
+    accelerate launch scripts/train.py      # the drawn sample, in a minute or two
+    accelerate launch scripts/train.py scripts/configs/mvsa_single.yaml --data_dir MVSA_Single
+    accelerate launch scripts/train.py --dataset_name posts.csv --text_column tweet --output_dir outputs/mine
+    accelerate launch scripts/train.py --push_to_hub --hub_model_id USER/NAME
+
+The flags override the defaults in the YAML file. Without a file these are `sample.yaml`, or the paper's recipe
+`mvsa_single.yaml` if the flags name data. `--help` lists all flags, those of `TrainingArguments` among them.
+"""
+
+import sys
+
+from transformers import enable_full_determinism, set_seed
+
+from clipcacg.scripts.data.errors import one_sentence, set_up_logging
+from clipcacg.scripts.data.loading import label_names
+from clipcacg.scripts.training.arguments import parse_arguments
+from clipcacg.scripts.training.record import complete_checkpoint
+from clipcacg.scripts.training.run import (
+    build,
+    compute_features,
+    evaluate_splits,
+    load_training_posts,
+    make_trainer,
+    push,
+    set_loss,
+    take_over_push,
+    where_to_resume,
+)
+from clipcacg.scripts.training.trainer import training_faults
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    with one_sentence(argv):
+        model_arguments, data_arguments, arguments = parse_arguments(argv, __doc__.partition("\n")[0])
+        set_up_logging(arguments.process_index == 0)
+        (enable_full_determinism if arguments.full_determinism else set_seed)(arguments.seed)
+        with training_faults(arguments.output_dir):
+            pushes, token = take_over_push(arguments)
+            posts = load_training_posts(model_arguments, data_arguments, arguments)
+            checkpoint = where_to_resume(arguments)
+            model, processor = build(model_arguments, data_arguments.is_sample, label_names(posts))
+            set_loss(model, arguments, model_arguments, posts["train"])
+            features = None
+            if model_arguments.cache_features:
+                with arguments.main_process_first(desc="computing features"):
+                    posts, features = compute_features(arguments, model_arguments, model, processor, posts)
+
+            trainer = make_trainer(arguments, model, processor, posts, features)
+            trained = trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model()
+            trainer.save_state()
+            trainer.save_metrics("train", trained.metrics)
+            results = evaluate_splits(trainer, posts)
+            if trainer.is_world_process_zero():
+                seconds, resumed = trained.metrics["train_runtime"], checkpoint is not None
+                complete_checkpoint(trainer, posts, results, (model_arguments, data_arguments), seconds, resumed)
+                if pushes:
+                    push(arguments, token)
+
 
 if __name__ == "__main__":
     main()

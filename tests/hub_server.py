@@ -1,9 +1,9 @@
-"""A small Hub on loopback that stores what is pushed to it: the part of the Hub's HTTP interface that our tests use.
+"""A small local Hub that stores pushes: the part of the Hub's HTTP interface that our tests use.
 
     with HubServer(folder, users={"hf_token": "user"}) as hub:
         ...  # a process with HF_ENDPOINT=hub.url and HF_HUB_DISABLE_XET=1 pushes to it and loads from it
 
-It does not know Xet storage, which clients that have hf_xet installed use unasked: hence HF_HUB_DISABLE_XET.
+It has no Xet storage, which clients with hf_xet use by default: hence HF_HUB_DISABLE_XET.
 """
 
 import base64
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-LFS_SUFFIXES, LFS_BYTES = (".safetensors", ".png"), 1_000_000  # such files are uploaded apart from the commit
+LFS_SUFFIXES, LFS_BYTES = (".safetensors", ".png"), 1_000_000  # such files are uploaded before the commit
 API = r"/api/(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
 PAGE = r"/((?P<kind>datasets|spaces)/)?(?P<name>[^/]+/[^/]+)"
 REVISION, PATH = r"(?P<revision>[^/]+)", r"(?P<path>.+)"
-# The function of the handler that answers, its method and its path.
+# Method of the handler: HTTP method and path.
 ROUTES = {
     "whoami": ("GET", "/api/whoami-v2"),
     "validate": ("POST", "/api/validate-yaml"),
@@ -39,14 +39,14 @@ ROUTES = {
 
 @dataclass
 class Repo:
-    """Branch to revision, and revision to path to hash: git's of a regular file, the sha256 of an LFS one."""
+    """Branch -> revision, and revision -> path -> hash: git's of a regular file, sha256 of an LFS file."""
 
     private: bool
     branches: dict[str, str] = field(default_factory=dict)
     revisions: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def commit(self, branch: str, files: dict[str, str], message: str) -> str:
-        """Make a revision whose name follows, as in git, from its files, its parent and its message."""
+        """Make a revision; as in git its name depends on its files, its parent and its message."""
         content = json.dumps([sorted(files.items()), self.branches.get(branch), message])
         revision = hashlib.sha1(content.encode()).hexdigest()
         self.revisions[revision], self.branches[branch] = files, revision
@@ -54,15 +54,15 @@ class Repo:
 
 
 class Refusal(Exception):
-    """Status, message and, where the client looks for it, the Hub's error code."""
+    """An error response: status, message and, if the client reads it, the Hub's error code."""
 
 
 class HubServer(ThreadingHTTPServer):
     """A context manager that runs the server in a thread.
 
     Args:
-        folder: Where the bytes go, one file a content, named by its hash.
-        users: Token to user name; a user may write to repositories of that name.
+        folder: Folder for the contents, one file each, named by its hash.
+        users: User name by token; a user may write to the repositories of that name.
     """
 
     def __init__(self, folder: Path, users: dict[str, str]) -> None:
@@ -82,7 +82,7 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def files(self, name: str, kind: str = "models", revision: str = "main") -> dict[str, bytes]:
-        """Path to content of all that a revision holds."""
+        """Contents of a revision by path."""
         repo = self.repos[kind, name]
         files = repo.revisions[repo.branches.get(revision, revision)]
         return {path: (self.folder / oid).read_bytes() for path, oid in files.items()}
@@ -94,7 +94,7 @@ class HubServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. Each function of `ROUTES` returns the JSON to answer, or None if it has answered itself."""
+    """One request. Each method in `ROUTES` returns the JSON of the answer, or None if it has sent one."""
 
     server: HubServer
     protocol_version = "HTTP/1.1"
@@ -139,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing: `requests` remembers."""
+        """Print nothing; `requests` lists the requests."""
 
     def check_owner(self, owner: str) -> None:
         if self.user != owner:

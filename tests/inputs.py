@@ -4,12 +4,15 @@ import json
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
+from PIL import Image
 
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 CLIP_MODES = ["encoder", "feature", "none"]
 
@@ -34,6 +37,36 @@ def make_inputs(lengths: list[int], clip_lengths: list[int], seed: int = 0) -> d
         "clip_attention_mask": clip_attention_mask,
         "clip_pixel_values": torch.randn(batch, 3, 32, 32, generator=generator),
     }
+
+
+def flags(posts: Path, backbones: Path, output: Path, *more: str) -> list[str]:
+    """Flags of `train.py`: the sample's config on a small data set of the same kind, two epochs."""
+    names = [word for part in ("text", "vision", "clip") for word in (f"--{part}_model", str(backbones / part))]
+    return [
+        str(SCRIPTS / "configs" / "sample.yaml"), "--data_dir", str(posts), "--output_dir", str(output), *names,
+        "--num_train_epochs", "2", "--overwrite_output_dir", "False", "--disable_tqdm", "True", "--hidden_size", "32",
+        "--num_attention_heads", "4", "--train_sampling_strategy", "group_by_length", *more,
+    ]  # fmt: skip
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """The scores that a training run left in its folder."""
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def table_of_images(folder: Path, label: Callable[[int], Any]) -> list[dict[str, Any]]:
+    """Forty rows with the columns photo, tweet and mood; the images are red and blue in turn.
+
+    Args:
+        folder: Where the images go.
+        label: Gives the mood of a red image, 0, and of a blue one, 1.
+    """
+    rows = []
+    for number in range(40):
+        colour = ("red", "blue")[number % 2]
+        Image.new("RGB", (40, 30), colour).save(folder / f"{number}.png")
+        rows.append({"photo": f"{number}.png", "tweet": f"a {colour} day {number}", "mood": label(number % 2)})
+    return rows
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""The README's commands and code do what they say."""
+"""The commands and the code of README.md and of the two pages it leads to do what they say."""
 
 import csv
 import importlib
@@ -15,54 +15,75 @@ from clipcacg.scripts.tables.lines import RUNS_FILE, read_lines, select
 from clipcacg.scripts.tables.rows import ROWS, parse, short_hash
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "scripts/README.md", "scripts/results/README.md")
+README, COMMANDS_PAGE, RESULTS_PAGE = ((ROOT / name).read_text(encoding="utf-8") for name in PAGES)
 CODE = re.findall(r"```python\n(.*?)```", README, re.S)
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = [
+    line
+    for page in (README, COMMANDS_PAGE, RESULTS_PAGE)
+    for block in re.findall(r"```bash\n(.*?)```", page, re.S)
+    for line in block.splitlines()
+]
+SCRIPT = re.compile(r"scripts/(\w+)\.py")
 INSTALLING = [command for command in COMMANDS if command.startswith("pip install")]
-TRAINING = [command for command in COMMANDS if "scripts/train.py" in command and command not in INSTALLING]
-# What needs a server, a browser, an extra or minutes is run by the tests of its name.
-OF_OTHER_TESTS = (
-    "push_to_hub.py", "demo.py", "reproduce.py", "benchmark.py", "export_onnx.py", "quantize.py",
-    "make_word_vectors.py",
-)  # fmt: skip
-ELSEWHERE = [command for command in COMMANDS if any(script in command for script in OF_OTHER_TESTS)]
+# What a launcher does before the script is Accelerate's and torchrun's to test.
+RUNS = sorted({command[SCRIPT.search(command).start() :] for command in COMMANDS[1:] if command not in INSTALLING})
+# Of two commands that differ little the second is slow.
+ALIKE = ("mvsa_multiple.yaml", "outputs/two_processes")
+TRAINING = [
+    pytest.param(command, marks=[pytest.mark.slow] if any(word in command for word in ALIKE) else [])
+    for command in RUNS
+    if command.startswith("scripts/train.py")
+]
+# Those that need a server, a browser, an extra or minutes have a test file of their own.
+ELSEWHERE = {
+    "push_to_hub", "demo", "explain", "reproduce", "benchmark", "export_onnx", "quantize", "make_word_vectors",
+}  # fmt: skip
+TEST_FILES = {"make_word_vectors": "test_baselines_words"}
+HERE = [command for command in RUNS if SCRIPT.match(command)[1] not in ELSEWHERE | {"train"}]
 NUMBERS = "accuracy accuracy_std f1 f1_std difference low high trainable_parameters seconds".split()
-OTHERS = [command for command in COMMANDS if command not in INSTALLING + TRAINING + ELSEWHERE]
 
 
 @pytest.fixture
-def place(posts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, where the README's names exist: MVSA folders, posts.csv, posts.jsonl and post.jpg."""
-    for name, target in (("pictures", posts_folder / "data"), ("scripts", ROOT / "scripts")):
+def place(posts_folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, where the names in the commands exist."""
+    for name in ("sample", "outputs"):
+        (tmp_path / name).mkdir()
+    links = {"images": posts_folder / "data", "scripts": ROOT / "scripts", "sample/posts": posts_folder}
+    links |= {"MVSA_Single": posts_folder, "MVSA_Multiple": posts_folder, "outputs/sample": checkpoint}
+    for name, target in links.items():
         (tmp_path / name).symlink_to(target)
-    for name in ("MVSA_Single", "MVSA_Multiple"):
-        (tmp_path / name).symlink_to(posts_folder)
     rows = [
-        {"picture": f"pictures/{number}.jpg", "tweet": f"post {number}", "mood": ("good", "bad")[number % 2]}
+        {"picture": f"images/{number}.jpg", "tweet": f"post {number}", "mood": ("good", "bad")[number % 2]}
         for number in range(1, 41)
     ]
     table = datasets.Dataset.from_list(rows)
     table.to_csv(tmp_path / "posts.csv")
     table.rename_columns({"picture": "image", "tweet": "text"}).to_json(tmp_path / "posts.jsonl")
     Image.new("RGB", (80, 60), "orange").save(tmp_path / "post.jpg")
+    monkeypatch.setattr("clipcacg.scripts.data.features.CACHE_FOLDER", tmp_path / "features")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("feature_cache.CACHE_FOLDER", tmp_path / "features")
-
-
 def run(command: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
-    """Run a command's script in this process: its launcher is not ours to test."""
-    words = shlex.split(command)
-    script = next(number for number, word in enumerate(words) if re.fullmatch(r"scripts/\w+\.py", word))
-    monkeypatch.setattr(sys, "argv", [*words[script:], *more])
-    importlib.import_module(Path(words[script]).stem).main()
+    words = [*shlex.split(command), *more]
+    monkeypatch.setattr(sys, "argv", words)
+    importlib.import_module(f"clipcacg.scripts.{SCRIPT.match(command)[1]}").main()
 
 
-def test_there_are_two_commands_to_install_and_ci_runs_both() -> None:
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) < 250
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    links = re.findall(r"\]\(((?!https?:|#)[^)#]+)", path.read_text(encoding="utf-8"))
+    assert links and not [link for link in links if not (path.parent / link).exists()]
+
+
+def test_ci_runs_the_two_commands() -> None:
     run_it, test_it = INSTALLING
     assert run_it == "pip install -e . && accelerate launch scripts/train.py"
     assert test_it == 'pip install -e ".[test]" && python -m pytest'
@@ -73,24 +94,40 @@ def test_there_are_two_commands_to_install_and_ci_runs_both() -> None:
 
 @pytest.mark.parametrize("command", TRAINING)
 def test_training(command: str, place: Path, backbones: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tiny backbones and for four steps; everything else as it stands."""
+    """With tiny encoders and four steps; everything else as it stands."""
     names = [word for part in ("text", "vision", "clip") for word in (f"--{part}_model", str(backbones / part))]
-    small = ["--hidden_size", "32", "--num_attention_heads", "4", "--max_steps", "4"]
-    small += ["--freeze_text_layers", "1"] if "offline" in command else []  # the tiny one has two
-    run(command, monkeypatch, *names, *small, "--dataloader_num_workers", "0")
+    small = ["--hidden_size", "32", "--num_attention_heads", "4", "--max_steps", "4", "--dataloader_num_workers", "0"]
+    small += ["--freeze_text_layers", "1"] if "offline" in command else []  # the tiny encoder has two
+    (place / "outputs/sample").unlink()
+    run(command, monkeypatch, *names, *small)
     assert len(list(place.glob("outputs/*/all_results.json"))) == 1
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_code_prints_a_probability_a_label(
-    number: int, checkpoint: Path, place: Path, capsys: pytest.CaptureFixture[str]
+def test_commands_that_read_a_checkpoint_or_data(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (place / "outputs").mkdir()
-    (place / "outputs/sample").symlink_to(checkpoint)
+    (place / "sample/posts").unlink()
+    more = {"make_sample": ["--num_posts", "30"], "evaluate_checkpoint": ["--data_dir", "MVSA_Single"]}
+    for command in HERE:
+        run(command, monkeypatch, *more.get(SCRIPT.match(command)[1], []))
+    shown = capsys.readouterr().out
+    assert "Weighted F1" in shown and '"label"' in shown
+    assert (place / "results.json").is_file() and (place / "results.png").is_file()
+    assert len((place / "predictions.jsonl").read_text().splitlines()) == 40
+    assert datasets.load_dataset(str(place / "prepared"))["train"].features["label"].names[0] == "negative"
+
+
+def test_every_other_command_has_a_test_file() -> None:
+    for name in ELSEWHERE:
+        assert list((ROOT / "tests").rglob(f"{TEST_FILES.get(name, f'test_{name}')}.py")), name
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_code_prints_probabilities(number: int, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exec(CODE[number], {})
-    shown = dict(re.findall(r"(negative|neutral|positive)\W+(?:score\W+)?(\d\.\d+)", capsys.readouterr().out))
-    assert shown.keys() == {"negative", "neutral", "positive"}
-    assert sum(map(float, shown.values())) == pytest.approx(1, abs=0.002)
+    shown = re.findall(r"(negative|neutral|positive)\W+(?:score\W+)?(\d\.\d+)", capsys.readouterr().out)
+    assert len(shown) == (3, 1)[number]
+    assert number == 1 or sum(float(probability) for _, probability in shown) == pytest.approx(1, abs=0.002)
 
 
 def test_the_code_builds_on_backbones(backbones: Path) -> None:
@@ -107,34 +144,25 @@ def test_the_code_builds_on_backbones(backbones: Path) -> None:
     assert set(built["processor"].model_input_names) >= set(built["model"].config.required_inputs)
 
 
-def test_scoring_predicting_and_preparing(
-    checkpoint: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (place / "outputs").mkdir()
-    (place / "outputs/sample").symlink_to(checkpoint)
-    for command in OTHERS:
-        run(command, monkeypatch, *(["--data_dir", "MVSA_Single"] if "evaluate" in command else []))
-    shown = capsys.readouterr().out
-    assert "Weighted F1" in shown and '"label"' in shown
-    assert (place / "results.json").is_file() and (place / "results.png").is_file()
-    assert len((place / "predictions.jsonl").read_text().splitlines()) == 40
-    assert datasets.load_dataset(str(place / "prepared"))["train"].features["label"].names[0] == "negative"
+def test_the_code_loads_and_splits_mvsa(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(CODE[3], {})
+    assert re.search(r"'train': \d+, 'validation': \d+, 'test': \d+", capsys.readouterr().out)
 
 
 def of_tables() -> list[str]:
-    """The command that made the committed tables."""
-    (command,) = [command for command in COMMANDS if "reproduce.py" in command and "--trials" in command]
-    return shlex.split(command.partition("reproduce.py")[2])
+    """Return the arguments of the command that made the committed tables."""
+    (command,) = [command for command in RUNS if "reproduce.py" in command and "--trials" in command]
+    return shlex.split(command)[1:]
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "reproduce.py" in command])
-def test_the_runner_of_the_tables_knows_its_flags(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", [command for command in RUNS if "reproduce.py" in command])
+def test_reproduce_knows_its_flags(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert parse(shlex.split(command.partition("reproduce.py")[2]))[0].row_names()
+    assert parse(shlex.split(command)[1:])[0].row_names()
 
 
 def test_the_committed_runs_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked again, the command would find every run there."""
+    """Asked again, the command would find every run."""
     monkeypatch.chdir(ROOT)
     own, settings = parse(of_tables())
     hashes = {name: short_hash(settings.describe(name)) for name in ROWS}
@@ -145,9 +173,14 @@ def test_the_committed_runs_are_those_of_the_command(monkeypatch: pytest.MonkeyP
     assert len([line for line in runs if line["seed"] is None]) == len([row for row in ROWS.values() if row.floor])
 
 
+def table_rows(page: str, columns: int) -> dict[str, list[str]]:
+    """Return the cells of every Markdown table row with that many columns, by their first cell."""
+    lines = [line.strip("|").split("|") for line in page.splitlines() if line.count("|") == columns + 1]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
 def test_the_results_are_those_of_the_committed_tables() -> None:
-    lines = [line.split("|") for line in README.splitlines() if line.count("|") == 7]
-    shown = {cells[1].strip(): [cell.strip() for cell in cells[2:7]] for cells in lines}
+    shown = table_rows(RESULTS_PAGE, 6)
     for table in (3, 4):
         with (ROOT / f"scripts/results/mvsa_single_offline/table{table}.csv").open(encoding="utf-8") as file:
             for row in csv.DictReader(file):
@@ -158,3 +191,11 @@ def test_the_results_are_those_of_the_committed_tables() -> None:
                 expected = [*scores, gain, size, f"{numbers['seconds']:.0f}"]
                 expected = [cell.removesuffix(" ± nan") for cell in expected]
                 assert shown[row["label"]] == ["–" if "nan" in cell else cell for cell in expected]
+
+
+def test_readme_repeats_the_unseen_figures_of_the_results_page() -> None:
+    short, full = table_rows(README, 3), table_rows(RESULTS_PAGE, 4)
+    rows = {name: cells for name, cells in short.items() if name in full and "---" not in name and name != "system"}
+    assert 1 < len(rows) <= 6 and "CLIP-CA-CG" in rows
+    for name, cells in rows.items():
+        assert [cell.removesuffix(" (one seed)") for cell in cells] == full[name][:2]

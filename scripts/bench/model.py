@@ -240,7 +240,7 @@ def onnx(setting: Setting) -> dict[str, Figure]:
     try:
         import onnxruntime
 
-        from clipcacg.scripts.export_onnx import example, export
+        from clipcacg.scripts.training.onnx_export import example, export
     except ImportError as error:
         print(f"left out: {error.name} is not installed")
         return {}

@@ -1,4 +1,4 @@
-"""Rows of posts to the padded batches that a model reads."""
+"""Turn rows of posts into the padded batches that the model reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,18 +8,19 @@ import torch
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES, FeatureStore, cached_inputs
-from clipcacg.scripts.data.loading import picture
+from clipcacg.scripts.data.images import image_source
 
 
 @dataclass
 class PostCollator:
-    """Rows of posts to a padded batch, decoding the pictures on the way.
+    """Turn rows of posts into a padded batch, decoding the images.
 
     Args:
-        processor: Makes the inputs.
-        config: Its `modality` says which columns to read.
-        features: Where the outputs of frozen backbones are kept, by backbone: they take the place of its inputs.
+        processor (`ClipCaCgProcessor`): makes the inputs.
+        config (`ClipCaCgConfig`): its `modalities` are the columns that are read.
+        features (`dict[str, FeatureStore]`): stored outputs of frozen encoders, which replace those encoders' inputs.
     """
 
     processor: ClipCaCgProcessor
@@ -27,28 +28,37 @@ class PostCollator:
     features: dict[str, FeatureStore] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Rows with text, image and, if there is one, label, to tensors; see `ClipCaCgModel.forward`.
+        """Collate rows with text, image and, for training, label.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the arguments of `ClipCaCgModel.forward`; the first axis is the batch.
 
         Raises:
-            ValueError: If a picture is broken; the message names it.
+            InputError: a text or image cannot be read; the message names the post.
         """
-        columns: dict[str, Any] = {}
-        if self._reads("text"):
-            columns["text"] = [row["text"] or "" for row in rows]  # an empty cell of a table is None
-        if self._reads("image"):
-            columns["images"] = [picture(row["image"]) for row in rows]
-        batch = dict(self.processor(**columns, return_tensors="pt")) if columns else {}
-        batch |= cached_inputs(rows, self.features)
-        for backbone in self.features:
-            batch.pop(FEATURES[backbone].input, None)
+        batch = self._process(rows) | cached_inputs(rows, self.features)
+        for encoder in self.features:
+            batch.pop(FEATURES[encoder].input, None)
         if "label" in rows[0]:
             batch["labels"] = torch.tensor([row["label"] for row in rows])
         return batch
 
+    def _process(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        columns: dict[str, Any] = {}
+        try:
+            if self._reads("text"):
+                columns["text"] = [row["text"] or "" for row in rows]  # an empty cell of a table is None
+            if self._reads("image"):
+                columns["images"] = [image_source(row["image"]) for row in rows]
+            return dict(self.processor(**columns, return_tensors="pt")) if columns else {}
+        except (OSError, TypeError, ValueError) as error:
+            if len(rows) == 1:
+                raise InputError(f"post {rows[0].get('id', '')}: {error}") from error
+            for row in rows:  # one of them fails alone too, and is named
+                self._process([row])
+            raise
+
     def _reads(self, column: str) -> bool:
-        """Whether some backbone needs the texts, or the pictures, themselves."""
-        if self.config.modality not in ("both", column):
-            return False
-        clip = [] if self.processor.clip_tokenizer is None else ["clip.text", "clip.vision"]
-        backbones = [name for name in ("text", "vision", *clip) if FEATURES[name].column == column]
-        return not all(name in self.features for name in backbones)
+        """Whether an input that the processor makes of this column has no stored output in its place."""
+        inputs = [f.input for name, f in FEATURES.items() if f.column == column and name not in self.features]
+        return column in self.config.modalities and any(name in self.processor.model_input_names for name in inputs)

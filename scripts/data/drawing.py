@@ -1,16 +1,17 @@
-"""What a post of the sample is made of: a tweet in a mood, and a picture in a mood.
+"""Write the texts and draw the images of the sample.
 
-A mood is a label: 0 negative, 1 neutral, 2 positive. Only the words of the sentence, the emoji, the expression of a
-face and the weather of a scene tell it; topics, user names, hashtags, links, sizes and most colours do not.
+A mood is a label: 0 negative, 1 neutral, 2 positive. It shows in the words of the sentence, the emoji, the expression
+of a face and the weather of a scene. Topics, user names, hashtags, links, sizes and most colours do not depend on it.
 """
 
 import math
 from random import Random
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-# One list a mood; {} takes a topic.
+# One string per mood, its choices separated by |. {} is replaced by a topic.
 SENTENCES = (
     "I hate {}|{} was terrible|so disappointed by {}|crying over {} again|{} makes me sad|what an awful day at {}|"
     "sick and tired of {}|so angry about {}|feeling lonely at {}|{} is broken and nobody cares",
@@ -35,11 +36,11 @@ def write_tweet(mood: int, rng: Random) -> str:
     """Write a tweet from the templates above.
 
     Args:
-        mood: 0 negative, 1 neutral, 2 positive.
-        rng: Where every choice comes from.
+        mood (`int`): 0 negative, 1 neutral, 2 positive.
+        rng (`Random`): source of all randomness.
 
     Returns:
-        One line, sometimes a retweet, with curly quotes, an emoji, hashtags or a link.
+        `str`: one line, sometimes a retweet, with curly quotes, an emoji, hashtags or a link.
     """
 
     def pick(choices: str) -> str:
@@ -58,23 +59,23 @@ def write_tweet(mood: int, rng: Random) -> str:
 
 
 def encode_tweet(text: str, rng: Random) -> bytes:
-    """Encode a tweet as UTF-8, or, as some of the real files are, as GB18030.
+    """Encode a tweet as UTF-8 or, like some files of MVSA, as GB18030.
 
-    Only texts with curly quotes or dots are eligible: their GB18030 bytes begin with A1, which UTF-8 never has there,
-    so whoever tries UTF-8 first gets every text back.
+    Only texts with curly quotes or an ellipsis become GB18030: these characters start with the byte A1, which is not
+    valid UTF-8 there. A reader that tries UTF-8 first therefore recovers every text.
     """
     return text.encode("gb18030" if set(text) & set("“”…") and rng.random() < 0.5 else "utf-8")
 
 
-def draw_picture(mood: int, rng: Random) -> Image.Image:
+def draw_image(mood: int, rng: Random) -> Image.Image:
     """Draw a face or a scene, with noise.
 
     Args:
-        mood: 0 negative, 1 neutral, 2 positive.
-        rng: Where every choice comes from.
+        mood (`int`): 0 negative, 1 neutral, 2 positive.
+        rng (`Random`): source of all randomness.
 
     Returns:
-        An RGB picture of 96 to 160 pixels a side. What tells the mood lies in the central square.
+        `Image.Image`: an RGB image, 96 to 160 pixels high and wide. The mood shows in the central square.
     """
     width, height = rng.randint(96, 160), rng.randint(96, 160)
     canvas = Image.new("RGB", (width, height), _colour(rng, 60, 230))
@@ -88,37 +89,37 @@ def _colour(rng: Random, low: int, high: int) -> tuple[int, int, int]:
     return rng.randint(low, high), rng.randint(low, high), rng.randint(low, high)
 
 
-def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: str | tuple, **kwargs) -> None:
+def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: str | tuple[int, ...], **kwargs: Any) -> None:
     draw.ellipse((x - r, y - r, x + r, y + r), fill=fill, **kwargs)
 
 
 def _draw_face(draw: ImageDraw.ImageDraw, width: int, height: int, mood: int, rng: Random) -> None:
-    """Draw a head with hair and eyes, and the mood in its brows and mouth."""
+    """Draw a head with hair and eyes. Brows and mouth show the mood."""
     r = min(width, height) * rng.uniform(0.34, 0.46)
     x, y = width / 2 + rng.uniform(-0.15, 0.15) * r, height / 2 + rng.uniform(-0.1, 0.1) * r
     skin = rng.choice(("#f7d7b5", "#e0ac7e", "#b97a4c", "#7a4a2a", "#f5c842"))
     _disc(draw, x, y, r, skin, outline="#222222", width=2)
     draw.chord((x - r, y - r, x + r, y + r), 205, 335, fill=_colour(rng, 20, 200))
-    pen = {"fill": _colour(rng, 0, 50), "width": max(2, round(r / 10))}
+    ink, stroke = _colour(rng, 0, 50), max(2, round(r / 10))
     for side in (-1, 1):
         eye, brow, half = x + side * r * 0.38, y - r * 0.34, r * 0.2
-        _disc(draw, eye, y - r * 0.11, r * 0.1, pen["fill"])
+        _disc(draw, eye, y - r * 0.11, r * 0.1, ink)
         if mood == 2:
-            draw.arc((eye - half, brow - half / 2, eye + half, brow + half), 190, 350, **pen)
+            draw.arc((eye - half, brow - half / 2, eye + half, brow + half), 190, 350, fill=ink, width=stroke)
         else:
             tilt = r * (0.14, 0)[mood]
-            draw.line((eye - side * half, brow - tilt, eye + side * half, brow + tilt), **pen)
+            draw.line((eye - side * half, brow - tilt, eye + side * half, brow + tilt), fill=ink, width=stroke)
     half = r * rng.uniform(0.38, 0.5)
     if mood == 2:
-        draw.chord((x - half, y - r * 0.1, x + half, y + r * 0.72), 0, 180, fill="#c0392b", outline=pen["fill"])
+        draw.chord((x - half, y - r * 0.1, x + half, y + r * 0.72), 0, 180, fill="#c0392b", outline=ink)
     elif mood == 1:
-        draw.line((x - half, y + r * 0.45, x + half, y + r * 0.45), **pen)
+        draw.line((x - half, y + r * 0.45, x + half, y + r * 0.45), fill=ink, width=stroke)
     else:
-        draw.arc((x - half, y + r * 0.32, x + half, y + r * 1.05), 195, 345, **pen)
+        draw.arc((x - half, y + r * 0.32, x + half, y + r * 1.05), 195, 345, fill=ink, width=stroke)
 
 
 def _draw_scene(draw: ImageDraw.ImageDraw, width: int, height: int, mood: int, rng: Random) -> None:
-    """Draw ground and sky, and the mood in the weather: a storm, an overcast street or field, sun on flowers."""
+    """Draw ground and sky. The weather shows the mood: a storm, an overcast street or field, or sun on flowers."""
     horizon, grey = height * rng.uniform(0.5, 0.7), rng.randint(*((40, 100), (160, 210), (120, 170))[mood])
     draw.rectangle((0, 0, width, horizon), fill=(grey, grey + 10, grey + (80 if mood == 2 else 20)))
     meadow = (rng.randint(60, 130), rng.randint(100, 170), rng.randint(40, 90))

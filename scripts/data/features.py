@@ -1,14 +1,15 @@
-"""Outputs of frozen backbones, computed once per text and picture and kept on disk.
+"""Store the outputs of frozen encoders on disk, so that later runs train only the fusion.
 
     accelerate launch scripts/train.py --freeze_text --freeze_vision --freeze_clip --cache_features
 
-A frozen backbone says the same of the same post in every epoch, with every seed and in every ablation. Its outputs lie
-in safetensors files, which are mapped into memory and not read into it, one folder a backbone. The folder's name is a
-digest of all that the outputs depend on (weights, settings of the tokenizer or image processor, code, versions), and
-each output is named by a digest of its text or of its picture's bytes. So whatever changes, nothing stale is found;
-splits, folds and other data sets share what they have in common. Deleting the folder costs nothing but time.
+A frozen encoder gives the same output for the same post in every epoch, with every seed and in every ablation. The
+outputs are kept in safetensors files, which are memory-mapped, in one folder per encoder. The name of the folder is a
+digest of everything the outputs depend on: weights, settings of the tokenizer or image processor, code and library
+versions. The name of an output is a digest of its text or of the bytes of its image. So a changed input never gets an
+old output, and splits, folds and data sets share what they have in common. The folder may be deleted at any time.
 """
 
+import ast
 import hashlib
 import inspect
 import json
@@ -16,7 +17,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,24 +35,24 @@ from tqdm import tqdm
 
 from clipcacg.modeling_clipcacg import ClipCaCgPreTrainedModel
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from clipcacg.scripts.data.loading import picture
+from clipcacg.scripts.data.errors import InputError, as_input_error
+from clipcacg.scripts.data.images import image_bytes, image_source
 
 logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = Path(HF_HOME) / "clipcacg" / "features"
 PARTIAL = "partial-"
-POSTS_A_FILE = 512  # what a run that is broken off may lose; some 150 MiB of the default backbones' outputs
-# Libraries whose versions decide about an output.
-DECIDING = ("torch", "torchvision", "transformers", "tokenizers", "timm", "pillow")
+POSTS_PER_FILE = 512  # what an interrupted run may lose; about 150 MiB with the default encoders
+LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "timm", "pillow")  # whose versions affect an output
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Feature(NamedTuple):
-    """What one backbone's outputs are called in `forward`, and what they stand for there."""
+    """How the outputs of an encoder enter `forward`, and which input and mask they replace."""
 
     name: str
     input: str
-    mask: str | None  # for texts
+    mask: str | None  # texts only
     column: str
 
 
@@ -64,45 +65,40 @@ FEATURES = {
 
 
 class FeatureStore:
-    """Tensors by name in a folder of safetensors files, to which files are only ever added."""
+    """Tensors by name in a folder of safetensors files, to which files are only added."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.where: dict[str, Path] = {}
+        self.file_of: dict[str, Path] = {}
         self.files: dict[Path, Any] = {}
-        self.look()
+        self.refresh()
 
-    def look(self) -> None:
-        """Find what has been added, by other processes too."""
+    def refresh(self) -> None:
+        """Find the files that this or another process has added."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path not in self.files:
-                try:
+                with as_input_error(f"{path} is broken. Delete it and run the command again", SafetensorError):
                     self.files[path] = safe_open(path, framework="pt")
-                except SafetensorError as error:
-                    raise ValueError(f"{path} is broken: delete it, and run this again. {error}") from error
-                self.where |= dict.fromkeys(self.files[path].keys(), path)
+                self.file_of |= dict.fromkeys(self.files[path].keys(), path)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.where
+        return name in self.file_of
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.files[self.where[name]].get_tensor(name)
+        return self.files[self.file_of[name]].get_tensor(name)
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        """Write a file, which appears whole or not at all."""
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=PARTIAL) as folder:
-            try:
-                save_file(tensors, Path(folder) / "part")
-            except SafetensorError as error:
-                raise OSError(f"The features cannot be written to {self.folder}: {error}") from error
+        """Write the tensors to a new file, which appears whole or not at all."""
+        with (
+            as_input_error(f"The features cannot be written to {self.folder}", OSError, SafetensorError),
+            tempfile.TemporaryDirectory(dir=self.folder, prefix=PARTIAL) as folder,
+        ):
+            save_file(tensors, Path(folder) / "part")
             os.replace(Path(folder) / "part", self.folder / f"{next(iter(tensors))}.safetensors")
-        self.look()
+        self.refresh()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}  # a worker process opens the files itself
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FeatureStore, (self.folder,)  # a worker process opens the files itself
 
 
 def cache_features(
@@ -114,35 +110,38 @@ def cache_features(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
 ) -> tuple[datasets.DatasetDict, dict[str, FeatureStore]]:
-    """Compute what is missing of the frozen backbones' outputs.
+    """Compute the outputs of the frozen encoders that are not stored yet.
 
-    Processes that do so at a time wait for one another, and a run that was broken off goes on where it stopped.
+    Processes that do so at the same time wait for each other. An interrupted run continues where it stopped.
 
     Args:
-        model: Which of its backbones are frozen is what is cached. It is moved to `device`.
-        processor: Makes their inputs.
-        posts: Splits with the columns text and image, as `load_posts` gives them.
-        dtype: "float32", or "float16" for half the space.
-        folder: Where to, beside outputs of other models and posts; None: where the Hub's libraries keep what they can
-            make again (`HF_HOME`).
-        device: Where to compute.
-        num_workers: Processes that read pictures.
+        model (`ClipCaCgPreTrainedModel`): its frozen encoders are used. It is moved to `device`.
+        processor (`ClipCaCgProcessor`): makes the encoders' inputs.
+        posts (`datasets.DatasetDict`): splits with the columns text and image, as `load_posts` returns them.
+        dtype (`str`): "float32", or "float16" for half the space.
+        folder (`Path`, *optional*): holds the outputs of any number of models and data sets. By default a folder in
+            `HF_HOME`.
+        device (`torch.device` or `str`): where the encoders run.
+        num_workers (`int`): number of processes that read images.
 
     Returns:
-        The posts with columns that name their outputs, and a store of outputs for each frozen backbone.
+        The posts with one more column per modality, the digests that name their outputs; and one store per encoder.
 
     Raises:
-        ValueError: If no backbone is frozen, a picture is broken, or the dtype is unknown or too narrow.
+        InputError: no encoder is frozen, an image is broken, or the dtype is unknown or too narrow.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"--cache_dtype must be float32 or float16, not {dtype!r}.")
+        raise InputError(f"--cache_dtype must be float32 or float16, got {dtype!r}.")
     frozen = frozen_backbones(model)
     if not frozen:
-        raise ValueError("--cache_features is for frozen backbones: add --freeze_text, --freeze_vision, ...")
+        raise InputError(
+            "--cache_features needs frozen encoders: add --freeze_text, --freeze_vision or --freeze_clip."
+        )
     for column in sorted({FEATURES[name].column for name in frozen}):
         posts = datasets.DatasetDict({split: add_digests(dataset, column) for split, dataset in posts.items()})
     stores, training = {}, model.training
-    model = model.to(device).eval()
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` hides that it is a method
+    model.eval()
     for name in frozen:
         store_folder = (folder or CACHE_FOLDER) / key(model, processor, name, dtype)
         store_folder.mkdir(parents=True, exist_ok=True)
@@ -150,70 +149,66 @@ def cache_features(
             for leftover in store_folder.glob(f"{PARTIAL}*"):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             stores[name] = FeatureStore(store_folder)
-            fill(stores[name], model, processor, name, posts, DTYPES[dtype], num_workers)
+            _fill(stores[name], model, processor, name, posts, DTYPES[dtype], num_workers)
     model.train(training)
     return posts, stores
 
 
 def frozen_backbones(model: ClipCaCgPreTrainedModel) -> list[str]:
-    """Names of the backbones of which nothing is trained."""
-    backbones = model.backbones().items()
-    return [name for name, encoder in backbones if not any(weight.requires_grad for weight in encoder.parameters())]
+    """Return the names of the encoders without a trainable parameter."""
+    encoders = model.backbones().items()
+    return [name for name, encoder in encoders if not any(weight.requires_grad for weight in encoder.parameters())]
 
 
 def add_digests(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
-    """Name each text, or each picture, by what is in it, unless an earlier call has."""
+    """Add the column `<column>_digest`, which identifies each text or image by its content, unless it is there."""
     if f"{column}_digest" in dataset.column_names:
         return dataset
-    digests = [hashlib.sha256(content(value)).hexdigest() for value in dataset[column]]
+    digests = [hashlib.sha256(_content(value)).hexdigest() for value in dataset[column][:]]
     return dataset.add_column(f"{column}_digest", digests)
 
 
-def content(value: Any) -> bytes:
-    """A text or the bytes of a picture.
-
-    Raises:
-        ValueError: For the URL of a picture, which may show another one tomorrow.
-    """
-    if not isinstance(value, dict):
-        return (value or "").encode("utf-8", errors="surrogatepass")
-    if value["bytes"] is not None:
-        return value["bytes"]
-    if "://" in value["path"]:
-        raise ValueError(f"--cache_features needs pictures on this machine, and {value['path']} is not.")
-    return Path(value["path"]).read_bytes()
+def _content(value: Any) -> bytes:
+    return image_bytes(value) if isinstance(value, dict) else (value or "").encode("utf-8", errors="surrogatepass")
 
 
-def key(model: ClipCaCgPreTrainedModel, processor: ClipCaCgProcessor, backbone: str, dtype: str) -> str:
-    """A digest of all that the outputs of a backbone depend on, except for the posts."""
-    encoder, settings = model.backbones()[backbone], input_settings(processor, backbone)
+def key(model: ClipCaCgPreTrainedModel, processor: ClipCaCgProcessor, encoder_name: str, dtype: str) -> str:
+    """Return a digest of everything the outputs of an encoder depend on, except for the posts."""
+    encoder, settings = model.backbones()[encoder_name], _input_settings(processor, encoder_name)
     config = encoder.config.to_dict() | {"_name_or_path": ""}
-    versions = {name: installed_version(name) for name in DECIDING}
-    sources = (type(encoder), ClipCaCgPreTrainedModel, ClipCaCgProcessor, picture, key)
-    files = [inspect.getfile(source) for source in sources]
-    code = [Path(file).read_text(encoding="utf-8") for file in files]
+    versions = {name: _installed_version(name) for name in LIBRARIES}
+    code = [_code(source) for source in (type(encoder), ClipCaCgPreTrainedModel, ClipCaCgProcessor, image_source, key)]
     digest = hashlib.sha256(
-        json.dumps([backbone, dtype, config, settings, versions, code], default=str, sort_keys=True).encode()
+        json.dumps([encoder_name, dtype, config, settings, versions, code], default=str, sort_keys=True).encode()
     )
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return f"{backbone}-{dtype}-{digest.hexdigest()[:32]}"
+    return f"{encoder_name}-{dtype}-{digest.hexdigest()[:32]}"
 
 
-def installed_version(library: str) -> str | None:
+def _code(source: Any) -> str:
+    """The code of the file that defines a class or function, without comments, docstrings and layout."""
+    tree = ast.parse(Path(inspect.getfile(source)).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def _installed_version(library: str) -> str | None:
     try:
         return version(library)
     except PackageNotFoundError:
         return None
 
 
-def input_settings(processor: ClipCaCgProcessor, backbone: str) -> Any:
-    """All that the processor's part for a backbone does to a text or a picture."""
-    prefix = "clip_" if backbone.startswith("clip.") else ""
-    if FEATURES[backbone].column == "image":
+def _input_settings(processor: ClipCaCgProcessor, encoder_name: str) -> Any:
+    """Everything that decides how the processor turns a text or image into the input of an encoder."""
+    prefix = "clip_" if encoder_name.startswith("clip.") else ""
+    if FEATURES[encoder_name].column == "image":
         settings = getattr(processor, f"{prefix}image_processor").to_dict()
-        # Saving adds the first two. A large JPEG is decoded at a scale that depends on both views.
+        # Saving adds the first two. A large JPEG is decoded at a scale that depends on the sizes of both inputs.
         return settings | {"auto_map": None, "processor_class": None, "needed": processor._needed_edge({})}
     tokenizer = getattr(processor, f"{prefix}tokenizer")
     if not tokenizer.is_fast:
@@ -221,90 +216,93 @@ def input_settings(processor: ClipCaCgProcessor, backbone: str) -> Any:
             files = [Path(file).read_text(encoding="utf-8") for file in tokenizer.save_vocabulary(folder)]
         return [files, tokenizer.init_kwargs, tokenizer.model_max_length, tokenizer.truncation_side]
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    # These two are left over from its last use; every use sets them.
+    # These two hold the settings of the last call; every call sets them anew.
     rules |= {"padding": None, "truncation": None}
     return [rules, tokenizer.model_max_length, tokenizer.truncation_side]
 
 
-def fill(
+def _fill(
     store: FeatureStore,
     model: ClipCaCgPreTrainedModel,
     processor: ClipCaCgProcessor,
-    backbone: str,
+    encoder_name: str,
     posts: datasets.DatasetDict,
     dtype: torch.dtype,
     num_workers: int,
 ) -> None:
-    """Compute and store what the store lacks of these posts."""
-    column = FEATURES[backbone].column
+    """Compute and store the outputs of these posts that the store lacks."""
+    column = FEATURES[encoder_name].column
     rows = datasets.concatenate_datasets(
         [split.select_columns([column, f"{column}_digest"]) for split in posts.values()]
     )
-    first = {digest: row for row, digest in enumerate(rows[f"{column}_digest"]) if digest not in store}
+    first = {digest: row for row, digest in enumerate(rows[f"{column}_digest"][:]) if digest not in store}
     if not first:
         return
     order = list(first.values())
     if column == "text":
-        texts = rows["text"]
-        order.sort(key=lambda row: len(texts[row] or ""))  # texts of a length need little padding
+        texts = rows["text"][:]
+        order.sort(key=lambda row: len(texts[row] or ""))  # texts of similar length need little padding
     loader = DataLoader(
         rows.select(order),
         batch_size=32,
         num_workers=num_workers,
-        collate_fn=partial(encoder_inputs, processor=processor, backbone=backbone),
+        collate_fn=partial(_encoder_inputs, processor=processor, encoder_name=encoder_name),
     )
     pending: dict[str, Tensor] = {}
-    with tqdm(total=len(order), desc=f"features of {backbone}", unit=" posts") as bar:
+    with tqdm(total=len(order), desc=f"features of {encoder_name}", unit=" posts") as bar:
         for digests, inputs, mask in loader:
-            for digest, output in zip(digests, outputs(model, backbone, inputs, mask), strict=True):
+            for digest, output in zip(digests, outputs(model, encoder_name, inputs, mask), strict=True):
                 pending[digest] = output.to(dtype).contiguous()
                 if not pending[digest].isfinite().all():
                     hint = ": try --cache_dtype float32" if dtype == torch.float16 else ""
-                    raise ValueError(f"An output of the {backbone} backbone is no finite number in {dtype}{hint}.")
-            if len(pending) >= POSTS_A_FILE:
+                    raise InputError(f"An output of the {encoder_name} encoder is not finite in {dtype}{hint}.")
+            if len(pending) >= POSTS_PER_FILE:
                 store.add(pending)
                 pending = {}
             bar.update(len(digests))
     if pending:
         store.add(pending)
-    logger.info("Features of %d %ss of %s are in %s", len(order), column, backbone, store.folder)
+    logger.info("Features of %d %ss of %s are in %s", len(order), column, encoder_name, store.folder)
 
 
-def encoder_inputs(
-    rows: list[dict[str, Any]], processor: ClipCaCgProcessor, backbone: str
+def _encoder_inputs(
+    rows: list[dict[str, Any]], processor: ClipCaCgProcessor, encoder_name: str
 ) -> tuple[list[str], Tensor, Tensor | None]:
-    """Rows to their digests and the input of one backbone, with its mask if it is a text."""
-    feature = FEATURES[backbone]
-    if feature.column == "text":
-        batch = processor(text=[row["text"] or "" for row in rows], return_tensors="pt")
-    else:
-        batch = processor(images=[picture(row["image"]) for row in rows], return_tensors="pt")
+    """Collate rows into their digests, the input of one encoder and, for a text, its mask."""
+    feature = FEATURES[encoder_name]
+    with as_input_error("A post cannot be read", OSError, ValueError):
+        if feature.column == "text":
+            batch = processor(text=[row["text"] or "" for row in rows], return_tensors="pt")
+        else:
+            batch = processor(images=[image_source(row["image"]) for row in rows], return_tensors="pt")
     return [row[f"{feature.column}_digest"] for row in rows], batch[feature.input], batch.get(feature.mask)
 
 
 @torch.inference_mode()
-def outputs(model: ClipCaCgPreTrainedModel, backbone: str, inputs: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    """The output for each post, without the padding of its text."""
+def outputs(
+    model: ClipCaCgPreTrainedModel, encoder_name: str, inputs: Tensor, mask: Tensor | None
+) -> Iterator[Tensor]:
+    """Yield the output for each post, without the padding of its text."""
     on_device = None if mask is None else mask.to(model.device)
-    states = model.encode(backbone, inputs.to(model.device), on_device).float().cpu()
+    states = model.encode(encoder_name, inputs.to(model.device), on_device).float().cpu()
     if mask is None:
         yield from states
         return
-    first = torch.ones(len(mask), states.shape[1] - mask.shape[1], dtype=torch.bool)  # t of CLIP, before its words
+    first = torch.ones(len(mask), states.shape[1] - mask.shape[1], dtype=torch.bool)  # CLIP's t, before its words
     for output, real in zip(states, torch.cat([first, mask.bool()], dim=1), strict=True):
         yield output[real]
 
 
-def cached_inputs(rows: list[dict[str, Any]], stores: dict[str, FeatureStore]) -> dict[str, Tensor]:
-    """The arguments of `forward` that come from stores, for a batch of posts; texts are padded."""
+def cached_inputs(rows: Sequence[dict[str, Any]], stores: dict[str, FeatureStore]) -> dict[str, Tensor]:
+    """Return the arguments of `forward` that come from the stores, for a batch of posts; texts are padded."""
     batch = {}
-    for backbone, store in stores.items():
-        feature = FEATURES[backbone]
+    for name, store in stores.items():
+        feature = FEATURES[name]
         found = [store[row[f"{feature.column}_digest"]] for row in rows]
         if feature.mask is None:
             batch[feature.name] = torch.stack(found)
             continue
         batch[feature.name] = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
-        words = [len(output) - (backbone == "clip.text") for output in found]
+        words = [len(output) - (name == "clip.text") for output in found]
         batch[feature.mask] = (torch.arange(max(words)) < torch.tensor(words)[:, None]).long()
     return batch

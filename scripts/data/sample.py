@@ -1,20 +1,18 @@
-"""Make a small sample to train on, posts and backbones, from nothing but a seed.
+"""Make the sample, a small data set with tiny encoders to train on, from a seed.
 
-    python scripts/make_sample.py FOLDER
-
-writes FOLDER/posts, drawn pictures and templated tweets in the layout of MVSA-Single, and FOLDER/backbones, tiny
-random models of the real families as ordinary Hugging Face folders. A post's label follows from its text label and
-its picture label by the paper's rule, so neither modality can tell it alone: whoever reads one of them without error
-gets 5 of 7 posts right. The sample shows that the code learns; it says nothing about real tweets.
+`make_sample` writes drawn images and templated tweets in the layout of MVSA-Single. `make_tiny_backbones` writes tiny
+random encoders of the real families as ordinary Hugging Face folders. The label of a post follows from its text label
+and its image label by the paper's rule, so one modality does not determine it: a model that reads one of them without
+error gets 5 of 7 posts right. The sample shows that the code learns; it says nothing about real tweets.
 """
 
-import argparse
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import transformers as hf
@@ -22,35 +20,38 @@ from filelock import FileLock
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from clipcacg.scripts.data.drawing import draw_picture, encode_tweet, write_tweet
-from clipcacg.scripts.data.mvsa import LABELS
+from clipcacg.scripts.data.drawing import draw_image, encode_tweet, write_tweet
+from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.mvsa import LABEL_FILE, LABELS
 
-# (text, picture): the seven pairs that the labelling rule keeps, and the two that it drops.
-KEPT_PAIRS = [(text, picture) for text in range(3) for picture in range(3) if abs(text - picture) < 2]
+# (text label, image label): the seven pairs that the labelling rule keeps, and the two that it drops.
+KEPT_PAIRS = [(text, image) for text in range(3) for image in range(3) if abs(text - image) < 2]
 DROPPED_PAIRS = [(0, 2), (2, 0)]
-PICTURE_SIZE = 64  # pixels a side that the tiny backbones look at
+IMAGE_SIZE = 64  # height and width of the tiny encoders' input, in pixels
 NUM_MERGES = 700  # enough for most words of the tweets to be one token
-TRANSFORMER_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-# Written last, so a folder that holds it is complete. It says what the folder was made from.
+TRANSFORMER_SIZES: dict[str, Any] = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
+}  # fmt: skip
+# Written last, so a folder that holds it is complete. It records what the folder was made from.
 MARKER = "sample.json"
 
 
 def make_sample(folder: str | Path, num_posts: int = 800, seed: int = 0) -> Path:
-    """Write a sample in the official layout of MVSA-Single, unless it is there already.
+    """Write a sample in the layout of MVSA-Single, unless it is there already.
 
     Args:
-        folder: Gets `labelResultAll.txt`, `data/<ID>.txt` and `data/<ID>.jpg`.
-        num_posts: Posts to write. One in forty is positive against negative, which the labelling rule drops; the other
-            pairs of labels are equally frequent.
-        seed: The same seed gives the same bytes.
+        folder (`str` or `Path`): receives `labelResultAll.txt`, `data/<ID>.txt` and `data/<ID>.jpg`.
+        num_posts (`int`): number of posts. One in forty is positive against negative, which the labelling rule drops;
+            the other pairs of labels are equally frequent.
+        seed (`int`): the same seed gives the same bytes.
 
     Returns:
-        The absolute path of the folder.
+        `Path`: the absolute path of the folder.
 
     Raises:
-        FileExistsError: If the folder holds something else.
+        InputError: the folder holds something else.
 
-    Source: our choice; the labelling rule is that of the paper, section IV.A.
+    Source: our choice; the labelling rule is the paper's, section IV.A.
     """
     return _build_once(
         folder, {"num_posts": num_posts, "seed": seed}, lambda path: _write_posts(path, num_posts, seed)
@@ -58,29 +59,29 @@ def make_sample(folder: str | Path, num_posts: int = 800, seed: int = 0) -> Path
 
 
 def make_tiny_backbones(folder: str | Path, seed: int = 0) -> Path:
-    """Write tiny random backbones of the real families, unless they are there already.
+    """Write tiny random encoders of the real families, unless they are there already.
 
     Args:
-        folder: Gets `text` (RoBERTa, 128 tokens), `vision` (ResNet, 4 x 4 regions) and `clip` (CLIP, 77 tokens, 4 x 4
-            patches), each with its tokenizer or image processor, for the Auto classes to load.
-        seed: The same seed gives the same bytes. torch's own generator is left as it was.
+        folder (`str` or `Path`): receives `text` (RoBERTa, 128 tokens), `vision` (ResNet, 4 x 4 regions) and `clip`
+            (CLIP, 77 tokens, 4 x 4 patches), each with its tokenizer or image processor, for the Auto classes to load.
+        seed (`int`): the same seed gives the same bytes. The state of torch's random number generator is kept.
 
     Returns:
-        The absolute path of the folder.
+        `Path`: the absolute path of the folder.
 
     Raises:
-        FileExistsError: If the folder holds something else.
+        InputError: the folder holds something else.
 
-    Source: our choice: sizes and initialisation that a few hundred posts train within seconds.
+    Source: our choice: sizes and initialisation that train on a few hundred posts within seconds.
     """
     return _build_once(folder, {"seed": seed}, lambda path: _write_backbones(path, seed))
 
 
-def _build_once(folder: str | Path, parameters: dict, fill: Callable[[Path], None]) -> Path:
-    """Fill a folder in one step, unless it was already filled with the same parameters.
+def _build_once(folder: str | Path, parameters: dict[str, int], fill: Callable[[Path], None]) -> Path:
+    """Fill a folder, unless it was already filled with the same parameters by the same code.
 
-    The work is done in a hidden sibling that is renamed at the end, so nobody ever meets half a sample. The lock lets
-    the processes of one `accelerate launch` share the first one's work; the system frees it when its holder dies.
+    The files are written to a hidden sibling that is renamed at the end, so no process sees half a sample. The lock
+    makes the processes of one `accelerate launch` wait for the first; the system frees it when its holder dies.
     """
     folder = Path(folder).absolute()
     sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("sample.py", "drawing.py"))
@@ -93,7 +94,7 @@ def _build_once(folder: str | Path, parameters: dict, fill: Callable[[Path], Non
         if _is_made(folder, marker):
             return folder
         if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
-            raise FileExistsError(f"{folder} holds something that is not a sample: empty it or name another folder.")
+            raise InputError(f"{folder} holds something that is not a sample: empty it or name another folder.")
         for leftover in (partial, stale):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
@@ -113,16 +114,16 @@ def _is_made(folder: Path, marker: str) -> bool:
 def _write_posts(folder: Path, num_posts: int, seed: int) -> None:
     (folder / "data").mkdir()
     rows = ["ID\ttext,image"]
-    for number, (text_label, picture_label) in enumerate(_draw_labels(num_posts, seed), start=1):
+    for number, (text_label, image_label) in enumerate(_draw_labels(num_posts, seed), start=1):
         rng = Random(f"post {number}, seed {seed}")
-        rows.append(f"{number}\t{LABELS[text_label]},{LABELS[picture_label]}")
+        rows.append(f"{number}\t{LABELS[text_label]},{LABELS[image_label]}")
         (folder / f"data/{number}.txt").write_bytes(encode_tweet(write_tweet(text_label, rng), rng))
-        draw_picture(picture_label, rng).save(folder / f"data/{number}.jpg", quality=85)
-    (folder / "labelResultAll.txt").write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")
+        draw_image(image_label, rng).save(folder / f"data/{number}.jpg", quality=85)
+    (folder / LABEL_FILE).write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")
 
 
 def _draw_labels(num_posts: int, seed: int) -> list[tuple[int, int]]:
-    """Draw the (text, picture) labels of every post, 0 negative, 1 neutral, 2 positive, in random order."""
+    """Draw the (text, image) labels of every post, 0 negative, 1 neutral, 2 positive, in random order."""
     dropped = num_posts // 40
     pairs = [KEPT_PAIRS[i % 7] for i in range(num_posts - dropped)] + [DROPPED_PAIRS[i % 2] for i in range(dropped)]
     Random(f"labels, seed {seed}").shuffle(pairs)
@@ -139,29 +140,28 @@ def _write_backbones(folder: Path, seed: int) -> None:
         _save_clip(folder / "clip", tweets)
 
 
-def _learn_bpe(
-    blank: hf.PreTrainedTokenizerBase, tweets: list[str], suffix: str = ""
-) -> tuple[list[str], list[tuple]]:
+def _learn_bpe(blank: hf.PreTrainedTokenizerBase, tweets: list[str], suffix: str = "") -> tuple[list[str], list[Any]]:
     """Learn a byte-level vocabulary that spells any text.
 
     Args:
-        blank: An empty tokenizer of the wanted class, which normalises and splits the tweets.
-        tweets: The texts to learn from.
-        suffix: What marks the end of a word in this class, if anything.
+        blank: an empty tokenizer of the wanted class, which normalises and splits the tweets.
+        tweets: the texts to learn from.
+        suffix: marks the end of a word in this class, if anything does.
 
     Returns:
         The tokens, every byte first, and the merges in order.
     """
     alphabet = sorted(ByteLevel.alphabet())
-    # The trainer numbers the ends of words in an order that changes from run to run, and breaks ties by number, unless
-    # they come in as special tokens. Any byte may end a word, not only those that did in the tweets.
+    # The trainer numbers word endings in an order that differs between runs, and breaks ties by number, unless they
+    # are special tokens. Every byte may end a word, not only those that did in the tweets.
     endings = [byte + suffix for byte in alphabet] if suffix else []
+    settings: dict[str, Any] = {"end_of_word_suffix": suffix} if suffix else {}
     trainer = BpeTrainer(
         vocab_size=len(alphabet) + len(endings) + NUM_MERGES,
         initial_alphabet=alphabet,
         special_tokens=endings,
         show_progress=False,
-        **({"end_of_word_suffix": suffix} if suffix else {}),
+        **settings,
     )
     blank.backend_tokenizer.train_from_iterator(tweets, trainer)
     merges = [tuple(pair) for pair in json.loads(blank.backend_tokenizer.to_str())["model"]["merges"]]
@@ -173,15 +173,21 @@ def _save_text(folder: Path, tweets: list[str]) -> None:
     tokens = ["<s>", "<pad>", "</s>", "<unk>", *tokens, "<mask>"]  # IDs 0 to 3 as in roberta-base
     vocab = {token: index for index, token in enumerate(tokens)}
     hf.RobertaTokenizer(vocab=vocab, merges=merges, model_max_length=128).save_pretrained(folder)
-    # Positions start after the padding ID, hence two more of them than tokens.
-    shape = {"vocab_size": len(vocab), "max_position_embeddings": 130, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-    hf.RobertaModel(hf.RobertaConfig(**shape, **TRANSFORMER_SIZES, initializer_range=0.1)).save_pretrained(folder)
+    config = hf.RobertaConfig(
+        vocab_size=len(vocab),
+        max_position_embeddings=130,  # RoBERTa counts positions from 2
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        initializer_range=0.1,
+        **TRANSFORMER_SIZES,
+    )
+    hf.RobertaModel(config).save_pretrained(folder)
 
 
 def _save_vision(folder: Path) -> None:
     config = hf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic")
     hf.ResNetModel(config).save_pretrained(folder)
-    hf.ConvNextImageProcessor(size={"shortest_edge": PICTURE_SIZE}).save_pretrained(folder)
+    hf.ConvNextImageProcessor(size={"shortest_edge": IMAGE_SIZE}).save_pretrained(folder)
 
 
 def _save_clip(folder: Path, tweets: list[str]) -> None:
@@ -191,23 +197,8 @@ def _save_clip(folder: Path, tweets: list[str]) -> None:
     end = len(vocab) - 1  # CLIP pools at the first end token and pads with more of them
     sizes = {**TRANSFORMER_SIZES, "projection_dim": 32}
     text = {**sizes, "vocab_size": len(vocab), "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
-    # A random ViT starts too near zero to learn from a few hundred pictures.
-    vision = {**sizes, "image_size": PICTURE_SIZE, "patch_size": 16, "initializer_factor": 2.0}
+    # With the default factor a random ViT's outputs are too small to learn from a few hundred images.
+    vision = {**sizes, "image_size": IMAGE_SIZE, "patch_size": 16, "initializer_factor": 2.0}
     hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)).save_pretrained(folder)
-    crop = {"height": PICTURE_SIZE, "width": PICTURE_SIZE}
-    hf.CLIPImageProcessor(size={"shortest_edge": PICTURE_SIZE}, crop_size=crop).save_pretrained(folder)
-
-
-def main() -> None:
-    """Make the posts and the backbones that the command line asks for."""
-    parser = argparse.ArgumentParser(description="Make a small sample to train on, posts and backbones.")
-    parser.add_argument("folder", type=Path, help="gets posts/ and backbones/")
-    parser.add_argument("--num_posts", type=int, default=800)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    print(make_sample(arguments.folder / "posts", arguments.num_posts, arguments.seed))
-    print(make_tiny_backbones(arguments.folder / "backbones", arguments.seed))
-
-
-if __name__ == "__main__":
-    main()
+    crop = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    hf.CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=crop).save_pretrained(folder)

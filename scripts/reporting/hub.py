@@ -1,27 +1,10 @@
-"""Push a checkpoint to the Hub: whole, and with nothing else.
+"""Push a checkpoint to the Hub, and make a Space that shows it.
 
-    python scripts/push_to_hub.py CHECKPOINT USER/NAME
-    python scripts/push_to_hub.py CHECKPOINT USER/NAME --private --revision experiment
-    python scripts/push_to_hub.py CHECKPOINT USER/NAME --space
+A push is one commit of `upload_folder`, so an interrupted push leaves the earlier revision as it was. (huggingface_hub
+may split commits of more than 20 files that failed; only a checkpoint in many shards has so many.)
 
-`train.py --push_to_hub --hub_model_id USER/NAME` does the same at its end. Log in with `hf auth login` before, or set
-HF_TOKEN. Models are public unless `--private` is given; data sets, which `prepare_mvsa.py` pushes, are private unless
-told otherwise. A push is one commit, so one that breaks off leaves the earlier revision as it was. It holds
-
-    README.md                   the model card, its code, title and index with the model's name on the Hub
-    config.json                 with the `auto_map` of all Auto classes
-    *_clipcacg.py               the code that `auto_map` and `custom_pipelines` name
-    model.safetensors           or model-00001-of-0000N.safetensors to the last one, and model.safetensors.index.json
-    processor_config.json       both image processors
-    tokenizer_config.json       and tokenizer.json, or the vocabulary files of a tokenizer that writes others
-    clip_tokenizer/             the same two of a model that reads CLIP inputs
-    confusion_matrix.png        if it was drawn
-    training_curves.png         if it was drawn
-
-and no other file of the folder. A file that would tell a path of this machine, its user's name or a token is refused.
-
-`--space` then makes a Space of the same name, with the page of `demo.py` for this model: README.md, requirements.txt,
-app.py, demo.py, explain.py and sample_posts.py. That of a private model needs a token as its secret HF_TOKEN.
+A Space has a copy of the package in a folder beside its app.py, because the project has no release on PyPI and a Space
+installs requirements.txt before it has any other file.
 """
 
 import getpass
@@ -29,43 +12,39 @@ import json
 import logging
 import os
 import re
-import sys
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from importlib.metadata import requires
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from transformers import HfArgumentParser
+from huggingface_hub.utils import httpx, validate_repo_id
+from packaging.requirements import Requirement
 
 from clipcacg.configuration_clipcacg import AUTO_MAP
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from clipcacg.scripts.data.loading import one_sentence
+from clipcacg.scripts.data.errors import InputError, as_input_error
+from clipcacg.scripts.reporting.model_card import CARD_FILE, FACTS_FILE, rename_card
 from clipcacg.scripts.reporting.plots import CONFUSION_MATRIX_FILE, CURVES_FILE
-from clipcacg.scripts.reporting.tables import escape_markdown
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICTURES = (CONFUSION_MATRIX_FILE, CURVES_FILE)
+PLOTS = (CONFUSION_MATRIX_FILE, CURVES_FILE)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
-# What an earlier push may have left on the Hub and a later one does not replace, but that would still be read.
-STALE = ("model*.safetensors", INDEX, "*_clipcacg.py", "*tokenizer*", "vocab.*", "merges.txt", *PICTURES)
+# Files of an earlier push that would still be read if a later push did not replace them.
+STALE = ["model*.safetensors", INDEX, "*_clipcacg.py", "*tokenizer*", "vocab.*", "merges.txt", *PLOTS]
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 URL = re.compile(r"https?://[^\s\"')]*")
 ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|([\W_])|[nrt])")
 ABSOLUTE_PATH = re.compile(r"(?<![\w.~<>/\\-])(?:/|[A-Za-z]:[\\/])[^\s\"'`<>()\[\],;|]+")
-# A paragraph of the card's template that is true of a folder only, and the places where it names the model.
-LOCAL_HINT = "Run the code beside the model's folder, or give the path of that folder.\n\n"
-NAME_IN_CODE = re.compile(r'^name = (".*")$', re.MULTILINE)
-NAME_IN_INDEX = re.compile(r"^(model-index:\n- name: ).*$", re.MULTILINE)
+# What the Hub's client, its HTTP library and hf_xet raise for a bad answer or none.
+HUB_ERRORS = (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError, ValueError)
 
-SPACE_CODE = ("demo.py", "explain.py", "sample_posts.py")
-SPACE_REQUIREMENTS = "torch>=2.6 torchvision>=0.21 transformers>=5.20 pillow>=11 matplotlib>=3.9 captum>=0.9".split()
-SPACE_APP = """from demo import build_demo
+SPACE_APP = """from clipcacg.scripts.reporting.page import build_demo
 
 build_demo("{repo_id}").launch()
 """
@@ -80,26 +59,11 @@ models:
 - {repo_id}
 ---
 
-The sentiment of a picture with its text, by [{repo_id}](https://huggingface.co/{repo_id}). The page loads that model
-with its own code (`trust_remote_code=True`), and keeps nothing that is uploaded.
+Predicts the sentiment of an image with its text by [{repo_id}](https://huggingface.co/{repo_id}). Uploads are deleted
+after ten minutes.
+
+`clipcacg/` is a copy of the Python package CLIP-CA-CG, which loads the model; the model's own code is not run.
 """
-
-
-class PushError(ValueError):
-    """A push that is refused or failed; the message is one sentence for the person who asked for it."""
-
-
-@dataclass
-class PushArguments:
-    """Where and how to push."""
-
-    private: bool = field(default=False, metadata={"help": "Make the repository private; default: public."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if needed; default: main."})
-    space: bool = field(default=False, metadata={"help": "Also make a Space, a page to try the model."})
-
-    def __post_init__(self) -> None:
-        if self.space and self.revision:
-            raise ValueError("--space shows the model's main branch: leave out --revision.")
 
 
 def push_checkpoint(
@@ -107,48 +71,77 @@ def push_checkpoint(
 ) -> str:
     """Push a checkpoint.
 
+    The model card in the folder is written again with the model's name on the Hub. A card that was edited since
+    training is pushed as it is.
+
     Args:
-        folder: What `train.py` left behind.
-        repo_id: "user/name"; made if it does not exist.
-        private: Make it private, and refuse to push to one that is public.
-        revision: Branch, made if it does not exist; default: main.
-        token: Access token; default: the one that `hf auth login` or HF_TOKEN left.
+        folder: Folder that `train.py` wrote.
+        repo_id: "user/name"; created if it does not exist.
+        private: Create a private repository, and refuse to push to a public one.
+        revision: Branch, created if it does not exist; default: main.
+        token: Access token; default: that of `hf auth login` or HF_TOKEN.
 
     Returns:
         The hash of the commit, to load with `revision=`.
 
     Raises:
-        PushError: If the checkpoint lacks a part, a file tells something of this machine, or the Hub cannot be reached
-            or refuses. The earlier revision is still there then.
+        InputError: If a part of the checkpoint is missing, a file contains a token or a path of this machine, or the
+            Hub cannot be reached or refuses. The earlier revision is still there then.
     """
     check_repo_id(repo_id)
-    with told_in_a_sentence(repo_id, token):
-        token = (token or get_token() or "").strip() or None
-        if re.search(r"[^!-~]", token or ""):  # the HTTP library would print it to say why it cannot send it
-            raise ValueError("the token has characters that no token has")
-    files = checkpoint_files(Path(folder), repo_id)
-    check_secrets(files, token)
-    return push_files(files, repo_id, private, revision, token)
+    folder, token = Path(folder), valid_token(repo_id, token)
+    files = checkpoint_files(folder)
+    hint = f"Delete {folder / FACTS_FILE} to push {CARD_FILE} as it is, because it cannot be written from these facts"
+    with as_input_error(hint, OSError, TypeError, ValueError, KeyError):
+        if not rename_card(folder, repo_id):
+            logger.info("%s is pushed as it is, because it is not the card that training wrote", folder / CARD_FILE)
+    check_secrets(folder, files, token)
+    patterns = {"allow_patterns": files, "delete_patterns": STALE}
+    return upload(folder, repo_id, "model", private, token, revision=revision, **patterns)
 
 
 def push_space(repo_id: str, private: bool = False, token: str | None = None) -> str:
-    """Push a Space that shows a model which is on the Hub; see `push_checkpoint`."""
-    scripts, names = Path(__file__).parent, {"repo_id": repo_id, "name": repo_id.split("/")[1]}
-    files = {
-        "README.md": SPACE_CARD.format(**names).encode(),
-        "requirements.txt": "".join(f"{line}\n" for line in SPACE_REQUIREMENTS).encode(),
-        "app.py": SPACE_APP.format(**names).encode(),
-        **{name: scripts / name for name in SPACE_CODE},
-    }
-    check_secrets(files, token)
-    return push_files(files, repo_id, private, None, token, space=True)
+    """Push a Space that shows a model on the Hub, under the model's name; see `push_checkpoint`."""
+    with TemporaryDirectory() as name:
+        write_space(Path(name), repo_id)
+        return upload(Path(name), repo_id, "space", private, token, delete_patterns="clipcacg/*", space_sdk="gradio")
 
 
-def check_repo_id(repo_id: str | None, asked_as: str = "the name on the Hub") -> None:
-    """Refuse what cannot be the full name of a repository.
+def upload(
+    folder: Path,
+    repo_id: str,
+    kind: str,
+    private: bool,
+    token: str | None,
+    revision: str | None = None,
+    space_sdk: str | None = None,
+    **patterns: str | list[str],
+) -> str:
+    """Create the repository if needed and upload a folder in one commit; see `push_checkpoint`.
+
+    Args:
+        kind: "model" or "space".
+        patterns: Of `upload_folder`.
+    """
+    with hub_errors(repo_id, token):
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, private=private, repo_type=kind, space_sdk=space_sdk, exist_ok=True)
+        if private and not api.repo_info(repo_id, repo_type=kind).private:
+            raise InputError(f"{repo_id} is public, so nothing is pushed: make it private first.")
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        where = {"repo_id": repo_id, "repo_type": kind, "revision": revision}
+        message = f"Push a {kind} of CLIP-CA-CG"
+        commit = api.upload_folder(folder_path=folder, commit_message=message, **where, **patterns)
+    logger.info("Pushed to %s, revision %s", url, commit.oid)
+    return commit.oid
+
+
+def check_repo_id(repo_id: str | None, argument: str = "the name on the Hub") -> None:
+    """Check that a name is the full name of a repository.
 
     Raises:
-        PushError: If it is none.
+        InputError: If it is not.
     """
     try:
         validate_repo_id(repo_id or "")
@@ -156,31 +149,39 @@ def check_repo_id(repo_id: str | None, asked_as: str = "the name on the Hub") ->
     except HFValidationError:
         valid = False
     if not valid:
-        raise PushError(
-            f"To push, give {asked_as} as USER/NAME, of letters, digits, '-', '_' and '.', not {repo_id!r}."
+        raise InputError(
+            f"To push, give {argument} as USER/NAME, of letters, digits, '-', '_' and '.', not {repo_id!r}."
         )
 
 
-def checkpoint_files(folder: Path, repo_id: str) -> dict[str, bytes | Path]:
-    """What to push of a checkpoint: path on the Hub to content.
+def valid_token(repo_id: str, token: str | None) -> str | None:
+    """The given or stored access token. Checked here, because the HTTP library's message would print it.
 
     Raises:
-        PushError: If a part is missing.
+        InputError: If it has characters that no token has.
     """
-    try:
+    token = (token or get_token() or "").strip() or None
+    if re.search(r"[^!-~]", token or ""):
+        raise InputError(f"The push to {repo_id} failed: the token has characters that no token has.")
+    return token
+
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """Paths in the folder of all files to push.
+
+    Raises:
+        InputError: If a part is missing.
+    """
+    with as_input_error(f"{folder} is not a checkpoint of a model and its processor", OSError, TypeError, ValueError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         processor = ClipCaCgProcessor.from_pretrained(folder)
-    except (OSError, TypeError, ValueError, KeyError) as error:
-        raise PushError(f"{folder} is no checkpoint of a model and its processor: {one_line(error)}") from error
+        weights = weight_files(folder)
     if not AUTO_MAP.items() <= config.get("auto_map", {}).items():
-        raise PushError(f"{folder / 'config.json'} does not name the code of this project in its auto_map.")
-    needed = {"README.md", "config.json", "processor_config.json", *code_files(config), *weight_files(folder)}
-    optional = {*PICTURES, *tokenizer_files(processor)}
-    missing = sorted(name for name in needed if not (folder / name).is_file())
-    if missing:
-        raise PushError(f"{folder} is incomplete: there is no {' and no '.join(missing)}.")
-    files = {name: folder / name for name in sorted(needed | optional) if (folder / name).is_file()}
-    return files | {"README.md": card_on_hub(folder / "README.md", repo_id)}
+        raise InputError(f"{folder / 'config.json'} does not name the code of this project in its auto_map.")
+    needed = {CARD_FILE, "config.json", "processor_config.json", *code_files(config), *weights}
+    if missing := sorted(name for name in needed if not (folder / name).is_file()):
+        raise InputError(f"{folder} is incomplete: there is no {' and no '.join(missing)}.")
+    return sorted(name for name in {*needed, *PLOTS, *tokenizer_files(processor)} if (folder / name).is_file())
 
 
 def code_files(config: dict) -> set[str]:
@@ -191,14 +192,14 @@ def code_files(config: dict) -> set[str]:
 
 
 def weight_files(folder: Path) -> set[str]:
-    """The weights that `from_pretrained` reads: one file, or else an index and what it names."""
+    """The weights that `from_pretrained` reads: one file, or an index and the files that it names."""
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return {WEIGHTS}
-    return {INDEX, *json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()}
+    return {INDEX, *json.loads((folder / INDEX).read_text(encoding="utf-8")).get("weight_map", {}).values()}
 
 
 def tokenizer_files(processor: ClipCaCgProcessor) -> set[str]:
-    """The files that its tokenizers may have written."""
+    """The files that the processor's tokenizers may have written."""
     tokenizers = {"": processor.tokenizer, "clip_tokenizer/": processor.clip_tokenizer}
     return {
         folder + name
@@ -208,39 +209,49 @@ def tokenizer_files(processor: ClipCaCgProcessor) -> set[str]:
     }
 
 
-def card_on_hub(card: Path, repo_id: str) -> bytes:
-    """The model card, which calls the model by its name on the Hub, whatever the folder is called here."""
-    text, new = card.read_text(encoding="utf-8").replace(LOCAL_HINT, ""), repo_id.split("/")[1]
-    if found := NAME_IN_CODE.search(text):  # a title that somebody wrote since then stays
-        old = json.loads(found[1]).split("/")[-1]
-        text = text.replace(f"\n# {escape_markdown(old)}\n", f"\n# {escape_markdown(new)}\n", 1)
-    text = NAME_IN_INDEX.sub(rf"\g<1>{json.dumps(new)}", text)
-    return NAME_IN_CODE.sub(f'name = "{repo_id}"', text).encode()
+def write_space(folder: Path, repo_id: str) -> None:
+    """Write the files of a Space: three of its own and the package's Python files."""
+    package = Path(__file__).parents[2]
+    needed = [requirement for line in requires("clipcacg") or [] if is_for_page(requirement := Requirement(line))]
+    names = {"repo_id": repo_id, "name": repo_id.split("/")[1]}
+    (folder / "README.md").write_text(SPACE_CARD.format(**names), encoding="utf-8")
+    (folder / "app.py").write_text(SPACE_APP.format(**names), encoding="utf-8")
+    lines = sorted(f"{requirement.name}{requirement.specifier}\n" for requirement in needed)
+    (folder / "requirements.txt").write_text("".join(lines), encoding="utf-8")
+    for path in [*package.glob("*.py"), *(package / "scripts").rglob("*.py")]:
+        target = folder / "clipcacg" / path.relative_to(package)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
 
 
-def check_secrets(files: Mapping[str, bytes | Path], token: str | None) -> None:
-    """Refuse a file that tells something of this machine; weights, which hold numbers, are not read.
+def is_for_page(requirement: Requirement) -> bool:
+    """Whether the package itself or its extra `demo` needs a requirement."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": "demo"})
+
+
+def check_secrets(folder: Path, files: Iterable[str], token: str | None) -> None:
+    """Check that no file contains a token or a path of this machine. Weights, which are numbers, are not read.
 
     Raises:
-        PushError: If there is one.
+        InputError: If one does.
     """
-    for name, content in files.items():
-        if not name.endswith(".safetensors"):
-            content = content.read_bytes() if isinstance(content, Path) else content
-            text = content.decode("utf-8", errors="replace")
-            if TOKEN.search(text) or (token and token in text):
-                raise PushError(f"{name} holds an access token, so nothing is pushed.")
-            if path := next(filter(is_of_this_machine, ABSOLUTE_PATH.findall(URL.sub("", unescape(text)))), None):
-                raise PushError(f"{name} names {path}, a path of this machine, so nothing is pushed.")
+    for name in files:
+        if name.endswith(".safetensors"):
+            continue
+        text = (folder / name).read_text(encoding="utf-8", errors="replace")
+        if TOKEN.search(text) or (token and token in text):
+            raise InputError(f"{name} contains an access token, so nothing is pushed.")
+        if path := next(filter(is_of_this_machine, ABSOLUTE_PATH.findall(URL.sub("", unescape(text)))), None):
+            raise InputError(f"{name} contains {path}, a path of this machine, so nothing is pushed.")
 
 
 def unescape(text: str) -> str:
-    """Text with what the backslashes of JSON and Markdown stand for; a line break becomes a space."""
+    """Resolve the backslash escapes of JSON and Markdown; a line break becomes a space."""
     return ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else found[2] or " ", text)
 
 
 def is_of_this_machine(path: str) -> bool:
-    """Whether an absolute path exists here, is in the user's home or has the user's name in it."""
+    """Whether an absolute path exists here, is in the user's home folder or contains the user's name."""
     pure = PurePosixPath(path) if path.startswith("/") else PureWindowsPath(path)
     home = Path.home()
     in_home = home != Path(home.anchor) and home in (Path(path), *Path(path).parents)
@@ -248,54 +259,25 @@ def is_of_this_machine(path: str) -> bool:
 
 
 def machine_user() -> str | None:
-    """Name of the user who runs this, if there is one: a container's user may have none."""
+    """Name of the current user; None in a container whose user has no name."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
         return None
 
 
-def push_files(
-    files: Mapping[str, bytes | Path],
-    repo_id: str,
-    private: bool,
-    revision: str | None,
-    token: str | None,
-    space: bool = False,
-) -> str:
-    """Make the repository if needed and push all files in one commit; see `push_checkpoint`."""
-    with told_in_a_sentence(repo_id, token):
-        api, kind = HfApi(token=token), "space" if space else "model"
-        sdk = "gradio" if space else None
-        url = api.create_repo(repo_id, private=private, repo_type=kind, space_sdk=sdk, exist_ok=True)
-        if private and not api.repo_info(repo_id, repo_type=kind).private:
-            raise PushError(f"{repo_id} is public, so nothing is pushed: make it private first.")
-        if revision:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = api.list_repo_files(repo_id, revision=revision, repo_type=kind)
-        stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in STALE)]
-        operations = [
-            *(CommitOperationAdd(name, content) for name, content in files.items()),
-            *(CommitOperationDelete(name) for name in stale),
-        ]
-        message = f"Push a {kind} of CLIP-CA-CG"
-        commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=kind, revision=revision)
-    logger.info("Pushed %d files to %s, revision %s", len(files), url, commit.oid)
-    return commit.oid
-
-
 @contextmanager
-def told_in_a_sentence(repo_id: str, token: str | None) -> Iterator[None]:
-    """Turn whatever goes wrong between here and the Hub into one sentence.
+def hub_errors(repo_id: str, token: str | None) -> Iterator[None]:
+    """Turn an error of the Hub or its client into one sentence.
 
     Raises:
-        PushError: If something does.
+        InputError: In place of one of `HUB_ERRORS`.
     """
     try:
         yield
-    except PushError:
+    except InputError:
         raise
-    except Exception as error:  # of the Hub's client, the HTTP library or hf_xet, which have no common type
+    except HUB_ERRORS as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status == 401:
             reason = "the Hub does not accept the token" if token else "you are not logged in"
@@ -303,27 +285,5 @@ def told_in_a_sentence(repo_id: str, token: str | None) -> Iterator[None]:
         elif status == 403:
             reason = "the token does not allow it; it needs write access to that repository"
         else:
-            reason = one_line(error)
-        raise PushError(f"The push to {repo_id} failed: {reason.rstrip('.')}.") from error
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logger.setLevel(logging.INFO)
-    parser = HfArgumentParser(PushArguments, description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="Folder that train.py left behind.")
-    parser.add_argument("repo_id", metavar="USER/NAME", help="Name of the model on the Hub.")
-    with one_sentence():
-        arguments, names = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
-        push_checkpoint(names.checkpoint, names.repo_id, arguments.private, arguments.revision)
-        if arguments.space:
-            push_space(names.repo_id, arguments.private)
-
-
-if __name__ == "__main__":
-    main()
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise InputError(f"The push to {repo_id} failed: {reason}.") from error

@@ -24,7 +24,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from clipcacg.scripts.data.drawing import draw_picture, write_tweet
+from clipcacg.scripts.data.drawing import draw_image, write_tweet
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.reporting.explanation import (
     Explanation,
@@ -229,7 +229,7 @@ def image_panel(label: str) -> gr.Image:
 def draw_example() -> tuple[Image.Image, str]:
     """Draw a new random post."""
     rng = Random()
-    return draw_picture(rng.randrange(3), rng), write_tweet(rng.randrange(3), rng).strip()
+    return draw_image(rng.randrange(3), rng), write_tweet(rng.randrange(3), rng).strip()
 
 
 def build_demo(checkpoint: str, trust_remote_code: bool = False) -> gr.Blocks:

@@ -82,6 +82,7 @@ def plot_curves(
         if chosen_epoch is not None:
             axes.axvline(chosen_epoch, color="gray", linestyle=":", label="weights kept")
         axes.set(xlabel="Epoch", ylabel=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, format="png")

@@ -23,8 +23,8 @@ from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
-from clipcacg.scripts.data.loading import locate_picture
-from clipcacg.scripts.data.mvsa import Fault, read_text
+from clipcacg.scripts.data.images import locate_image
+from clipcacg.scripts.data.mvsa import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -125,14 +125,14 @@ def read_folder(source: Path) -> Iterator[Row]:
         try:
             text = read_text(folder / f"{post_id}.txt")
             yield {"id": post_id, "text": text, "image": str(folder / f"{post_id}.jpg")}
-        except Fault as fault:
-            yield {"id": post_id, "error": ": ".join(fault.args)}
+        except InputError as error:
+            yield {"id": post_id, "error": str(error)}
 
 
 def as_post(row: Row, number: int, folder: Path) -> Row:
     """Keep id, text and image of a row; its number replaces a missing ID."""
     post_id = row.get("id")
-    image = locate_picture(row.get("image") or None, folder)
+    image = locate_image(row.get("image") or None, folder)
     return {"id": str(number if post_id is None else post_id), "text": row.get("text"), "image": image}
 
 

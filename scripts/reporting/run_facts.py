@@ -1,13 +1,22 @@
-"""What the model card tells about a run, and how to learn it from the Trainer: what was not measured stays None."""
+"""Facts about a run for its model card. Facts that were not measured stay None.
+
+`write_model_card` keeps them as `run_facts.json` beside the checkpoint, so that the card can be rendered again under
+the model's name on the Hub. The file names no folder of this machine and holds no token. It is not pushed: the card
+has everything that it says.
+"""
 
 import os
 import platform
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig, TrainerState, TrainingArguments
 
 from clipcacg.scripts.reporting.tables import SCORES
@@ -21,18 +30,18 @@ RECIPE = (
 
 
 def uses_timm(config: PretrainedConfig) -> bool:
-    """Whether the model cannot be loaded without timm."""
-    return config.modality != "text" and config.vision_config.model_type == "timm_wrapper"
+    """Whether loading the model needs timm."""
+    return "vision" in config.encoders and config.vision_config.model_type == "timm_wrapper"
 
 
 def library_versions(config: PretrainedConfig | None = None) -> dict[str, str]:
-    """Versions of Python and of the libraries that decide about a result; of timm, if this model needs it."""
+    """Versions of Python and of the libraries that affect results, including timm if the model needs it."""
     names = (*LIBRARIES, "timm") if config is not None and uses_timm(config) else LIBRARIES
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def hardware_name(args: TrainingArguments) -> str:
-    """Class of machine that a Trainer runs on: "2 x NVIDIA A100-SXM4-40GB", or "CPU with 8 cores, 2 processes"."""
+    """Hardware that a Trainer runs on: "2 x NVIDIA A100-SXM4-40GB", or "CPU with 8 cores, 2 processes"."""
     count = args.world_size * max(1, args.n_gpu)
     if args.device.type == "cuda":
         return f"{count} x {torch.cuda.get_device_name(args.device)}"
@@ -40,14 +49,14 @@ def hardware_name(args: TrainingArguments) -> str:
 
 
 def training_recipe(args: TrainingArguments) -> dict[str, Any]:
-    """The settings that someone who repeats a run needs, by their flags; those that are off are left out."""
+    """Hyper-parameters needed to repeat a run, by flag. Settings that are off are left out."""
     values = args.to_dict()  # turns enumerations into plain strings
-    told = {name: values[name] for name in RECIPE if values.get(name) not in (None, -1, {}, "")}
-    return {name: value for name, value in told.items() if value is not False}
+    settings = {name: values[name] for name in RECIPE if values.get(name) not in (None, -1, {}, "")}
+    return {name: value for name, value in settings.items() if value is not False}
 
 
 def how_it_ended(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """Facts for `RunFacts`: epochs that ran and, if the best of several was taken, which one and by what score."""
+    """Fields of `RunFacts`: the epochs that ran and, if the best of several was kept, its epoch and score."""
     facts: dict[str, Any] = {"epochs": state.epoch}
     evaluated = {entry["step"]: entry["epoch"] for entry in state.log_history if "eval_loss" in entry}
     best = state.best_global_step
@@ -57,33 +66,53 @@ def how_it_ended(args: TrainingArguments, state: TrainerState) -> dict[str, Any]
     return facts
 
 
-@dataclass(frozen=True)
+def is_hub_id(name: str) -> bool:
+    """Whether a name is a valid repository name on the Hub. That of a local folder starts with "./" and is not."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def last_part(path: str) -> str:
+    """The last part of a path of any system."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def without_path(name: str) -> str:
+    """A Hub name or a title as it is, a local path as "./" and its last part."""
+    is_local = Path(name).exists() if is_hub_id(name) else name != last_part(name)
+    return f"./{last_part(name)}" if is_local else name
+
+
+@dataclass
 class RunFacts:
-    """What the model card tells about a run.
+    """Facts about a run for its model card. Local paths are cut to "./" and their last part.
 
     Args:
-        config: the model's config; its `id2label` names the classes.
-        data_kind: one of `DATA_KINDS`: decides which data section, limits and data terms the card has.
-        dataset_name: name, Hub id or folder of the data.
-        splits: "clmlf", "cheema:1", or in other words how the data was split, such as "random 8:1:1 (seed 42)".
-        num_posts: posts of each split that were used.
-        split_settings: `group_duplicates`, `max_train_samples` and `max_eval_samples`, where they were set.
-        base_models: "text", "vision" or "clip" -> pretrained weights that it started from, a Hub id or a folder; or
-            "model" -> the checkpoint of ours that all of it did.
-        hub_model_id: "user/name" if the model goes to the Hub; without it the card calls the model by its folder.
-        num_parameters: of the whole model.
-        max_tokens: tokens after which a text is cut.
-        training: hyper-parameters, see `training_recipe`.
-        epochs, chosen_epoch, chosen_by: see `how_it_ended`.
-        seconds: training time, with the evaluations in between.
-        resumed: whether the run was broken off, so that `seconds` are those of its last part.
-        hardware: class of machine, see `hardware_name`.
-        versions: library -> version.
-        validation: what our metric returned on the validation split, None if it was not measured.
-        test: the same on the test split.
+        config: Config of the model; its `id2label` names the classes.
+        data_kind: One of `DATA_KINDS`. It selects the data section, limits and data terms of the card.
+        dataset_name: Name, Hub id or folder of the data.
+        splits: "clmlf", "cheema:1", or how the data was split in other words, such as "random 8:1:1 (seed 42)".
+        num_posts: Number of posts used, by split.
+        split_settings: `group_duplicates`, `max_train_samples` and `max_eval_samples` where they were set.
+        base_models: "text", "vision" or "clip" -> pretrained weights that the encoder started from, a Hub id or a
+            folder; or "model" -> the CLIP-CA-CG checkpoint that the whole model started from.
+        hub_model_id: "user/name" on the Hub; None if the card names the model by its folder.
+        num_parameters: Number of parameters of the whole model.
+        max_tokens: Number of tokens after which a text is truncated.
+        training: Hyper-parameters, see `training_recipe`.
+        epochs, chosen_epoch, chosen_by: See `how_it_ended`.
+        seconds: Training time including evaluations.
+        resumed: Whether the run was interrupted and resumed, so that `seconds` covers only its last part.
+        hardware: See `hardware_name`.
+        versions: Version by library.
+        validation: Output of our metric on the validation split, None if it was not evaluated.
+        test: The same on the test split.
 
     Raises:
-        ValueError: an unknown `data_kind`.
+        ValueError: For an unknown `data_kind`.
     """
 
     config: PretrainedConfig
@@ -108,23 +137,22 @@ class RunFacts:
     test: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a data kind for which there are no sentences."""
         if self.data_kind not in DATA_KINDS:
-            raise ValueError(f"Unknown data_kind {self.data_kind!r}: expected one of {', '.join(DATA_KINDS)}.")
-
-    @property
-    def regression(self) -> bool:
-        """Whether the model predicts a number instead of a class, by the model's own rule."""
-        return self.config.problem_type == "regression" or (
-            self.config.problem_type is None and self.config.num_labels == 1
-        )
+            raise ValueError(f"Unknown data_kind {self.data_kind!r}. Allowed: {', '.join(DATA_KINDS)}.")
+        self.dataset_name, self.splits = without_path(self.dataset_name), last_part(self.splits)
+        self.base_models = {part: without_path(name) for part, name in self.base_models.items() if name}
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the classes in the order of their indices."""
-        return [self.config.id2label[index] for index in range(self.config.num_labels)]
+        """Names of the classes in index order; none for a regression."""
+        labels = 0 if self.config.task == "regression" else self.config.num_labels
+        return [self.config.id2label[index] for index in range(labels)]
 
     @property
     def results(self) -> dict[str, Mapping[str, Any]]:
-        """Split -> scores, for the splits that were measured."""
+        """Scores by split, for the splits that were evaluated."""
         return {name: scores for name in ("test", "validation") if (scores := getattr(self, name))}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field but the config, which `config.json` has."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "config"}

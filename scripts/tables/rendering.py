@@ -102,9 +102,9 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         shown[title] = spread(row.get(name), row.get(f"{name}_std"))
     if row.get("measured") != "validation":
         shown["Validation accuracy"] = spread(row.get("validation_accuracy"), row.get("validation_accuracy_std"))
-    shown["CLIP-CA-CG less this, 95%"] = "–"
+    shown["CLIP-CA-CG minus this, 95% CI"] = "–"
     if not pd.isna(row.get("difference")):
-        shown["CLIP-CA-CG less this, 95%"] = f"{row['difference']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
+        shown["CLIP-CA-CG minus this, 95% CI"] = f"{row['difference']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
     shown["p"] = number("p", ".4f")
     shown |= {"Trainable": number("trainable_parameters", ",.0f"), "Parameters": number("total_parameters", ",.0f")}
     shown |= {"Seconds": spread(row.get("seconds"), row.get("seconds_std"), 1), "Trials": number("trials", ".0f")}

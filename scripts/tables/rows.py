@@ -175,7 +175,7 @@ def parse(argv: Sequence[str]) -> tuple[ReproduceArguments, Settings]:
     smoke = copy.deepcopy(SMOKE) if "--smoke" in argv else {}
     parser.set_defaults(**{key: value for key, value in smoke.items() if key != "systems"})
     config = Path(parser.parse_known_args(argv)[0].config)
-    defaults = {"output_dir": f"outputs/reproduce/{config.stem}", **read_config(config, parser, OF_TABLES)} | smoke
+    defaults = read_config(config, parser, OF_TABLES) | {"output_dir": f"outputs/reproduce/{config.stem}"} | smoke
     grid, systems = defaults.pop("tuning", {}), defaults.pop("systems", {})
     for key, found, allowed in (("tuning", grid, TUNED), ("systems", systems, SYSTEMS)):
         if unknown := sorted(found.keys() - allowed.keys()):

@@ -1,28 +1,38 @@
-"""The recipe of a training run: its flags, and the Trainer that follows those which transformers does not have."""
+"""The flags of a training run, and the YAML files that set them."""
 
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.loading import DataArguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OF_TABLES = ("tuning", "systems")  # keys of a config that are for reproduce.py alone
+OF_TABLES = ("tuning", "systems")  # keys of a config that only reproduce.py reads
 
 
 @dataclass
 class ModelArguments:
-    """What is trained: a checkpoint of ours, or backbones and the fields of `ClipCaCgConfig`."""
+    """The model to train: a CLIP-CA-CG checkpoint, or backbones and fields of `ClipCaCgConfig`."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Go on from this CLIP-CA-CG checkpoint."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Start from this CLIP-CA-CG checkpoint."})
     text_model: str | None = field(default=None, metadata={"help": "Text encoder; default: the sample's tiny one."})
-    vision_model: str | None = field(default=None, metadata={"help": "Vision encoder; default: likewise."})
-    clip_model: str | None = field(default=None, metadata={"help": "For --clip_mode encoder; default: likewise."})
-    clip_mode: str = field(default="encoder", metadata={"help": "encoder, feature or none (w/o Clip)."})
-    modality: str = field(default="both", metadata={"help": "both, image (V only) or text (T only)."})
+    vision_model: str | None = field(default=None, metadata={"help": "Vision encoder; default: the sample's."})
+    clip_model: str | None = field(default=None, metadata={"help": "For --clip_mode encoder; default: the sample's."})
+    clip_mode: Literal["encoder", "feature", "none"] = field(
+        default="encoder",
+        metadata={"help": "CLIP's own towers, CLIP-style heads on the features, or none (w/o Clip)."},
+    )
+    modality: Literal["both", "image", "text"] = field(
+        default="both", metadata={"help": "both, image (V only) or text (T only)."}
+    )
     use_cross_attention: bool = field(default=True, metadata={"help": "False: w/o CA."})
     use_gating: bool = field(default=True, metadata={"help": "False: w/o CG."})
     hidden_size: int = field(default=768, metadata={"help": "Width of the fusion."})
@@ -32,20 +42,25 @@ class ModelArguments:
     contrastive_loss_weight: float = field(default=0.1, metadata={"help": "For --clip_mode feature."})
     freeze_text: bool = field(default=False, metadata={"help": "Do not train the text encoder."})
     freeze_text_layers: int = field(
-        default=0, metadata={"help": "Do not train its embeddings and so many of its lower layers."}
+        default=0, metadata={"help": "Do not train the text encoder's embeddings and this many of its lower layers."}
     )
     freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision encoder."})
     freeze_clip: bool = field(default=False, metadata={"help": "Do not train the CLIP towers."})
-    class_weights: str = field(default="none", metadata={"help": "none, or balanced: by inverse frequency."})
-    cache_features: bool = field(
-        default=False, metadata={"help": "Compute the outputs of frozen backbones once, and keep them on disk."}
+    class_weights: Literal["none", "balanced"] = field(
+        default="none", metadata={"help": "balanced: weight classes by their inverse frequency."}
     )
-    cache_dtype: str = field(default="float32", metadata={"help": "Of these: float32, or float16 for half the space."})
+    cache_features: bool = field(
+        default=False, metadata={"help": "Store the frozen encoders' outputs on disk, so later runs only read them."}
+    )
+    cache_dtype: Literal["float32", "float16"] = field(
+        default="float32", metadata={"help": "Type of the stored outputs; float16 takes half the space."}
+    )
     max_length: int | None = field(
-        default=None, metadata={"help": "Tokens to keep of a text; stays in the checkpoint."}
+        default=None, metadata={"help": "Truncate texts to this many tokens; stays in the checkpoint."}
     )
 
     def config_fields(self) -> dict[str, Any]:
+        """The fields of `ClipCaCgConfig` among the flags."""
         names = "clip_mode modality use_cross_attention use_gating hidden_size num_attention_heads projection_dim"
         return {name: getattr(self, name) for name in f"{names} dropout contrastive_loss_weight".split()}
 
@@ -54,9 +69,9 @@ class ModelArguments:
 class RecipeArguments(TrainingArguments):
     """Every flag of `TrainingArguments`, and what the paper's recipe needs beside them."""
 
-    output_dir: str = field(default="outputs/sample", metadata={"help": "Where the checkpoint and the results go."})
+    output_dir: str = field(default="outputs/sample", metadata={"help": "Folder of the checkpoint and the results."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew where an earlier run left checkpoints, and delete those."}
+        default=False, metadata={"help": "Start again where an earlier run left checkpoints, and delete those."}
     )
     adam: bool = field(default=False, metadata={"help": "Adam with coupled weight decay instead of --optim."})
     backbone_learning_rate: float | None = field(
@@ -66,40 +81,102 @@ class RecipeArguments(TrainingArguments):
         default=None, metadata={"help": "Divide the learning rate by 10 every so many epochs; no --lr_scheduler_type."}
     )
     early_stopping_patience: int = field(
-        default=0, metadata={"help": "Stop after so many evaluations without a better one; 0: never."}
+        default=0, metadata={"help": "Stop after so many evaluations without improvement; 0: never."}
     )
-    augment: bool = field(default=False, metadata={"help": "Crop, flip and colour training pictures at random."})
+    augment: bool = field(default=False, metadata={"help": "Crop, flip and colour training images at random."})
+    # TrainingArguments has this flag too, but demands a value for it.
+    debug: str | None = field(
+        default="",
+        metadata={
+            "nargs": "?",
+            "const": "",
+            "help": "Print the traceback of an error in the input too; or one of transformers' debug features.",
+        },
+    )
+
+
+def names_data(argv: Sequence[str]) -> bool:
+    """Whether the command line names data; without it a command reads the drawn sample."""
+    return any(word.replace("-", "_").startswith(("__data_dir", "__dataset_name")) for word in argv)
 
 
 def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArguments, DataArguments, RecipeArguments]:
-    """Read a YAML file of defaults, if the first word names one, and the flags that override it.
+    """Read the flags, and the defaults from a YAML file if the first word names one.
 
-    Without a file the defaults are those of `sample.yaml`, or of `mvsa_single.yaml` if data is named.
+    Without a file the defaults are those of `sample.yaml`, or of `mvsa_single.yaml` if the flags name data.
 
     Raises:
-        ValueError: If the file is no YAML, or holds a key that is no flag, or a flag cannot be heeded.
+        InputError: If the file or a flag is at fault.
     """
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, RecipeArguments),
         usage="%(prog)s [CONFIG.yaml] [flags]",
         description=description,
     )
-    has_data = any(word.startswith(("--data_dir", "--dataset_name")) for word in argv)
-    config = CONFIGS / ("mvsa_single.yaml" if has_data else "sample.yaml")
+    config = CONFIGS / ("mvsa_single.yaml" if names_data(argv) else "sample.yaml")
     if argv and argv[0].endswith((".yaml", ".yml")):
         config, argv = Path(argv[0]), argv[1:]
-    try:
-        defaults = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        defaults = {key: value for key, value in defaults.items() if key not in OF_TABLES}
-        unknown = sorted(map(str, defaults.keys() - {action.dest for action in parser._actions}))
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{config} is not a YAML file of flags: {' '.join(str(error).split())}") from error
-    if unknown:
-        raise ValueError(f"{config}: no flag is called {', '.join(unknown)}; --help lists them all.")
+    defaults = read_config(config, parser, OF_TABLES)
+    defaults = {key: value for key, value in defaults.items() if key not in OF_TABLES}
     if config.name == "sample.yaml" and any(word.startswith("--output_dir") for word in argv):
-        defaults["overwrite_output_dir"] = False  # said of the sample's own folder only
+        defaults["overwrite_output_dir"] = False  # the sample's own folder may be overwritten, no other
     parser.set_defaults(**defaults)
-    parsed = parser.parse_args_into_dataclasses(argv)
+    with as_input_error("The flags cannot be used", ValueError):
+        parsed = parser.parse_args_into_dataclasses(argv)
     if parsed[-1].dataloader_drop_last:
-        raise ValueError("--dataloader_drop_last would drop posts from evaluation and test as well: leave it out.")
+        raise InputError("--dataloader_drop_last would drop posts of validation and test too: leave it out.")
     return parsed
+
+
+def read_config(file: Path, parser: argparse.ArgumentParser, other_keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file of flags, and check every value as argparse checks a flag's.
+
+    Args:
+        file: Maps names of flags, without dashes, to values.
+        parser: Knows the flags, their types and choices.
+        other_keys: Further keys that the file may have; their values are not checked.
+
+    Returns:
+        Key to value, converted to the flag's type.
+
+    Raises:
+        InputError: If the file cannot be read, or a key or a value is not one of those allowed.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        keys = [str(key) for key in values.keys()]
+    except (OSError, yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file} is not a YAML file of flags: {' '.join(str(error).split())}") from error
+    flags = {action.dest: action for action in reversed(parser._actions)}  # of --x and --no_x the former
+    unknown = sorted(set(keys) - flags.keys() - set(other_keys))
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], [*flags, *other_keys], n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise InputError(f"Unknown key {', '.join(unknown)} in {file}. Allowed: the flags that --help lists.{hint}")
+    return {key: value if key in other_keys else _checked(file, flags[key], value) for key, value in values.items()}
+
+
+def _checked(file: Path, action: argparse.Action, value: Any) -> Any:
+    """Convert one value of a YAML file.
+
+    Raises:
+        InputError: The message names the file, the key, and what is allowed.
+    """
+    of_trainer = {entry.name for entry in dataclasses.fields(TrainingArguments)}
+    if value is None and action.default is None:
+        return None
+    if isinstance(value, (dict, list)) and action.type is str and action.dest in of_trainer:
+        return value  # such as lr_scheduler_kwargs and report_to, which TrainingArguments checks itself
+    is_list = isinstance(value, list) and action.nargs == "+"
+    try:
+        items = [action.type(str(item)) for item in (value if is_list else [value])]
+        wrong = [item for item in items if action.choices is not None and item not in action.choices]
+        wrong += [value] if isinstance(value, (dict, list)) and not is_list else []
+    except (argparse.ArgumentTypeError, TypeError, ValueError):
+        wrong = [value]
+    if wrong:
+        kind = "true or false" if action.const is True else f"a value of type {getattr(action.type, '__name__', '')}"
+        allowed = "one of " + ", ".join(map(str, action.choices)) if action.choices is not None else kind
+        hint = " (YAML reads a bare no as false: put it in quotes)" if value is False and action.choices else ""
+        raise InputError(f"{file}: {action.dest} must be {allowed}, got {value!r}{hint}.")
+    return items if is_list else items[0]

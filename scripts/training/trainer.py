@@ -1,7 +1,8 @@
-"""The Trainer with the paper's optimizer and schedule, and what may befall a run as errors that say what to do."""
+"""The Trainer with the paper's optimizer and schedule, and errors of a run that say what to do."""
 
 import errno
 import math
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,11 +16,10 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.training.arguments import RecipeArguments
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # how torch says it without a type
-NO_FILE = ("PytorchStreamWriter", "unexpected pos", "file write failed")  # likewise
 LESS_MEMORY = (
     "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing, "
     "--bf16, or --freeze_text, --freeze_vision and --freeze_clip, with --cache_features besides"
@@ -28,53 +28,111 @@ LESS_MEMORY = (
 
 @contextmanager
 def training_faults(output_dir: str) -> Iterator[None]:
-    """Turn what may befall any run, in whichever library, into an error that says what to do about it.
+    """Turn full memory and a full disk, in whichever library, into an error that says what to do.
 
     Raises:
-        OSError: If a file cannot be written to `output_dir`.
-        ValueError: If memory runs out.
+        InputError: If memory runs out, or `output_dir` cannot be written to.
     """
     try:
         yield
-    except (MemoryError, OSError, RuntimeError, SafetensorError) as error:
-        message = " ".join(str(error).split("\n")[0].split())
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in message for words in NO_MEMORY):
-            raise ValueError(f"The memory is full ({message or 'MemoryError'}): try {LESS_MEMORY}.") from error
-        is_full = getattr(error, "errno", None) in DISK_FULL or any(words in message for words in NO_FILE)
-        if is_full or isinstance(error, SafetensorError):
-            raise OSError(
-                f"{output_dir} cannot be written to ({message}): the checkpoints before this one are whole, so make "
-                "room, and go on with --resume_from_checkpoint True."
-            ) from error
-        raise
+    except (MemoryError, RuntimeError) as error:
+        # torch raises a bare RuntimeError where the CPU's memory is full; only its text tells.
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+        if not is_memory:
+            raise
+        reason = first_line(error) or type(error).__name__
+        raise InputError(f"The memory is full ({reason}): try {LESS_MEMORY}.") from error
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise cannot_write(output_dir, error) from error
+
+
+@contextmanager
+def writing_faults(output_dir: str) -> Iterator[None]:
+    """Turn what safetensors and torch raise in place of an `OSError` when a file cannot be written.
+
+    Raises:
+        InputError: If `output_dir` cannot be written to.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise cannot_write(output_dir, error) from error
+    except RuntimeError as error:
+        # torch.save has no exception class for a failed write; a RuntimeError that its own module raises is one.
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") != "torch.serialization":
+            raise
+        raise cannot_write(output_dir, error) from error
+
+
+def cannot_write(output_dir: str, error: Exception) -> InputError:
+    return InputError(
+        f"{output_dir} cannot be written to ({first_line(error)}): earlier checkpoints are complete. Make room, and "
+        "continue with --resume_from_checkpoint True."
+    )
+
+
+def first_line(error: Exception) -> str:
+    return " ".join(str(error).partition("\n")[0].split())
 
 
 class SentimentTrainer(Trainer):
-    """The Trainer with the paper's optimizer and schedule, and a learning rate of their own for the backbones."""
+    """The Trainer with the paper's optimizer and schedule, and a separate learning rate for the backbones.
+
+    Logs the model's contrastive loss as `contrastive_loss`, averaged over the steps since the last log as `loss` is.
+    """
 
     args: RecipeArguments
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.contrastive_losses: list[torch.Tensor] = []
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        contrastive = getattr(outputs, "contrastive_loss", None)
+        if model.training and contrastive is not None:
+            self.contrastive_losses.append(contrastive.detach().mean())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.contrastive_losses:
+            mean = torch.stack(self.contrastive_losses).mean()
+            logs["contrastive_loss"] = self.accelerator.gather(mean).mean().item()
+            self.contrastive_losses.clear()
+        super().log(logs, start_time)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the Trainer's, but not beyond a loss that would spoil the weights for good.
+        """Stop at a loss that is not finite, before it reaches the weights of the next checkpoint.
 
         Raises:
-            FloatingPointError: If the loss is not a finite number.
+            InputError: If the loss is not a finite number.
         """
         loss = super().training_step(*args, **kwargs)
         if not loss.isfinite():
-            raise FloatingPointError(
+            raise InputError(
                 f"The loss of step {self.state.global_step + 1} is {loss.item()}, at a learning rate of "
                 f"{self._get_learning_rate():.3g}: try a lower --learning_rate, --warmup_steps, or --bf16 in place of "
-                "--fp16. The checkpoints before it are whole."
+                "--fp16. Earlier checkpoints are complete."
             )
         return loss
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with writing_faults(self.args.output_dir):
+            super().save_model(*args, **kwargs)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if self.args.should_save:
-            # Its state, which is written last, tells that a checkpoint is whole. One that is written over is not.
+            # The Trainer writes its state last, so the state marks a checkpoint as complete. Where a checkpoint is
+            # overwritten, the old mark must go first.
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(*args, **kwargs)
+        with writing_faults(self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -89,15 +147,17 @@ class SentimentTrainer(Trainer):
         return self.optimizer
 
     def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """Backbones and the rest, each with and without weight decay; Adam as in the paper decays everything."""
+        """Trainable parameters of the backbones and of the rest, each with and without weight decay.
+
+        Only matrices decay, convolution kernels and embeddings among them: not the biases, normalization layers,
+        temperature and lambda. Source: our choice, as is customary; the paper states the rate alone.
+        """
         encoders = self.accelerator.unwrap_model(model).backbones().values()
         in_backbone = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
-        decayed = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
-                key = (id(parameter) in in_backbone, self.args.adam or name in decayed)
-                groups.setdefault(key, []).append(parameter)
+                groups.setdefault((id(parameter) in in_backbone, parameter.ndim >= 2), []).append(parameter)
         own = self.args.backbone_learning_rate
         rates = {True: self.args.learning_rate if own is None else own, False: self.args.learning_rate}
         return [
@@ -117,5 +177,5 @@ class SentimentTrainer(Trainer):
         return self.lr_scheduler
 
     def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> torch.utils.data.Sampler:
-        # In their order, however training samples: predictions are written beside the IDs of the posts.
+        # Predictions are written beside the posts' IDs, so evaluation keeps their order even under group_by_length.
         return torch.utils.data.SequentialSampler(eval_dataset)

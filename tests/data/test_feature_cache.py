@@ -1,5 +1,6 @@
-"""The cache of frozen backbones' outputs: same numbers, computed once, never stale."""
+"""Stored outputs of frozen encoders: same numbers, computed once, never out of date."""
 
+import inspect
 import json
 import multiprocessing
 from collections.abc import Callable
@@ -10,16 +11,19 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from test_train import flags, results
 from transformers import BertweetTokenizer
 
+import clipcacg.scripts
+from clipcacg import processing_clipcacg
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts import train
+from clipcacg.scripts.data import collator, load_posts
 from clipcacg.scripts.data import features as feature_cache
 from clipcacg.scripts.data.collator import PostCollator
+from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES, cache_features, key
-from clipcacg.scripts.data.loading import DataArguments, load_posts
-from clipcacg.scripts.training import run as train
+from clipcacg.scripts.data.loading import DataArguments
 
 MODES = {
     "encoder": {},
@@ -88,7 +92,7 @@ def test_only_what_is_frozen_is_cached(build: Callable, posts: datasets.DatasetD
     assert set(batch) == {"input_ids", "attention_mask", "image_features", "labels"}
 
 
-def test_each_text_and_picture_is_computed_once(
+def test_each_text_and_image_is_computed_once(
     build: Callable, posts: datasets.DatasetDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: dict[str, int] = {}
@@ -114,7 +118,7 @@ def test_each_text_and_picture_is_computed_once(
     assert computed == {name: unique[feature.column] for name, feature in FEATURES.items()}
 
 
-def test_another_picture_under_the_same_name_is_computed_anew(build: Callable, tmp_path: Path) -> None:
+def test_another_image_under_the_same_name_is_computed_anew(build: Callable, tmp_path: Path) -> None:
     model, processor = build(modality="image")
     rows = {"image": [str(tmp_path / "a.png")], "label": [0]}
     values = []
@@ -126,7 +130,7 @@ def test_another_picture_under_the_same_name_is_computed_anew(build: Callable, t
     assert not torch.allclose(*values)
 
 
-def test_the_key_changes_with_whatever_the_outputs_depend_on(
+def test_the_key_changes_with_everything_the_outputs_depend_on(
     build: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = build()
@@ -136,15 +140,22 @@ def test_the_key_changes_with_whatever_the_outputs_depend_on(
     assert key(model, processor, "text", "float16") != keys["text"]
 
     with monkeypatch.context() as patch:
-        for library in feature_cache.DECIDING:
+        for library in feature_cache.LIBRARIES:
             patch.setattr(
                 feature_cache, "version", lambda name, changed=library: "0" if name == changed else version(name)
             )
             assert not set(keys.values()) & {key(model, processor, name, "float32") for name in FEATURES}, library
     with monkeypatch.context() as patch:
-        changed = tmp_path / "code.py"
-        changed.write_text("another version")
-        patch.setattr(feature_cache.inspect, "getfile", lambda source: str(changed))
+        changed, original = tmp_path / "code.py", inspect.getfile
+        source = Path(processing_clipcacg.__file__).read_text()
+        patch.setattr(
+            feature_cache.inspect,
+            "getfile",
+            lambda thing: str(changed) if thing is ClipCaCgProcessor else original(thing),
+        )
+        changed.write_text("# A comment.\n" + source.replace('"""', '"""Reworded: ', 1))
+        assert keys == {name: key(model, processor, name, "float32") for name in FEATURES}
+        changed.write_text(source + "\nNO_LIMIT = 1\n")
         assert not set(keys.values()) & {key(model, processor, name, "float32") for name in FEATURES}
 
     model.save_pretrained(tmp_path / "saved")
@@ -169,22 +180,22 @@ def test_the_key_changes_with_whatever_the_outputs_depend_on(
     assert key(model, processor, "clip.vision", "float32") != keys["clip.vision"]
 
 
-def test_a_run_that_was_broken_off_goes_on(
+def test_an_interrupted_run_continues(
     build: Callable, posts: datasets.DatasetDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_cache, "POSTS_A_FILE", 1)  # a file after every batch
+    monkeypatch.setattr(feature_cache, "POSTS_PER_FILE", 1)  # a file after every batch
     model, processor = build(modality="image")
     original, calls = feature_cache.outputs, []
 
-    def broken_off(*arguments: object) -> object:
+    def interrupted(*arguments: object) -> object:
         if calls:
             raise KeyboardInterrupt
         calls.append(1)
         return original(*arguments)
 
-    many = datasets.DatasetDict(train=datasets.concatenate_datasets([numbered_pictures(tmp_path, 40)]))
+    many = datasets.DatasetDict(train=datasets.concatenate_datasets([numbered_images(tmp_path, 40)]))
     with monkeypatch.context() as patch:
-        patch.setattr(feature_cache, "outputs", broken_off)
+        patch.setattr(feature_cache, "outputs", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache_features(model, processor, many, folder=tmp_path / "cache")
     counted = []
@@ -194,7 +205,7 @@ def test_a_run_that_was_broken_off_goes_on(
     assert all(digest in stores["vision"] for digest in cached["train"]["image_digest"])
 
 
-def numbered_pictures(folder: Path, count: int) -> datasets.Dataset:
+def numbered_images(folder: Path, count: int) -> datasets.Dataset:
     paths = [str(folder / f"{number}.png") for number in range(count)]
     for number, path in enumerate(paths):
         Image.new("RGB", (40, 40), (number, 0, 0)).save(path)
@@ -216,7 +227,7 @@ def fill_in_process(backbones: Path, folder: Path, posts_folder: Path, counts: m
 
 
 def test_two_processes_at_a_time_share_the_work(backbones: Path, posts_folder: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     counts = context.Queue()
     arguments = (backbones, tmp_path, posts_folder, counts)
     processes = [context.Process(target=fill_in_process, args=arguments) for _ in range(2)]
@@ -227,9 +238,23 @@ def test_two_processes_at_a_time_share_the_work(backbones: Path, posts_folder: P
         process.join()
     posts = load_posts(DataArguments(data_dir=str(posts_folder)))
     texts = {text for split in posts.values() for text in split["text"]}
-    pictures = {Path(value["path"]).read_bytes() for split in posts.values() for value in split["image"]}
-    assert computed == len(texts) + len(pictures)
+    images = {Path(value["path"]).read_bytes() for split in posts.values() for value in split["image"]}
+    assert computed == len(texts) + len(images)
     assert not list(tmp_path.glob("*/tmp*"))
+
+
+def flags(posts: Path, backbones: Path, output: Path, *more: str) -> list[str]:
+    """A short run on a small sample with the tiny encoders."""
+    encoders = [word for part in ("text", "vision", "clip") for word in (f"--{part}_model", str(backbones / part))]
+    return [
+        str(Path(clipcacg.scripts.__path__[0]) / "configs/sample.yaml"), "--data_dir", str(posts),
+        "--output_dir", str(output), *encoders, "--num_train_epochs", "2", "--hidden_size", "32",
+        "--disable_tqdm", "True", *more,
+    ]  # fmt: skip
+
+
+def results(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "all_results.json").read_text())
 
 
 def test_training_from_the_cache_gives_the_same_scores(
@@ -239,9 +264,9 @@ def test_training_from_the_cache_gives_the_same_scores(
     frozen = ["--freeze_text", "--freeze_vision", "--freeze_clip"]
     for name, more in (("direct", []), ("cached", ["--cache_features", "--dataloader_num_workers", "1"])):
         train.main(flags(posts_folder, backbones, tmp_path / name, *frozen, *more))
-    with monkeypatch.context() as patch:  # everything is there: neither a picture nor a backbone is asked again
-        patch.setattr(ClipCaCgForSequenceClassification, "encode", lambda *_: pytest.fail("a backbone was run"))
-        patch.setattr("collator.picture", lambda value: pytest.fail("a picture was read"))
+    with monkeypatch.context() as patch:  # everything is stored: no image is read and no encoder runs
+        patch.setattr(ClipCaCgForSequenceClassification, "encode", lambda *_: pytest.fail("an encoder was run"))
+        patch.setattr(collator, "image_source", lambda value: pytest.fail("an image was read"))
         train.main(flags(posts_folder, backbones, tmp_path / "again", *frozen, "--cache_features"))
     assert results(tmp_path / "again")["eval_loss"] == pytest.approx(
         results(tmp_path / "cached")["eval_loss"], abs=1e-6
@@ -257,16 +282,14 @@ def test_training_from_the_cache_gives_the_same_scores(
     assert probabilities[1] == pytest.approx(probabilities[0], abs=1e-3)
 
 
-def test_pictures_that_change_or_lie_elsewhere_are_refused(
-    posts_folder: Path, backbones: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    with pytest.raises(SystemExit, match="--augment changes every picture"):
+def test_images_that_change_or_are_remote_are_refused(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--augment"):
         train.main(flags(posts_folder, backbones, tmp_path, "--freeze_vision", "--cache_features", "--augment"))
     with pytest.raises(ValueError, match="https://example.org/a.jpg"):
-        feature_cache.content({"bytes": None, "path": "https://example.org/a.jpg"})
+        feature_cache.image_bytes({"bytes": None, "path": "https://example.org/a.jpg"})
 
 
-def test_a_number_too_large_for_the_dtype_is_told(
+def test_an_output_too_large_for_the_dtype_is_reported(
     build: Callable, posts: datasets.DatasetDict, tmp_path: Path
 ) -> None:
     model, processor = build(modality="text")
@@ -281,11 +304,13 @@ def test_a_broken_file_of_the_cache_is_named(build: Callable, posts: datasets.Da
     cache_features(model, processor, posts, folder=tmp_path)
     part = next(tmp_path.glob("*/*.safetensors"))
     part.write_bytes(part.read_bytes()[:20])
-    with pytest.raises(ValueError, match=f"{part.name} is broken: delete it"):
+    with pytest.raises(ValueError, match=f"{part.name} is broken. Delete it"):
         cache_features(model, processor, posts, folder=tmp_path)
 
 
-def test_what_a_killed_process_left_is_swept(build: Callable, posts: datasets.DatasetDict, tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed(
+    build: Callable, posts: datasets.DatasetDict, tmp_path: Path
+) -> None:
     model, processor = build(modality="image")
     _, stores = cache_features(model, processor, posts, folder=tmp_path)
     (stores["vision"].folder / "partial-left").mkdir()
@@ -294,7 +319,7 @@ def test_what_a_killed_process_left_is_swept(build: Callable, posts: datasets.Da
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_the_model_comes_back_in_the_mode_it_was_in(
+def test_the_model_keeps_its_training_mode(
     mode: bool, build: Callable, posts: datasets.DatasetDict, tmp_path: Path
 ) -> None:
     model, processor = build(modality="text")
@@ -302,13 +327,13 @@ def test_the_model_comes_back_in_the_mode_it_was_in(
     assert model.training is mode
 
 
-def test_bytes_of_a_picture_are_read_as_its_file_is(build: Callable, tmp_path: Path) -> None:
+def test_bytes_of_an_image_are_read_like_its_file(build: Callable, tmp_path: Path) -> None:
     """A large JPEG, which is decoded at a fraction of its size, from a path and from the bytes of a Parquet file."""
     _, processor = build()
     path = tmp_path / "large.jpg"
     Image.effect_noise((800, 640), 90).convert("RGB").save(path)
     values = [{"path": str(path), "bytes": None}, {"path": "large.jpg", "bytes": path.read_bytes()}]
-    views = [processor(images=feature_cache.picture(value), return_tensors="pt") for value in values]
+    views = [processor(images=feature_cache.image_source(value), return_tensors="pt") for value in values]
     for name in ("pixel_values", "clip_pixel_values"):
         assert torch.equal(views[0][name], views[1][name])
 
@@ -326,18 +351,18 @@ def test_a_tokenizer_without_a_fast_form_has_a_key(build: Callable, tmp_path: Pa
     assert key(model, processor, "text", "float32") != before
 
 
-def test_a_write_that_breaks_off_leaves_no_file(
+def test_an_interrupted_write_leaves_no_file(
     build: Callable, posts: datasets.DatasetDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = build(modality="image")
 
-    def broken_off(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def interrupted(tensors: dict[str, torch.Tensor], path: Path) -> None:
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(feature_cache, "save_file", broken_off)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(feature_cache, "save_file", interrupted)
+        with pytest.raises(InputError, match="cannot be written to .*: No space left"):
             cache_features(model, processor, posts, folder=tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
     cached, stores = cache_features(model, processor, posts, folder=tmp_path)

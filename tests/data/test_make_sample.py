@@ -1,4 +1,4 @@
-"""The sample: its layout and labels, the tiny backbones, and that both are made once, whole and repeatably."""
+"""The sample: its layout and labels, the tiny encoders, and that both are made once, completely and reproducibly."""
 
 import json
 import multiprocessing
@@ -14,19 +14,23 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from clipcacg.scripts.data import sample as module
+from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.sample import make_sample, make_tiny_backbones
 
 ODD_TEXTS = ["naïve café — “ok…”", "中文 한국어 ру́сский", "👩‍👩‍👧 ❤️ \u200d", "a\x00b \x7f ÿ", "𝒳𐍈 ﷽", "<s> </s>"]
-FRESH_LOAD = """
-import sys, warnings
+FRESH_PROCESS = """
+import runpy, sys, warnings
+script, folder = sys.argv[1:3]
+sys.argv[1:] = [folder, "--num_posts", "3"]
+runpy.run_path(script, run_name="__main__")
 warnings.simplefilter("error")
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 for name in ("text", "vision", "clip"):
-    _, info = AutoModel.from_pretrained(f"{sys.argv[1]}/{name}", output_loading_info=True)
+    _, info = AutoModel.from_pretrained(f"{folder}/backbones/{name}", output_loading_info=True)
     assert not any(info.values()), info
     for part, names in ((AutoTokenizer, ("text", "clip")), (AutoImageProcessor, ("vision", "clip"))):
         if name in names:
-            print(name, type(part.from_pretrained(f"{sys.argv[1]}/{name}")).__name__)
+            print(name, type(part.from_pretrained(f"{folder}/backbones/{name}")).__name__)
 """
 
 
@@ -51,9 +55,9 @@ def test_layout_of_the_posts(tmp_path: Path):
     assert all(text.decode("gb18030").strip() for text in not_utf8)
     sizes = set()
     for number in numbers:
-        with Image.open(folder / f"data/{number}.jpg") as picture:
-            picture.load()
-            sizes.add(picture.size)
+        with Image.open(folder / f"data/{number}.jpg") as image:
+            image.load()
+            sizes.add(image.size)
     assert len(sizes) > 40 and all(96 <= side <= 160 for size in sizes for side in size)
 
 
@@ -85,14 +89,6 @@ def test_the_seed_decides_every_byte(make, tmp_path: Path):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_backbones_do_not_depend_on_the_process(backbones: Path, tmp_path: Path):
-    scripts = Path(module.__file__).parents[1]
-    command = [sys.executable, str(scripts / "make_sample.py"), str(tmp_path / "new"), "--num_posts", "3"]
-    subprocess.run(command, check=True, capture_output=True)
-    assert content(tmp_path / "new/backbones") == content(backbones)
-    assert len(label_pairs(tmp_path / "new/posts")) == 3
-
-
 def test_a_finished_sample_is_reused_and_another_replaced(tmp_path: Path):
     folder = make_sample(tmp_path / "posts", num_posts=8)
     stamp = (folder / "data/1.jpg").stat().st_mtime_ns
@@ -105,21 +101,21 @@ def test_a_finished_sample_is_reused_and_another_replaced(tmp_path: Path):
 def test_foreign_files_are_left_alone(tmp_path: Path):
     (tmp_path / "posts").mkdir()
     (tmp_path / "posts/mine.txt").write_text("keep")
-    with pytest.raises(FileExistsError, match="posts"):
+    with pytest.raises(InputError, match="posts"):
         make_sample(tmp_path / "posts", num_posts=8)
     assert content(tmp_path / "posts") == {"mine.txt": b"keep"}
 
 
 def test_an_interrupted_run_leaves_no_half_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    draw_picture, drawn = module.draw_picture, []
+    draw_image, drawn = module.draw_image, []
 
     def draw_three(mood: int, rng: Random) -> Image.Image:
         drawn.append(mood)
         if len(drawn) == 3:
             raise KeyboardInterrupt
-        return draw_picture(mood, rng)
+        return draw_image(mood, rng)
 
-    monkeypatch.setattr(module, "draw_picture", draw_three)
+    monkeypatch.setattr(module, "draw_image", draw_three)
     with pytest.raises(KeyboardInterrupt):
         make_sample(tmp_path / "posts", num_posts=8)
     assert not (tmp_path / "posts").exists()
@@ -130,7 +126,7 @@ def test_an_interrupted_run_leaves_no_half_sample(tmp_path: Path, monkeypatch: p
 
 
 def test_two_processes_at_once(tmp_path: Path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=make_sample, args=(tmp_path / "posts", 60)) for _ in range(2)]
     for rank in ranks:
         rank.start()
@@ -140,25 +136,25 @@ def test_two_processes_at_once(tmp_path: Path):
     assert content(tmp_path / "posts") == content(make_sample(tmp_path / "alone", 60))
 
 
-def test_backbones_load_in_a_fresh_process_without_a_warning(backbones: Path):
-    command = [sys.executable, "-c", FRESH_LOAD, str(backbones)]
+def test_a_fresh_process_makes_the_same_sample_and_loads_it_without_a_warning(backbones: Path, tmp_path: Path):
+    script = Path(module.__file__).parents[1] / "make_sample.py"
+    command = [sys.executable, "-c", FRESH_PROCESS, str(script), str(tmp_path / "new")]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert content(tmp_path / "new/backbones") == content(backbones)
+    assert len(label_pairs(tmp_path / "new/posts")) == 3
     names = ["RobertaTokenizer", "ConvNextImageProcessor", "CLIPTokenizer", "CLIPImageProcessor"]
-    assert [line.split()[1] for line in result.stdout.splitlines()] == names
-    assert not [line for line in result.stderr.splitlines() if line and "Loading weights" not in line]
+    assert [line.split()[1] for line in result.stdout.splitlines()[2:]] == names
+    assert not [
+        line for line in result.stderr.splitlines() if line and "weights" not in line and "model shards" not in line
+    ]
     assert sum(len(data) for data in content(backbones).values()) < 4e6
 
 
 def test_shapes_and_special_tokens(backbones: Path):
     text, vision, clip = (AutoConfig.from_pretrained(backbones / name) for name in ("text", "vision", "clip"))
     tokenizer, clip_tokenizer = (AutoTokenizer.from_pretrained(backbones / name) for name in ("text", "clip"))
-    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3, len(tokenizer) - 1]) == [
-        "<s>",
-        "<pad>",
-        "</s>",
-        "<unk>",
-        "<mask>",
-    ]
+    ids = [0, 1, 2, 3, len(tokenizer) - 1]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     assert (text.vocab_size, text.bos_token_id, text.pad_token_id, text.eos_token_id) == (len(tokenizer), 0, 1, 2)
     assert (tokenizer.model_max_length, clip_tokenizer.model_max_length) == (128, 77)
     ids = tokenizer("word " * 300, truncation=True, return_tensors="pt")
@@ -189,7 +185,7 @@ def test_tokenizers_spell_any_text(text: str, backbones: Path):
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids[1:-1], clean_up_tokenization_spaces=False) == text
-    # CLIP lowers and spaces out the words, but loses no letter; its unknown token would end the text early.
+    # CLIP changes case and spaces but loses no letter. Its unknown token would end the text early.
     ids = clip_tokenizer(text)["input_ids"]
     assert ids.count(clip_tokenizer.eos_token_id) == 1
 

@@ -1,8 +1,6 @@
-"""Pushing over HTTP to a Hub of our own, and loading what arrived where this project is not installed."""
+"""Pushes over HTTP to a small local Hub, and loads from it where this project is not installed."""
 
-import ast
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -18,18 +16,18 @@ from typing import Any
 import pytest
 import torch
 from hub_server import HubServer
-from huggingface_hub import ModelCard, RepoCard, constants
+from huggingface_hub import RepoCard, constants
 from huggingface_hub.utils import httpx
+from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
-from clipcacg.configuration_clipcacg import AUTO_MAP, ClipCaCgConfig
+from clipcacg.configuration_clipcacg import AUTO_MAP
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from clipcacg.scripts.reporting import hub as push_to_hub
-from clipcacg.scripts.reporting.hub import PushError, push_checkpoint
-from clipcacg.scripts.reporting.model_card import write_model_card
-from clipcacg.scripts.reporting.run_facts import RunFacts
-from clipcacg.scripts.training import run as train
+from clipcacg.scripts import push_to_hub, train
+from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.reporting import hub as hub_library
+from clipcacg.scripts.reporting.hub import check_secrets, push_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TOKEN, STRANGER = "hf_" + "owner" * 7, "hf_" + "other" * 7
@@ -43,7 +41,7 @@ PUSHED = {
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content")  # huggingface_hub's own
 RUN = """
 import json, sys
-from clipcacg.scripts.training import run as train
+from clipcacg.scripts import train
 for arguments in json.loads(sys.argv[1]):
     try:
         train.main(arguments)
@@ -51,7 +49,7 @@ for arguments in json.loads(sys.argv[1]):
     except SystemExit as error:
         print("ended with:", error.code)
 """
-# Each load in a process of its own, forked from one that has loaded the libraries and no code of ours.
+# Every load runs in its own process, forked from one that has imported the libraries and no code of ours.
 LOAD = """
 import json, os, sys
 sys.modules["clipcacg"] = None
@@ -81,9 +79,26 @@ for number, arguments in enumerate(loads):
 """
 
 
+# The package is installed here, but not in a Space.
+SPACE = """
+from importlib import metadata
+installed = metadata.version
+
+def version(name):
+    if name == "clipcacg":
+        raise metadata.PackageNotFoundError(name)
+    return installed(name)
+
+metadata.version = version
+import clipcacg
+assert clipcacg.__version__ == "unknown" and not any("site-packages" in path for path in clipcacg.__path__)
+import app
+"""
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
-    """The server; this process talks to it as well, with the owner's token."""
+    """The server, which this process uses with the owner's token."""
     folder = tmp_path_factory.mktemp("hub") / "files"
     with HubServer(folder, {TOKEN: "user", STRANGER: "stranger"}) as hub, pytest.MonkeyPatch.context() as patch:
         for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
@@ -93,14 +108,14 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
 
 
 def environment(hub: HubServer, home: Path, **more: str) -> dict[str, str]:
-    """That of a process which knows nothing but the Hub: an empty cache and, unless it is in `more`, no token."""
+    """Environment variables of a process with an empty cache and, unless `more` has one, without a token."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
     return env | settings | more
 
 
 def flags(posts: Path, output: Path, *more: str) -> list[str]:
-    """Two steps of training, with checkpoints in between."""
+    """Flags of a run of two steps with checkpoints."""
     return [
         str(ROOT / "scripts/configs/sample.yaml"), "--data_dir", str(posts), "--output_dir", str(output),
         "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1", "--eval_strategy", "no",
@@ -112,7 +127,7 @@ def flags(posts: Path, output: Path, *more: str) -> list[str]:
 def runs(
     hub: HubServer, posts_folder: Path, backbones: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """Three runs in one process: one pushes, one goes on from what it pushed, one has a bad token."""
+    """Three runs in one process: one pushes, one starts from the pushed model, one has an invalid token."""
     home = tmp_path_factory.mktemp("home") / MACHINE_USER
     new = [f"--{part}_model={backbones / part}" for part in ("text", "vision", "clip")] + ["--hidden_size", "32"]
     arguments = [
@@ -130,7 +145,7 @@ def runs(
 
 @pytest.fixture(scope="module")
 def revisions(hub: HubServer, runs: dict[str, Any]) -> dict[str, str]:
-    """What the first run pushed, the same with other weights, and the same in shards on a branch."""
+    """Revisions of the first run's model: as pushed, with other weights, and in shards on a branch."""
     first = runs["folder"] / "first"
     found = {"first": hub.repos["models", "user/first"].branches["main"]}
     other = shutil.copytree(first, runs["folder"] / "other")
@@ -151,7 +166,7 @@ def change_weights(folder: Path) -> None:
 
 
 def logits(folder: Path, posts: dict[str, list[str]]) -> torch.Tensor:
-    """What a folder's model says, here, with the installed code."""
+    """Logits of a folder's model with the installed code."""
     model = ClipCaCgForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         return model(**ClipCaCgProcessor.from_pretrained(folder)(**posts, return_tensors="pt")).logits
@@ -166,10 +181,10 @@ def test_a_push_holds_the_documented_files_and_no_others(hub: HubServer, runs: d
         assert name.removeprefix("clip_tokenizer/") in push_to_hub.__doc__
     shards = hub.files("user/first", revision="shards").keys() - PUSHED - {".gitattributes"}
     assert shards == {"model.safetensors.index.json", *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))}
-    assert "model.safetensors" not in hub.files("user/first", revision="shards")  # or it would be read instead
+    assert "model.safetensors" not in hub.files("user/first", revision="shards")  # it would be read first
 
 
-def test_no_file_tells_of_this_machine(
+def test_no_file_contains_a_path_of_this_machine_or_a_token(
     hub: HubServer, runs: dict, revisions: dict, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     told = [MACHINE_USER, TOKEN, str(tmp_path_factory.getbasetemp()), str(ROOT), str(Path.home()) + os.sep, sys.prefix]
@@ -182,7 +197,7 @@ def test_no_file_tells_of_this_machine(
 
 
 def test_code_and_config_name_no_repository(hub: HubServer, runs: dict) -> None:
-    """A second generation is as complete as the first, and does not depend on it."""
+    """A model trained from a pushed one is as complete, and does not depend on it."""
     files = hub.files("user/second")
     assert json.loads(files["config.json"])["auto_map"] == AUTO_MAP
     assert all(files[name] == (ROOT / name).read_bytes() for name in CODE)
@@ -190,28 +205,21 @@ def test_code_and_config_name_no_repository(hub: HubServer, runs: dict) -> None:
     assert b"base_model:\n- user/first" in files["README.md"]
 
 
-def test_the_card_loads_the_model_by_its_name(hub: HubServer, runs: dict, tmp_path: Path) -> None:
-    """And is called by it in its title and its index, whatever the folder is called."""
-    card = tmp_path / "README.md"
-    config = ClipCaCgConfig.from_pretrained(runs["folder"] / "first")
-    for name in ("my_[model]", "user/__x__"):
-        facts = RunFacts(config, "sample", "drawn", "random", {"train": 1}, test={"accuracy": 0.5})
-        if "/" in name:
-            facts = dataclasses.replace(facts, hub_model_id=name)
-        (tmp_path / name.split("/")[-1]).mkdir()
-        write_model_card(tmp_path / name.split("/")[-1], facts).rename(card)
-        pushed = ModelCard(push_to_hub.card_on_hub(card, "user/1.0").decode())
-        assert pushed.data.model_name == "1.0" and "\n# 1.0\n" in pushed.text
-        assert pushed.text.count('name = "user/1.0"') == 2 and name not in pushed.content
-        assert "beside the model's folder" not in pushed.content
-        expected = write_model_card(tmp_path, dataclasses.replace(facts, hub_model_id="user/1.0")).read_text()
-        assert pushed.text == ModelCard(expected).text
-
-
-def test_a_title_that_somebody_wrote_stays(tmp_path: Path) -> None:
-    card = tmp_path / "README.md"
-    card.write_text('# Moods of 2014\n\n```python\nname = "first"\n```\n')
-    assert push_to_hub.card_on_hub(card, "user/fifth") == card.read_bytes().replace(b"first", b"user/fifth")
+def test_the_card_names_the_model_on_the_hub_and_an_edited_card_stays(
+    hub: HubServer, runs: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(runs["folder"] / "first", tmp_path / "renamed")
+    push_checkpoint(folder, "user/fifth")
+    pushed = hub.files("user/fifth")["README.md"].decode()
+    assert pushed.count('name = "user/fifth"') == 2 and "\n# fifth\n" in pushed and "user/first" not in pushed
+    (folder / "README.md").write_text(pushed.replace("# fifth", "# Moods of 2014"))
+    caplog.set_level("INFO", logger="clipcacg")
+    push_checkpoint(folder, "user/sixth")
+    assert hub.files("user/sixth")["README.md"] == (folder / "README.md").read_bytes()
+    assert "Moods of 2014" in (folder / "README.md").read_text() and "is pushed as it is" in caplog.text
+    (folder / "run_facts.json").write_text("{")
+    with pytest.raises(InputError, match="^Delete .*run_facts.json to push README.md as it is"):
+        push_checkpoint(folder, "user/sixth")
 
 
 def test_all_revisions_load_where_this_project_is_not_installed(
@@ -244,14 +252,14 @@ def test_all_revisions_load_where_this_project_is_not_installed(
     torch.testing.assert_close(scores, first.softmax(dim=-1), atol=1e-6, rtol=0)
 
 
-def test_a_push_that_breaks_off_leaves_the_earlier_revision(
+def test_an_interrupted_push_leaves_the_earlier_revision(
     hub: HubServer, runs: dict, revisions: dict, tmp_path: Path
 ) -> None:
     before = hub.files("user/first")
     folder = shutil.copytree(runs["folder"] / "other", tmp_path / "changed")
     change_weights(folder)
     hub.break_commit = True
-    with pytest.raises(PushError, match="^The push to user/first failed: Server disconnected"):
+    with pytest.raises(InputError, match="^The push to user/first failed: Server disconnected"):
         push_checkpoint(folder, "user/first")
     assert not hub.break_commit and hub.repos["models", "user/first"].branches["main"] == revisions["other"]
     assert hub.files("user/first") == before
@@ -260,11 +268,11 @@ def test_a_push_that_breaks_off_leaves_the_earlier_revision(
     assert sum("/commit/" in request for request in hub.requests) == 1
 
 
-def test_the_same_again_is_no_new_revision(hub: HubServer, runs: dict, revisions: dict) -> None:
+def test_pushing_the_same_again_makes_no_new_revision(hub: HubServer, runs: dict, revisions: dict) -> None:
     assert push_checkpoint(runs["folder"] / "other", "user/first") == revisions["other"]
 
 
-def test_a_run_with_a_bad_token_ends_with_a_sentence_and_a_checkpoint(runs: dict, hub: HubServer) -> None:
+def test_a_run_with_an_invalid_token_ends_with_a_sentence_and_a_checkpoint(runs: dict, hub: HubServer) -> None:
     assert runs["ends"][:2] == ["0", "0"]
     reason = "the Hub does not accept the token; log in with `hf auth login`, or set HF_TOKEN."
     assert runs["ends"][2] == f"-c: The push to user/third failed: {reason}"
@@ -319,7 +327,7 @@ def test_what_the_hub_refuses_is_one_sentence(
     assert message("user/first", STRANGER).startswith("The push to user/first failed: the token does not allow it;")
     assert message("nobody/new").startswith("The push to nobody/new failed: the token does not allow it;")
     assert message("us er/new").startswith("To push, give the name on the Hub as USER/NAME")
-    with pytest.raises(PushError, match="failed: the token has characters that no token has[.]$"):
+    with pytest.raises(InputError, match="failed: the token has characters that no token has[.]$"):
         push_checkpoint(folder, "user/new", token="hf_\nbad")
     monkeypatch.setattr(constants, "ENDPOINT", closed_port())
     assert message("user/new") == "The push to user/new failed: [Errno 111] Connection refused."
@@ -328,10 +336,12 @@ def test_what_the_hub_refuses_is_one_sentence(
     assert ("models", "user/new") not in hub.repos and TOKEN not in "".join(capsys.readouterr())
 
 
-def test_who_is_not_logged_in_is_told_so(hub: HubServer, runs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push_to_hub, "get_token", lambda: None)
+def test_without_a_login_the_message_says_how_to_log_in(
+    hub: HubServer, runs: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_library, "get_token", lambda: None)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(PushError, match="you are not logged in; log in with `hf auth login`"):
+    with pytest.raises(InputError, match="you are not logged in; log in with `hf auth login`"):
         push_checkpoint(runs["folder"] / "first", "user/new")
 
 
@@ -341,51 +351,41 @@ def test_private_means_private(hub: HubServer, runs: dict) -> None:
     assert hub.repos["models", "user/secret"].private and not hub.repos["models", "user/first"].private
     page = f"{hub.url}/api/models/user/secret"
     assert [httpx.get(page, headers=h).status_code for h in ({}, {"Authorization": f"Bearer {TOKEN}"})] == [404, 200]
-    with pytest.raises(PushError, match="user/first is public, so nothing is pushed"):
+    with pytest.raises(InputError, match="user/first is public, so nothing is pushed"):
         push_checkpoint(folder, "user/first", private=True)
 
 
 @pytest.fixture(scope="module")
 def space(hub: HubServer, runs: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of a Space, taken from the Hub."""
+    """The files of a Space, downloaded from the Hub."""
     push_to_hub.main([str(runs["folder"] / "first"), "user/shown", "--space"])
     folder = tmp_path_factory.mktemp("space")
     for name, content in hub.files("user/shown", kind="spaces").items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
 
 
 def test_a_space_is_complete(space: Path) -> None:
-    code = {"app.py", "demo.py", "explain.py", "sample_posts.py"}
-    assert {path.name for path in space.iterdir()} == {".gitattributes", "README.md", "requirements.txt", *code}
+    assert {path.name for path in space.iterdir()} == {
+        ".gitattributes", "README.md", "app.py", "clipcacg", "requirements.txt"
+    }  # fmt: skip
     card = RepoCard.load(space / "README.md", repo_type="space").data.to_dict()
     assert (card["sdk"], card["app_file"], card["models"]) == ("gradio", "app.py", ["user/shown"])
-    imported = {
-        name.partition(".")[0]
-        for file in code
-        for node in ast.walk(ast.parse((space / file).read_text()))
-        for name in import_names(node)
-    }
-    installed = {re.split("[<>=]", line)[0] for line in (space / "requirements.txt").read_text().splitlines()}
-    brought = {"PIL", "numpy", "gradio", "starlette"}  # by pillow, transformers and the Space's SDK
-    assert imported <= installed | brought | set(sys.stdlib_module_names) | {path.stem for path in space.iterdir()}
+    needed = {line.name: line for line in map(Requirement, (space / "requirements.txt").read_text().splitlines())}
+    assert {"torch", "transformers", "captum", "gradio"} <= needed.keys() and "pytest" not in needed
+    assert card["sdk_version"] in needed["gradio"].specifier
+    copied = {path.relative_to(space / "clipcacg") for path in (space / "clipcacg").rglob("*.py")}
+    assert copied == {path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py")]}
     with pytest.raises(SystemExit, match="leave out --revision"):
         push_to_hub.main([str(space), "user/shown", "--space", "--revision", "x"])
-
-
-def import_names(node: ast.AST) -> list[str]:
-    """What an import statement imports from."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    return [node.module] if isinstance(node, ast.ImportFrom) else []
 
 
 @pytest.mark.slow
 def test_a_space_shows_the_model_from_the_hub(hub: HubServer, space: Path, tmp_path: Path) -> None:
     port = closed_port().rpartition(":")[2]
     env = environment(hub, tmp_path / "hf", GRADIO_SERVER_PORT=port, PYTHONDONTWRITEBYTECODE="1")
-    command = [sys.executable, "-c", "import sys; sys.modules['clipcacg'] = None; import app"]
-    process = subprocess.Popen(command, env=env, cwd=space, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", SPACE], env=env, cwd=space, stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(120):
             time.sleep(0.5)
@@ -403,31 +403,42 @@ def test_a_space_shows_the_model_from_the_hub(hub: HubServer, space: Path, tmp_p
 @pytest.mark.parametrize(
     ("file", "text", "sentence"),
     [
-        ("config.json", '{"_name_or_path": "%HERE%"', "config.json names %HERE%, a path"),
-        ("tokenizer_config.json", '{"name_or_path": "/gone/machine-user/run"', "names /gone/machine-user/run, a path"),
-        ("README.md", "from C:\\Users\\machine-user\\Data", "README.md names C:.Users.machine-user.Data, a path"),
-        ("config.json", r'"see\n/gone/machine-user/run"', "config.json names /gone/machine-user/run, a path"),
-        ("tokenizer_config.json", r'"/home/j\u00fcrgen/run"', "names /home/jürgen/run, a path"),
-        ("README.md", "read %HOME%/run.", "README.md names %HOME%/run"),
-        ("README.md", f"with {TOKEN}", "README.md holds an access token"),
-        ("processor_config.json", '"hf_' + "x" * 34, "processor_config.json holds an access token"),
-        ("clip_tokenizer/tokenizer.json", '"%HERE%"', "clip_tokenizer/tokenizer.json names %HERE%, a path"),
+        ("config.json", '{"_name_or_path": "%HERE%"', "config.json contains %HERE%, a path"),
+        (
+            "tokenizer_config.json",
+            '{"name_or_path": "/gone/machine-user/run"',
+            "contains /gone/machine-user/run, a path",
+        ),
+        ("README.md", "from C:\\Users\\machine-user\\Data", "README.md contains C:.Users.machine-user.Data, a path"),
+        ("config.json", r'"see\n/gone/machine-user/run"', "config.json contains /gone/machine-user/run, a path"),
+        ("tokenizer_config.json", r'"/home/j\u00fcrgen/run"', "contains /home/jürgen/run, a path"),
+        ("README.md", "read %HOME%/run.", "README.md contains %HOME%/run"),
+        ("README.md", f"with {TOKEN}", "README.md contains an access token"),
+        ("processor_config.json", '"hf_' + "x" * 34, "processor_config.json contains an access token"),
+        ("clip_tokenizer/tokenizer.json", '"%HERE%"', "clip_tokenizer/tokenizer.json contains %HERE%, a path"),
     ],
 )
-def test_a_file_that_tells_of_this_machine_is_refused(
+def test_a_file_with_a_path_of_this_machine_or_a_token_is_refused(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, text: str, sentence: str
 ) -> None:
     monkeypatch.setenv("LOGNAME", "jürgen" if "u00fc" in text else MACHINE_USER)
     text, sentence = (t.replace("%HERE%", str(tmp_path)).replace("%HOME%", str(Path.home())) for t in (text, sentence))
-    with pytest.raises(PushError, match=sentence) as error:
-        push_to_hub.check_secrets({"model.safetensors": b"", file: text.encode()}, TOKEN)
+    with pytest.raises(InputError, match=sentence) as error:
+        check_secrets(written(tmp_path / "pushed", file, text), [file], TOKEN)
     assert TOKEN not in str(error.value)
 
 
-def test_names_that_are_no_paths_are_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_not_paths_are_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LOGNAME", "user")
     text = 'user/first https://huggingface.co/user/first `post.jpg` and/or 1/2 "/" "user": "/gone/else" a user ~/x'
-    push_to_hub.check_secrets({"README.md": text.encode()}, TOKEN)
+    check_secrets(written(tmp_path, "README.md", text), ["README.md"], TOKEN)
+
+
+def written(folder: Path, file: str, text: str) -> Path:
+    """The folder, with a file in it."""
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text(text, encoding="utf-8")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -437,7 +448,7 @@ def test_an_incomplete_checkpoint_is_refused(hub: HubServer, runs: dict, tmp_pat
     folder = shutil.copytree(runs["folder"] / "first", tmp_path / "part")
     (folder / missing).unlink()
     hub.requests.clear()
-    with pytest.raises(PushError, match="is incomplete: there is no |is no checkpoint of a model and its processor"):
+    with pytest.raises(InputError, match="is incomplete: there is no |is not a checkpoint of a model"):
         push_checkpoint(folder, "user/part")
     assert not hub.requests
 

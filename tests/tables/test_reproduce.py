@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+import transformers
 import yaml
 
 from clipcacg.scripts import reproduce
 from clipcacg.scripts.baselines import SYSTEMS
-from clipcacg.scripts.data import mvsa
+from clipcacg.scripts.data import splitting
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.tables import runs
 from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, read_lines
@@ -29,8 +31,8 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce.py"
 def progress_bars() -> Iterator[None]:
     """The command turns progress bars off; turn them on again."""
     yield
-    reproduce.transformers.utils.logging.enable_progress_bar()
-    reproduce.datasets.enable_progress_bars()
+    transformers.utils.logging.enable_progress_bar()
+    datasets.enable_progress_bars()
 
 
 @pytest.fixture
@@ -68,7 +70,12 @@ def test_the_rows_are_those_of_the_tables() -> None:
 def test_an_ablation_is_one_field_of_the_full_model() -> None:
     settings = parse(["--smoke", "--use_gating", "False"])[1]
     full = settings.for_row("full").model
-    assert (full.use_gating, full.use_cross_attention, full.modality, full.clip_mode) == (True, True, "both", "encoder")
+    assert (full.use_gating, full.use_cross_attention, full.modality, full.clip_mode) == (
+        True,
+        True,
+        "both",
+        "encoder",
+    )
     changes = {
         "image_only": ("modality", "image"), "text_only": ("modality", "text"), "no_clip": ("clip_mode", "none"),
         "no_cross_attention": ("use_cross_attention", False), "no_gating": ("use_gating", False),
@@ -165,7 +172,9 @@ def test_a_killed_command_continues_without_repeating_a_run(
     assert page.startswith("# Smoke test, not a result. Table IV") and "±" in page and page in printed
 
 
-def test_a_finished_run_is_not_trained_again(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_not_trained_again(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = [*flags, "--rows", "text_only", "majority"]
     reproduce.main(arguments)
     (line, floor), results = sorted(lines(tmp_path), key=lambda line: line["row"], reverse=True), tmp_path / "results"
@@ -257,7 +266,7 @@ def test_folds_are_runs_of_one_section(
     ids = sorted(path.stem for path in (posts_folder / "data").glob("*.txt"))
     folds = [{"validation": ids[k : k + 10], "test": ids[k + 10 : k + 20]} for k in range(0, 100, 10)]
     (tmp_path / "mvsa_single_cheema.json").write_text(json.dumps({"folds": folds}))
-    monkeypatch.setattr(mvsa, "SPLITS_FOLDER", tmp_path)
+    monkeypatch.setattr(splitting, "PUBLISHED_SPLITS", tmp_path)
     more = ["--splits", "cheema", "--folds", "2-3", "--rows", "majority", "regression_text"]
     reproduce.main([*flags, *more])
     found = lines(tmp_path)

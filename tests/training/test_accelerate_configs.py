@@ -13,8 +13,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from inputs import make_inputs
-from test_train import SCRIPTS, flags
+from inputs import SCRIPTS, flags, make_inputs
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close

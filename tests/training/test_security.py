@@ -13,13 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import flags
+from inputs import flags
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel
-from clipcacg.scripts import predict
+from clipcacg.scripts import evaluate_checkpoint, predict, train
 from clipcacg.scripts.reporting.tables import escape_markdown, markdown_table
-from clipcacg.scripts.training import evaluation as evaluate_checkpoint
-from clipcacg.scripts.training import run as train
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted([*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py")])
@@ -197,7 +195,7 @@ def test_a_push_tells_no_token_however_much_it_says(checkpoint: Path, tmp_path: 
     """At the level of debugging of every library, with a server that refuses."""
     code = (
         "import logging, sys; logging.basicConfig(level=logging.DEBUG)\n"
-        "from clipcacg.scripts.reporting import hub as push_to_hub\n"
+        "from clipcacg.scripts import push_to_hub\n"
         "logging.getLogger().setLevel(logging.DEBUG)\n"
         "for name in list(logging.root.manager.loggerDict): logging.getLogger(name).setLevel(logging.DEBUG)\n"
         "sys.argv = ['push_to_hub.py', *sys.argv[1:]]\n"

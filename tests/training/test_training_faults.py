@@ -1,4 +1,4 @@
-"""Faults of training: killed anywhere, out of disk, of memory or of numbers, it loses nothing and says what to do."""
+"""A run that is killed, or out of memory or disk space, loses no checkpoint and says what to do."""
 
 import json
 import multiprocessing
@@ -18,27 +18,25 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from inputs import SCRIPTS, flags
 from safetensors.torch import load_file
 
-from clipcacg.scripts.training import run as train
+from clipcacg.scripts import train
+from clipcacg.scripts.training import run as run_steps
 from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
 from clipcacg.scripts.training.trainer import SentimentTrainer
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 STEPS = 12
 RESUME = ["--resume_from_checkpoint", "True"]
 
 
-def flags(posts: Path, backbones: Path, output: Path, *more: str) -> list[str]:
-    """A dozen steps over 32 posts, with an evaluation and a checkpoint after every other one."""
-    names = [word for part in ("text", "vision", "clip") for word in (f"--{part}_model", str(backbones / part))]
-    return [
-        str(SCRIPTS / "configs" / "sample.yaml"), "--data_dir", str(posts), "--output_dir", str(output), *names,
-        "--overwrite_output_dir", "False", "--disable_tqdm", "True", "--hidden_size", "32", "--use_cpu",
-        "--max_train_samples", "32", "--per_device_train_batch_size", "8", "--max_steps", str(STEPS),
-        "--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2",
-        "--save_total_limit", "99", *more,
-    ]  # fmt: skip
+def short_flags(posts: Path, backbones: Path, output: Path, *more: str) -> list[str]:
+    """Flags of a dozen steps over 32 posts, with an evaluation and a checkpoint after every other step."""
+    return flags(
+        posts, backbones, output, "--use_cpu", "--train_sampling_strategy", "random", "--max_train_samples", "32",
+        "--per_device_train_batch_size", "8", "--max_steps", str(STEPS), "--save_strategy", "steps", "--save_steps",
+        "2", "--eval_strategy", "steps", "--eval_steps", "2", "--save_total_limit", "99", *more,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +44,7 @@ def run(posts_folder: Path, backbones: Path) -> Callable[..., Path]:
     """A function that trains in this process, into a folder."""
 
     def train_into(output: Path, *more: str) -> Path:
-        train.main(flags(posts_folder, backbones, output, *more))
+        train.main(short_flags(posts_folder, backbones, output, *more))
         return output
 
     return train_into
@@ -74,7 +72,7 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 def assert_last_checkpoint_is_whole(folder: Path, whole: Path) -> str | None:
     """What a run would go on from is what the other run had written at that step; returns its name."""
-    last = train.last_checkpoint(folder)
+    last = run_steps.last_checkpoint(folder)
     if last is None:
         return None
     one, other = Path(last), whole / Path(last).name
@@ -196,7 +194,9 @@ def test_no_room_for_a_checkpoint_costs_no_earlier_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(SentimentTrainer, "_save_checkpoint", save_in_little_room)
-        with pytest.raises(SystemExit, match=r"model cannot be written to \(.*: the checkpoints before") as ended:
+        with pytest.raises(
+            SystemExit, match=r"model cannot be written to \(.*: earlier checkpoints are complete"
+        ) as ended:
             run(tmp_path / "model")
     assert "\n" not in str(ended.value) and "--resume_from_checkpoint True" in str(ended.value)
     assert (tmp_path / "model/checkpoint-6").is_dir()
@@ -214,7 +214,7 @@ def test_a_full_disk(run: Callable, whole: Path, tmp_path: Path) -> None:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no file system can be mounted here")
     try:
-        with pytest.raises(SystemExit, match=r"model cannot be written to \(.*: the checkpoints before"):
+        with pytest.raises(SystemExit, match=r"model cannot be written to \(.*: earlier checkpoints are complete"):
             run(tmp_path / "small/model")
         assert assert_last_checkpoint_is_whole(tmp_path / "small/model", whole) == "checkpoint-2"
     finally:
@@ -234,7 +234,7 @@ def test_a_checkpoint_that_is_written_over_is_not_whole_until_then(
         patch.setattr(SentimentTrainer, "_save_optimizer_and_scheduler", fail)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "model", "--resume_from_checkpoint", str(tmp_path / "model/checkpoint-2"))
-    assert train.last_checkpoint(tmp_path / "model") == str(tmp_path / "model/checkpoint-2")
+    assert run_steps.last_checkpoint(tmp_path / "model") == str(tmp_path / "model/checkpoint-2")
 
 
 PHASES = ["training_step", "evaluate", "_save_checkpoint"]
@@ -276,7 +276,7 @@ def test_killed_anywhere_it_goes_on_to_the_very_same_result(
 
     def start() -> tuple[Any, Any, Any]:
         phase, begun = processes.RawValue("i", BETWEEN), processes.RawArray("i", len(PHASES))
-        arguments = flags(posts_folder, backbones, folder, *RESUME, "--save_total_limit", "2")
+        arguments = short_flags(posts_folder, backbones, folder, *RESUME, "--save_total_limit", "2")
         child = processes.Process(target=watched, args=(arguments, phase, begun))
         child.start()
         return child, phase, begun
@@ -299,7 +299,7 @@ def test_killed_anywhere_it_goes_on_to_the_very_same_result(
             continue
         killed[phase.value] += 1
         last = assert_last_checkpoint_is_whole(folder, whole)
-        unfinished += bool(train.checkpoints(folder)) and train.checkpoints(folder)[0].name != last
+        unfinished += bool(run_steps.checkpoints(folder)) and run_steps.checkpoints(folder)[0].name != last
     child, _, _ = start()
     child.join()
     assert child.exitcode == 0
@@ -310,7 +310,7 @@ def test_killed_anywhere_it_goes_on_to_the_very_same_result(
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = flags(posts_folder, backbones, tmp_path / "model", "--max_steps", "100000")
+    arguments = short_flags(posts_folder, backbones, tmp_path / "model", "--max_steps", "100000")
     with (tmp_path / "log").open("wb") as log:
         launched = subprocess.Popen(
             [*torchrun, str(SCRIPTS / "train.py"), *arguments], cwd=tmp_path, stdout=log, stderr=log

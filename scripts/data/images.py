@@ -1,0 +1,49 @@
+"""Values of an undecoded image column, `{"path": ..., "bytes": ...}`, as other modules need them."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from clipcacg.scripts.data.errors import InputError
+
+
+def locate_image(name: Any, folder: Path) -> str | None:
+    """Return the path of an image that a file in `folder` names. A URL stays as it is; a value that is no string gives
+    None.
+    """
+    if not isinstance(name, str):
+        return None
+    return name if "://" in name else str(folder / name)
+
+
+def image_source(value: Any) -> Any:
+    """Return what the processor opens: the path, or a file object with the bytes that Parquet holds.
+
+    Raises:
+        InputError: the post has no image.
+    """
+    if value is None:
+        raise InputError("it has no image")
+    if not isinstance(value, dict):
+        return value
+    if value["bytes"] is None:
+        return value["path"]
+    file = io.BytesIO(value["bytes"])
+    file.name = value["path"] or "image"
+    return file
+
+
+def image_bytes(value: dict[str, Any]) -> bytes:
+    """Return the encoded bytes of an image, by which equal images are recognised.
+
+    Raises:
+        InputError: the file cannot be read, or the image is a URL, which may show another image tomorrow.
+    """
+    if value["bytes"] is not None:
+        return value["bytes"]
+    if "://" in value["path"]:
+        raise InputError(f"{value['path']} is a URL; --cache_features and --group_duplicates need local images")
+    try:
+        return Path(value["path"]).read_bytes()
+    except OSError as error:
+        raise InputError(f"the image {value['path']} cannot be read: {error.strerror}") from error

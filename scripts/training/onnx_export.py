@@ -1,0 +1,120 @@
+"""A model as an ONNX file, and the largest difference between the two.
+
+transformers' own `OnnxExporter` (5.24) does not replace this module. It unrolls `nn.GRU`, so its file takes texts of
+the traced length only. It names dynamic axes s41 and the like, offers every output beside the logits, and tracing a
+tiny model with `dynamic=True` took minutes.
+"""
+
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
+from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.data.collator import PostCollator
+from clipcacg.scripts.data.errors import as_input_error
+
+AXES = {
+    "input_ids": {0: "batch", 1: "text_len"},
+    "attention_mask": {0: "batch", 1: "text_len"},
+    "pixel_values": {0: "batch"},
+    "clip_input_ids": {0: "batch", 1: "clip_text_len"},
+    "clip_attention_mask": {0: "batch", 1: "clip_text_len"},
+    "clip_pixel_values": {0: "batch"},
+}
+INSTALL = "Install the extra: pip install 'clipcacg[onnx]'"
+
+
+class Logits(nn.Module):
+    """A model that takes its inputs in the order of their names, and returns the logits alone."""
+
+    def __init__(self, model: ClipCaCgForSequenceClassification, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+
+
+def onnx_gru(gru: nn.GRU, states: Tensor) -> tuple[Tensor, None]:
+    """`nn.GRU.forward` as ONNX's operator of that name; the exporter would fix the number of tokens.
+
+    Args:
+        gru: One layer and one direction, with biases, batch first.
+        states: (batch, text_len, width).
+
+    Returns:
+        (batch, text_len, hidden), and no last state.
+    """
+
+    def reordered(weight: Tensor) -> Tensor:  # torch: reset, update, new; ONNX: update, reset, new, per direction
+        return weight.unflatten(0, (3, -1))[[1, 0, 2]].flatten(0, 1).unsqueeze(0)
+
+    weights = reordered(gru.weight_ih_l0), reordered(gru.weight_hh_l0)
+    bias = torch.cat([reordered(gru.bias_ih_l0), reordered(gru.bias_hh_l0)], dim=1)
+    batch, text_len, _ = states.shape
+    outputs = torch.onnx.ops.symbolic(
+        "GRU",
+        (states.transpose(0, 1), *weights, bias),
+        {"hidden_size": gru.hidden_size, "linear_before_reset": 1},
+        dtype=states.dtype,
+        shape=(text_len, 1, batch, gru.hidden_size),
+    )
+    return outputs.squeeze(1).transpose(0, 1), None
+
+
+def example(
+    model: ClipCaCgForSequenceClassification, processor: ClipCaCgProcessor, texts: list[str]
+) -> dict[str, Tensor]:
+    """A batch of these texts, each with an image of one colour: the inputs that the model needs, and their masks."""
+    rows = [{"text": text, "image": Image.new("RGB", (64, 48), (40 * row, 90, 160))} for row, text in enumerate(texts)]
+    batch, required = PostCollator(processor, model.config)(rows), model.config.required_inputs
+    return {name: batch[name] for name in AXES if name.replace("attention_mask", "input_ids") in required}
+
+
+def export(model: ClipCaCgForSequenceClassification, inputs: dict[str, Tensor], output: Path) -> None:
+    """Write the model as an ONNX file.
+
+    Args:
+        model: The model, in evaluation mode.
+        inputs: What to trace it on: more than one post and more than one token.
+        output: The file. Weights of more than a gigabyte go into a second file beside it.
+
+    Raises:
+        InputError: If the extra `onnx` is not installed.
+    """
+    with (
+        as_input_error(INSTALL, ImportError),
+        mock.patch.object(nn.GRU, "forward", onnx_gru),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="# The axis name")  # several inputs share one
+        torch.onnx.export(
+            Logits(model, list(inputs)).eval(),
+            tuple(inputs.values()),
+            output,
+            dynamo=True,
+            input_names=list(inputs),
+            output_names=["logits"],
+            dynamic_shapes=(tuple(AXES[name] for name in inputs),),
+            external_data=model.num_parameters() > 2**28,  # one file cannot hold more than 2 GB
+            verbose=False,
+        )
+
+
+@torch.inference_mode()
+def largest_difference(model: ClipCaCgForSequenceClassification, inputs: dict[str, Tensor], file: Path) -> float:
+    """The largest absolute difference between the logits of the model and of the file in ONNX Runtime.
+
+    Raises:
+        InputError: If the extra `onnx` is not installed.
+    """
+    with as_input_error(INSTALL, ImportError):
+        import onnxruntime
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
+    return (torch.from_numpy(logits) - model(**inputs).logits).abs().max().item()

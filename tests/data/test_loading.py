@@ -1,0 +1,68 @@
+"""Any source of posts becomes splits with the same columns."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+from inputs import table_of_images
+
+from clipcacg.scripts.data.loading import DataArguments, load_posts
+
+
+def sizes(posts: datasets.DatasetDict) -> dict[str, int]:
+    return {split: len(dataset) for split, dataset in posts.items()}
+
+
+def test_an_imagefolder_with_metadata(tmp_path: Path) -> None:
+    for split, size in (("train", 30), ("test", 10)):
+        (tmp_path / split).mkdir()
+        rows = table_of_images(tmp_path / split, int)[:size]
+        rows = [{"file_name": row["photo"], "text": row["tweet"], "label": row["mood"]} for row in rows]
+        datasets.Dataset.from_list(rows).to_json(tmp_path / split / "metadata.jsonl")
+    posts = load_posts(DataArguments(dataset_name=str(tmp_path)))
+    assert sizes(posts) == {"train": 26, "test": 10, "validation": 4}
+    assert posts["train"].features["label"].names == ["0", "1"]
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(table_of_images(tmp_path, int)).to_csv(tmp_path / "posts.csv")
+    with pytest.raises(ValueError, match="no column label, text, image; it has photo, tweet, mood"):
+        load_posts(DataArguments(dataset_name=str(tmp_path / "posts.csv")))
+
+
+def test_splits_by_other_names_and_data_in_one_piece(tmp_path: Path) -> None:
+    rows = table_of_images(tmp_path, bool)
+    columns = {"image_column": "photo", "text_column": "tweet", "label_column": "mood"}
+    (tmp_path / "three").mkdir()
+    for split, part in (("train", rows[:20]), ("dev", rows[20:30]), ("test", rows[30:])):
+        named = [{**row, "photo": f"../{row['photo']}"} for row in part]
+        datasets.Dataset.from_list(named).to_csv(tmp_path / "three" / f"{split}.csv")
+    posts = load_posts(DataArguments(dataset_name=str(tmp_path / "three"), **columns))
+    assert sizes(posts) == {"train": 20, "validation": 10, "test": 10}
+    assert all(Path(value["path"]).is_file() for value in posts["test"]["image"])
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "whole.csv")
+    assert sizes(load_posts(DataArguments(dataset_name=str(tmp_path / "whole.csv"), splits=None, **columns))) == {
+        "test": 40
+    }
+
+
+@pytest.mark.parametrize(
+    ("hidden", "answer"),
+    [(["test"], None), (["train"], "train"), (["train", "test"], "train"), (["validation"], "validation")],
+)
+def test_only_a_test_split_may_lack_its_labels(
+    hidden: list[str], answer: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    label = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    for split in ("train", "validation", "test"):
+        labels = [-1] * 4 if split in hidden else [0, 1, 0, 1]
+        dataset = datasets.Dataset.from_dict({"text": ["so"] * 4, "label": labels}, features=features)
+        dataset.to_parquet(tmp_path / f"data/{split}.parquet")
+    arguments = DataArguments(dataset_name=str(tmp_path / "data"))
+    if answer:
+        with pytest.raises(ValueError, match=f"{answer}.* has posts without a label"):
+            load_posts(arguments, "text")
+    else:
+        assert set(load_posts(arguments, "text")) == {"train", "validation"}
+        assert "split test" in caplog.text
