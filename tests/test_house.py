@@ -11,6 +11,8 @@ from zipfile import ZipFile
 
 import pytest
 
+from clipcacg.scripts.reporting.model_card import REQUIREMENTS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -18,6 +20,7 @@ else:
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MODULES = [*ROOT.glob("*.py"), *SCRIPTS.rglob("*.py")]
 COMMANDS = {f"clipcacg.scripts.{path.stem}" for path in SCRIPTS.glob("*.py") if path.stem != "__init__"}
 MODEL_FILES = {f"clipcacg.{path.stem}" for path in ROOT.glob("*_clipcacg.py")}
@@ -90,8 +93,12 @@ def test_nothing_in_scripts_hides_a_library() -> None:
 
 
 def test_every_package_is_listed() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    listed = PYPROJECT["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(name_of(path) for path in MODULES if path.name == "__init__.py")
+
+
+def test_the_model_card_asks_for_versions_that_ci_tests() -> None:
+    assert set(REQUIREMENTS) <= set(PYPROJECT["project"]["dependencies"])
 
 
 @pytest.fixture(scope="module")
