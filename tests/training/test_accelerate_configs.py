@@ -1,4 +1,4 @@
-"""The four ways to launch: what each config asks for, and two processes that really train by them."""
+"""The Accelerate configs: what each one asks for, and two processes that train with them."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def test_deepspeed_shards_gradients_and_optimizer_states() -> None:
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin:
-    """What Accelerate makes of the FSDP config."""
+    """Accelerate's plugin, from the FSDP config."""
     fields = dict(load("fsdp").fsdp_config)
     layers = fields.pop("fsdp_transformer_layer_cls_to_wrap").split(",")
     version = fields.pop("fsdp_version")
@@ -73,8 +73,8 @@ def test_fsdp_shards_the_layers_of_the_papers_backbones(tiny_config: Callable[..
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["multi_gpu_ddp", "fsdp"])
-def test_two_processes_train_by_the_config(name: str, posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
-    """On CPUs with gloo. There Accelerate 1.15 runs FSDP's config as DDP, without a word: the next test shards."""
+def test_two_processes_train_with_the_config(name: str, posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    """On CPUs with gloo. There Accelerate 1.15 silently runs FSDP's config as DDP; the next test shards."""
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) | {"use_cpu": True, "mixed_precision": "no"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     more = ["--max_train_samples", "64", "--per_device_train_batch_size", "16", "--use_cpu", "--num_train_epochs", "1"]
@@ -88,7 +88,7 @@ def test_two_processes_train_by_the_config(name: str, posts_folder: Path, backbo
 
 @pytest.mark.slow
 def test_a_sharded_model_is_the_same_model(tiny_config: Callable[..., ClipCaCgConfig], tmp_path: Path) -> None:
-    """Two processes with gloo. The Accelerator shards on GPUs only; what it calls to do so works without one."""
+    """Two processes with gloo. The Accelerator shards on GPUs only; the function it calls works without one."""
     ClipCaCgForSequenceClassification(tiny_config()).save_pretrained(tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     done = subprocess.run([*torchrun, __file__, str(tmp_path)], capture_output=True, text=True)

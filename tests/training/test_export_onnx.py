@@ -1,4 +1,4 @@
-"""The ONNX file says what the model says, whatever the number of posts and tokens."""
+"""The ONNX file gives the model's logits for any number of posts and tokens."""
 
 import sys
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def test_the_file_gives_the_models_logits(
         assert export_onnx.largest_difference(model, inputs, file) < export_onnx.TOLERANCE
 
 
-def test_an_exported_gru_is_one_operator_and_no_other_is_touched(
+def test_an_exported_gru_is_one_operator_and_the_model_stays_as_it_was(
     tiny_config: Callable[..., ClipCaCgConfig], tmp_path: Path
 ) -> None:
     onnx = pytest.importorskip("onnx")
@@ -68,7 +68,7 @@ def test_an_exported_gru_is_one_operator_and_no_other_is_touched(
 def test_the_script(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its file is there; a file that says something else ends it with an error."""
+    """It writes the file, and ends with an error if the file gives other logits."""
     monkeypatch.setattr(export_onnx, "TOLERANCE", -1.0)  # no difference is as small
     with pytest.raises(SystemExit, match="is not the model"):
         export_onnx.main([str(checkpoint), "-o", str(tmp_path / "new/model.onnx")])

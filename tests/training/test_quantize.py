@@ -1,4 +1,4 @@
-"""8-bit text towers: which weights they have, what they say, and that they are read again."""
+"""8-bit text towers: their weights, their logits, and that they reload."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_text_towers_and_nothing_else_in_8_bits(
     output = tmp_path / "int8"
     quantize.main([str(checkpoint), "-o", str(output), "--data_dir", str(posts_folder), "--batch_size", "8"])
     shown = capsys.readouterr().out
-    assert re.findall(r"(float32|int8): accuracy [01]\.\d+, f1 [01]\.\d+, \d+\.\d+ ms a post", shown)
+    assert re.findall(r"(float32|int8): accuracy [01]\.\d+, f1 [01]\.\d+, \d+\.\d+ ms per post", shown)
     assert re.search(r"\d\.\d\d times as fast on 1 CPU", shown)
 
     original = ClipCaCgForSequenceClassification.from_pretrained(checkpoint)

@@ -1,4 +1,4 @@
-"""Nothing that a stranger wrote is run, nothing that he typed becomes markup, and no token is told."""
+"""No untrusted code runs, no untrusted text becomes markup, and no token is revealed."""
 
 import ast
 import json
@@ -26,12 +26,12 @@ MARKUP = "<script>alert(1)</script> | a `b` **c** [d](javascript:alert(2)) <img 
 
 
 def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
-    """Every call with the name by which it is called, such as "torch.load"."""
+    """Every call with the name of its function, such as "torch.load"."""
     return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
 def unsafe(source: str) -> list[str]:
-    """What a file does that may run what it reads."""
+    """Calls and imports of a file that may execute the data it reads."""
     tree, found = ast.parse(source), []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -71,7 +71,7 @@ def test_the_search_finds_what_it_looks_for(line: str) -> None:
 
 
 class Trap:
-    """Whoever unpickles it makes a folder, and so shows that code of a stranger was run."""
+    """Unpickling it makes a folder, which shows that untrusted code ran."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -82,8 +82,8 @@ class Trap:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """The folder that is there only if a trap was sprung."""
-    return tmp_path / "run by a stranger"
+    """The folder that exists only if a trap was unpickled."""
+    return tmp_path / "untrusted code ran"
 
 
 @pytest.fixture
@@ -112,12 +112,12 @@ def test_weights_in_a_pickle_are_not_run(trapped: Path, mark: Path, form: str) -
     for cls in (ClipCaCgModel, ClipCaCgForSequenceClassification):
         with pytest.raises(OSError, match="model.safetensors"):
             cls.from_pretrained(trapped)
-        with pytest.raises((pickle.UnpicklingError, RuntimeError)):  # who asks for them gets numbers, and runs nothing
+        with pytest.raises((pickle.UnpicklingError, RuntimeError)):  # even asked for, they run nothing
             cls.from_pretrained(trapped, use_safetensors=None)
     assert not mark.exists()
 
 
-def test_a_pickle_beside_the_weights_is_not_looked_at(checkpoint: Path, trapped: Path, mark: Path) -> None:
+def test_a_pickle_beside_the_weights_is_not_read(checkpoint: Path, trapped: Path, mark: Path) -> None:
     shutil.copy(checkpoint / "model.safetensors", trapped)
     for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin"):
         shutil.copy(trapped / "pytorch_model.bin", trapped / name)
@@ -157,7 +157,7 @@ FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "
 
 @pytest.fixture(scope="module")
 def run(posts_folder: Path, backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that broke off after its first step."""
+    """A run that ended after its first step."""
     folder = tmp_path_factory.mktemp("run") / "out"
     steps = ["--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1", "--eval_strategy", "no"]
     more = ["--load_best_model_at_end", "False", "--max_train_samples", "8", "--max_eval_samples", "4"]
@@ -169,7 +169,7 @@ TOKEN = "hf_" + "Secret7" * 5
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_run_that_goes_on_runs_no_pickle_of_a_stranger(
+def test_a_resumed_run_executes_no_untrusted_pickle(
     run: Path, posts_folder: Path, backbones: Path, tmp_path: Path, mark: Path, file: str
 ) -> None:
     folder = shutil.copytree(run, tmp_path / "out")
@@ -180,7 +180,7 @@ def test_a_run_that_goes_on_runs_no_pickle_of_a_stranger(
     try:
         train.main(flags(posts_folder, backbones, folder, *steps, *more))
     except (pickle.UnpicklingError, SystemExit, RuntimeError, ValueError):
-        assert file not in ("training_args.bin", "pytorch_model.bin")  # which nobody reads
+        assert file not in ("training_args.bin", "pytorch_model.bin")  # which are never read
     assert not mark.exists()
 
 
@@ -191,8 +191,8 @@ def test_no_file_of_a_run_holds_the_token(run: Path) -> None:
     assert not [path.name for path in files if TOKEN.encode() in path.read_bytes()]
 
 
-def test_a_push_tells_no_token_however_much_it_says(checkpoint: Path, tmp_path: Path) -> None:
-    """At the level of debugging of every library, with a server that refuses."""
+def test_a_push_reveals_no_token_at_any_log_level(checkpoint: Path, tmp_path: Path) -> None:
+    """With every library logging at debug level, and a server that refuses."""
     code = (
         "import logging, sys; logging.basicConfig(level=logging.DEBUG)\n"
         "from clipcacg.scripts import push_to_hub\n"
@@ -226,7 +226,7 @@ class Tags(HTMLParser):
 
 
 def rendered(text: str) -> str:
-    """Markdown as a page that lets HTML through, as the worst of readers would."""
+    """Markdown as a page of a renderer that lets HTML through, the worst case."""
     markdown = pytest.importorskip("markdown_it", reason="comes with gradio")
     return markdown.MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
 

@@ -1,4 +1,4 @@
-"""The metric's figures against values computed by hand, and its life among other processes."""
+"""The metric's scores against values computed by hand, and two processes that use it at once."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_result_is_plain_json(classes: evaluate.Metric, values: evaluate.Metric)
 @pytest.mark.parametrize(
     "predictions, references, names", [([0, 3], [0, 0], ["0", "1", "2", "3"]), ([0, 0], [0, 0], ["0", "1"])]
 )
-def test_classes_without_names_are_called_by_index(
+def test_classes_without_names_are_named_by_index(
     classes: evaluate.Metric, predictions: list[int], references: list[int], names: list[str]
 ) -> None:
     assert list(classes.compute(predictions=predictions, references=references)["per_class"]) == names
@@ -82,7 +82,7 @@ def test_batches_are_scored_together(classes: evaluate.Metric) -> None:
 
 @pytest.mark.parametrize("wrong", [0.9, -1, 3, float("nan")])
 @pytest.mark.parametrize("side", ["predictions", "references"])
-def test_only_class_indices_are_taken(classes: evaluate.Metric, side: str, wrong: float) -> None:
+def test_only_class_indices_are_accepted(classes: evaluate.Metric, side: str, wrong: float) -> None:
     inputs = {"predictions": [0, 1], "references": [0, 1], side: [0, wrong]}
     with pytest.raises(ValueError, match=f"class indices from 0 to 2, got {wrong}"):
         classes.compute(**inputs, label_names=NAMES)

@@ -52,18 +52,18 @@ def run(posts_folder: Path, backbones: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def whole(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run leaves behind that nothing befell."""
+    """The folder of a run without faults."""
     return run(tmp_path_factory.mktemp("whole") / "model")
 
 
 def scores(folder: Path) -> dict[str, Any]:
-    """All numbers of a run that are not of time, and the last loss: an average over the steps since its start."""
+    """All scores of a run, without times and the training loss, which is a mean over the steps since its start."""
     found = json.loads((folder / "all_results.json").read_text())
     return {name: found[name] for name in found if not re.search("runtime|per_second|train_loss|total_flos", name)}
 
 
 def assert_same(folder: Path, whole: Path) -> None:
-    """Weights to the bit, scores and predictions are those of another run."""
+    """Weights, scores and predictions equal those of another run, bit for bit."""
     one, other = (load_file(path / "model.safetensors") for path in (folder, whole))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert scores(folder) == scores(whole) and len(scores(folder)) > 10
@@ -71,7 +71,7 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 
 def assert_last_checkpoint_is_whole(folder: Path, whole: Path) -> str | None:
-    """What a run would go on from is what the other run had written at that step; returns its name."""
+    """The checkpoint to resume from equals the other run's of that step; returns its name."""
     last = run_steps.last_checkpoint(folder)
     if last is None:
         return None
@@ -86,7 +86,7 @@ def assert_last_checkpoint_is_whole(folder: Path, whole: Path) -> str | None:
     return one.name
 
 
-def test_two_runs_of_one_seed_are_equal_to_the_bit(run: Callable, whole: Path, tmp_path: Path) -> None:
+def test_two_runs_of_one_seed_are_equal_bit_for_bit(run: Callable, whole: Path, tmp_path: Path) -> None:
     assert_same(run(tmp_path / "again"), whole)
     other = run(tmp_path / "other", "--seed", "1", "--max_steps", "2")
     mine, theirs = (load_file(path / "checkpoint-2/model.safetensors") for path in (other, whole))
@@ -118,7 +118,7 @@ def test_too_high_a_learning_rate_stops_the_run(run: Callable, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("number", ["nan", "inf"])
-def test_a_loss_that_is_no_number_costs_no_earlier_checkpoint(
+def test_a_loss_that_is_not_finite_leaves_earlier_checkpoints_complete(
     number: str, run: Callable, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute = SentimentTrainer.compute_loss
@@ -165,9 +165,7 @@ def test_full_memory_says_what_to_try(
     assert {"bf16", "gradient_checkpointing"} <= named <= fields
 
 
-def test_any_other_fault_is_not_taken_for_one_of_these(
-    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_other_error_keeps_its_traceback(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug of ours")
 
@@ -176,9 +174,9 @@ def test_any_other_fault_is_not_taken_for_one_of_these(
         run(tmp_path / "model")
 
 
-# How many times the weights one file may hold: it is they that are cut off, or Adam's two averages of them.
+# The size limit of a file, in sizes of the weights: it cuts off the weights, or Adam's two averages of them.
 @pytest.mark.parametrize("share", [0.5, 1.5])
-def test_no_room_for_a_checkpoint_costs_no_earlier_one(
+def test_no_room_for_a_checkpoint_leaves_earlier_ones_complete(
     share: float, run: Callable, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = (whole / "checkpoint-2/model.safetensors").stat().st_size
@@ -205,7 +203,7 @@ def test_no_room_for_a_checkpoint_costs_no_earlier_one(
 
 
 def test_a_full_disk(run: Callable, whole: Path, tmp_path: Path) -> None:
-    """The same, in a file system with room for a checkpoint and a half."""
+    """The same, in a file system with room for one and a half checkpoints."""
     sizes = [path.stat().st_size for path in (whole / "checkpoint-2").rglob("*") if path.is_file()]
     (tmp_path / "small").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={sum(sizes) * 3 // 2}", "tmpfs", str(tmp_path / "small")]
@@ -221,10 +219,10 @@ def test_a_full_disk(run: Callable, whole: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(tmp_path / "small")], check=True)
 
 
-def test_a_checkpoint_that_is_written_over_is_not_whole_until_then(
+def test_a_checkpoint_is_incomplete_while_it_is_overwritten(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gone back to an earlier checkpoint, a run that is broken off may leave the later ones half new."""
+    """A run resumed from an earlier checkpoint and then interrupted may leave the later ones half overwritten."""
     run(tmp_path / "model", "--max_steps", "4")
 
     def fail(*_: Any) -> None:
@@ -243,7 +241,7 @@ KILLS = 30
 
 
 def watched(arguments: list[str], phase: Any, begun: Any) -> None:
-    """Train, and tell in shared memory which phase it is in, and how many of each there were; runs in a child."""
+    """Train in a child process, and count in shared memory the phases, and which one it is in."""
 
     def noting(number: int, method: Callable) -> Callable:
         def noted(self: SentimentTrainer, *positional: Any, **keywords: Any) -> Any:
@@ -262,10 +260,10 @@ def watched(arguments: list[str], phase: Any, begun: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_anywhere_it_goes_on_to_the_very_same_result(
+def test_a_run_killed_anywhere_continues_to_the_same_result(
     posts_folder: Path, backbones: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The children are forked from a process that has imported everything, which is what takes the time."""
+    """The children are forked from a process that has imported everything, since imports take most of the time."""
     seed = 20
     print(f"{seed = }")
     dice, processes = random.Random(seed), multiprocessing.get_context("forkserver")
@@ -308,7 +306,7 @@ def test_killed_anywhere_it_goes_on_to_the_very_same_result(
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_other(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_other(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = short_flags(posts_folder, backbones, tmp_path / "model", "--max_steps", "100000")
     with (tmp_path / "log").open("wb") as log:

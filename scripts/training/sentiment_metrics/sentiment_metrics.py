@@ -1,10 +1,10 @@
 """Scores of a sentiment model as one `evaluate` metric that needs no network.
 
-    metric = evaluate.load("scripts/sentiment_metrics", keep_in_memory=True)
+    metric = evaluate.load("scripts/training/sentiment_metrics", keep_in_memory=True)
     metric.compute(predictions=[2, 0], references=[2, 1], label_names=["negative", "neutral", "positive"])
 
-`evaluate.load` copies this file into a cache and finds its dependencies with a regular expression: an import line may
-name one library only, and nothing of this project.
+`evaluate.load` copies this file into a cache and finds its dependencies with a regular expression: an import line
+may name one library only, and nothing of this project.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ Accuracy, F1 and confusion matrix of a classifier; squared error, absolute error
 
 INPUTS = """
 Args:
-    predictions: one class index a post, or one float a post for regression.
+    predictions: one class index per post, or one float per post for regression.
     references: the true class indices, or the true values.
-    label_names: names of all classes in the order of their indices. Without them a class is called by its index, and
-        the highest index seen tells how many there are. Regression has no use for them.
+    label_names: names of all classes in the order of their indices. Without them a class is named by its index, and
+        the highest index seen sets the number of classes. Regression ignores them.
 Returns:
     accuracy, f1 (mean over classes weighted by support: the F1 that papers on MVSA report), f1_macro (plain mean over
     all classes; one that never occurs counts 0), per_class (name to precision, recall, f1, support) and
@@ -58,7 +58,7 @@ class SentimentMetrics(evaluate.Metric):
         """
         if self.config_name not in ("default", "regression"):
             raise ValueError(f"Unknown configuration {self.config_name!r}: use 'regression' or leave it out.")
-        # Floats for classes too: as int64, `datasets` would turn a probability of 0.9 into class 0 without a word.
+        # Floats for classes too: as int64, `datasets` would silently turn a probability of 0.9 into class 0.
         features = {name: datasets.Value("float64") for name in ("predictions", "references")}
         return evaluate.MetricInfo(
             description=DESCRIPTION,
@@ -73,15 +73,15 @@ class SentimentMetrics(evaluate.Metric):
         """Score all posts at once; `evaluate` calls this from `compute`.
 
         Args:
-            predictions: class indices, or values, one a post.
-            references: true class indices, or true values, one a post.
+            predictions: class indices, or values, one per post.
+            references: true class indices, or true values, one per post.
             label_names: all class names in index order, or None.
 
         Returns:
             A dict of plain Python numbers and lists, ready for `json.dump`.
 
         Raises:
-            ValueError: no posts, or something that is not the index of a class.
+            ValueError: no posts, or a value that is not the index of a class.
         """
         if len(references) == 0:
             raise ValueError("No posts to score: predictions and references are empty.")
@@ -100,16 +100,16 @@ def class_scores(
     Args:
         predictions: (posts,) predicted class indices.
         references: (posts,) true class indices.
-        label_names: all class names in index order, or None to call classes by their index.
+        label_names: all class names in index order, or None to name classes by their index.
 
     Returns:
         The dict that the metric's description lists. A precision, recall or F1 of 0/0 is 0.
 
     Raises:
-        ValueError: something that is not the index of a class.
+        ValueError: a value is not the index of a class.
 
-    Source: the definitions are scikit-learn's. That a class which never occurs stays in every figure is our choice:
-    tables of two runs then always have the same rows.
+    Source: the definitions are scikit-learn's. Our choice: a class without posts counts in every score, so that the
+    tables of any two runs have the same rows.
     """
     names = list(label_names) if label_names is not None else _names_from_indices(predictions, references)
     classes = list(range(len(names)))
@@ -135,9 +135,9 @@ def regression_scores(predictions: np.ndarray, references: np.ndarray) -> dict[s
         references: (posts,) true values.
 
     Returns:
-        mse, mae, pearsonr; the last is None where it is undefined: for one post, or where one side never varies.
+        mse, mae, pearsonr; the last is None where it is undefined: for one post, or where one side is constant.
     """
-    # Models compute in float32: a spread of its rounding errors is none, and a correlation of them is noise.
+    # Models compute in float32: values that differ by its rounding errors alone count as constant.
     undefined = any(np.ptp(values) <= 1e-6 * np.abs(values).max() for values in (predictions, references))
     return {
         "mse": float(mean_squared_error(references, predictions)),
@@ -147,7 +147,7 @@ def regression_scores(predictions: np.ndarray, references: np.ndarray) -> dict[s
 
 
 def _names_from_indices(predictions: np.ndarray, references: np.ndarray) -> list[str]:
-    """Call classes "0", "1", ... up to the highest index seen; there are two at least."""
+    """Name classes "0", "1", ... up to the highest index seen; there are at least two."""
     highest = max(1, int(np.nanmax([predictions, references])))
     return [str(index) for index in range(highest + 1)]
 
