@@ -5,14 +5,18 @@ import importlib
 import re
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
 import pytest
 from PIL import Image
+from transformers import HfArgumentParser, TrainingArguments
 
-from clipcacg.scripts.tables.rendering import RUNS_FILE, read_lines, select
+from clipcacg.scripts.data.loading import DataArguments
+from clipcacg.scripts.tables.lines import RUNS_FILE, read_lines, select
 from clipcacg.scripts.tables.rows import ROWS, parse, short_hash
+from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "scripts/README.md", "scripts/results/README.md")
@@ -41,6 +45,7 @@ ELSEWHERE = {
 }  # fmt: skip
 TEST_FILES = {"make_word_vectors": "test_baselines_words"}
 HERE = [command for command in RUNS if SCRIPT.match(command)[1] not in ELSEWHERE | {"train"}]
+GROUPS = ("data", "model", "ablations", "freezing", "recipe")
 NUMBERS = "accuracy accuracy_std f1 f1_std difference low high trainable_parameters seconds".split()
 
 
@@ -81,6 +86,20 @@ def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     links = re.findall(r"\]\(((?!https?:|#)[^)#]+)", path.read_text(encoding="utf-8"))
     assert links and not [link for link in links if not (path.parent / link).exists()]
+
+
+def test_every_flag_of_the_training_table_exists() -> None:
+    named = set(re.findall(r"--\w+", "".join(table_rows(COMMANDS_PAGE, 2)[group][0] for group in GROUPS)))
+    parser = HfArgumentParser((ModelArguments, DataArguments, RecipeArguments))
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    own = {
+        f"--{field.name}"
+        for arguments in (ModelArguments, DataArguments, RecipeArguments)
+        for field in fields(arguments)
+        if field.name not in {field.name for field in fields(TrainingArguments)}
+    }
+    assert named <= flags
+    assert own - named <= {"--overwrite_output_dir"}  # described under Resuming
 
 
 def test_ci_runs_the_two_commands() -> None:

@@ -22,7 +22,7 @@ from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.sample import make_tiny_backbones
 
-# Tokens of MVSA-Single's texts (word pieces of BERT), by the share of texts that are no longer.
+# Quantiles of the text length in MVSA-Single, in BERT tokens.
 TEXT_LENGTHS = {
     0: 3, 0.05: 14, 0.1: 16, 0.2: 20, 0.3: 24, 0.4: 26, 0.5: 30, 0.6: 33, 0.7: 37, 0.8: 42, 0.9: 49, 0.95: 53,
     0.97: 58, 0.98: 61, 0.99: 67, 0.993: 73, 0.995: 89, 0.999: 111, 1: 130,
@@ -122,7 +122,7 @@ def precision(setting: Setting, name: str) -> AbstractContextManager[Any]:
 
 
 def text_lengths(count: int) -> list[int]:
-    """So many lengths, evenly from MVSA-Single's distribution, in an order that is always the same."""
+    """`count` lengths at even quantiles of MVSA-Single's distribution, shuffled with a fixed seed."""
     shares = (np.arange(count) + 0.5) / count
     lengths = np.interp(shares, list(TEXT_LENGTHS), list(TEXT_LENGTHS.values())).astype(int)
     return np.random.default_rng(0).permutation(lengths).tolist()
@@ -139,7 +139,7 @@ def make_config(setting: Setting) -> ClipCaCgConfig:
         parts = {f"{name}_config": part for name, part in parts.items()}
         return ClipCaCgConfig(hidden_size=64, num_attention_heads=4, projection_dim=32, **parts)
     config = ClipCaCgConfig()
-    config.clip_config.text_config.eos_token_id = parts["clip"].text_config.eos_token_id  # of the tiny tokenizer
+    config.clip_config.text_config.eos_token_id = parts["clip"].text_config.eos_token_id  # the tiny tokenizer's
     return config
 
 
@@ -160,7 +160,7 @@ def make_processor(setting: Setting) -> ClipCaCgProcessor:
 
 
 def make_texts(lengths: list[int], pad_to: int, text_config: Any) -> tuple[Tensor, Tensor]:
-    """Random token ids and their mask, both (batch, pad_to)."""
+    """Random token ids and their mask, each (batch, pad_to)."""
     generator = torch.Generator().manual_seed(0)
     mask = (torch.arange(pad_to) < torch.tensor(lengths)[:, None]).long()
     ids = torch.randint(4, text_config.vocab_size - 2, mask.shape, generator=generator)
@@ -168,7 +168,7 @@ def make_texts(lengths: list[int], pad_to: int, text_config: Any) -> tuple[Tenso
 
 
 def make_inputs(setting: Setting, lengths: list[int]) -> dict[str, Tensor]:
-    """Random posts whose texts have these lengths, padded to the longest."""
+    """Model inputs of random posts with these text lengths, padded to the longest."""
     config = make_config(setting)
     input_ids, attention_mask = make_texts(lengths, max(lengths), config.text_config)
     clip_lengths = [min(length, CLIP_LIMIT) for length in lengths]
@@ -176,22 +176,22 @@ def make_inputs(setting: Setting, lengths: list[int]) -> dict[str, Tensor]:
     clip_input_ids, clip_attention_mask = make_texts(clip_lengths, max(clip_lengths), clip_text)
     clip_input_ids[torch.arange(len(lengths)), torch.tensor(clip_lengths) - 1] = clip_text.eos_token_id
     edge = config.clip_config.vision_config.image_size
-    pictures = torch.randn(len(lengths), 3, edge, edge, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(len(lengths), 3, edge, edge, generator=torch.Generator().manual_seed(0))
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "pixel_values": pictures,
+        "pixel_values": images,
         "clip_input_ids": clip_input_ids,
         "clip_attention_mask": clip_attention_mask,
-        "clip_pixel_values": pictures,
+        "clip_pixel_values": images,
     }
     return {name: value.to(setting.device) for name, value in inputs.items()}
 
 
 def make_posts(setting: Setting, count: int) -> datasets.Dataset:
-    """Posts with pieces of two real photographs, 600 x 400, and texts of MVSA's lengths; "the" is one token."""
+    """Posts with 600 x 400 crops of two photographs, and texts of MVSA's lengths that repeat "the", one token each."""
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    folder = setting.folder / "pictures"
+    folder = setting.folder / "images"
     folder.mkdir(exist_ok=True)
     paths = [str(folder / f"{number}.jpg") for number in range(count)]
     for number, path in enumerate(paths):

@@ -26,7 +26,7 @@ CARD_FILE, FACTS_FILE = "README.md", "run_facts.json"
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 DATA_TITLES = {"mvsa-single": "MVSA-Single", "mvsa-multiple": "MVSA-Multiple", "sample": "the drawn sample"}
 # What loading a checkpoint needs, and timm if the vision encoder comes from it.
-REQUIREMENTS = ("torch>=2.7", "torchvision>=0.22", "transformers>=5.20", "pillow>=11")
+REQUIREMENTS = ("torch>=2.8", "torchvision>=0.23", "transformers>=5.20", "pillow>=11")
 TIMM = "timm>=1.0"
 ENCODERS = {"text": "Text encoder", "vision": "Vision encoder", "clip": "CLIP"}
 SIZES = {

@@ -1,4 +1,4 @@
-"""What the tables compare: their rows, the flags, and the config of each row."""
+"""What the tables compare: the rows, the command's flags, and the config of each row."""
 
 import copy
 import hashlib
@@ -7,23 +7,46 @@ import json
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
 from transformers import HfArgumentParser
 
 from clipcacg.scripts.baselines import SYSTEMS
 from clipcacg.scripts.baselines.logistic_regression import LABELS, MAJORITY_LABEL, MODALITIES
+from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.loading import DataArguments
-from clipcacg.scripts.tables.rendering import Row
-from clipcacg.scripts.training.arguments import CONFIGS, ModelArguments, RecipeArguments
+from clipcacg.scripts.training.arguments import CONFIGS, OF_TABLES, ModelArguments, RecipeArguments, read_config
 
-RESULTS = Path(__file__).parents[1] / "results"
 WORD_VECTORS = ("cnn_multi", "dnn_lr", "co_memory", "mvan")  # the systems before BERT
 WHOLE = {"modality": "both", "use_cross_attention": True, "use_gating": True}
 PAPER = {"mvsa_single": (75.38, 75.21), "mvsa_multiple": (73.95, 73.83)}
 
-# In the order of the tables, floors first and ours last.
+
+class Row(NamedTuple):
+    """A row of a table. One of `fields`, `system` and `floor` says what is trained.
+
+    Args:
+        label: Name in the table.
+        tables: Numbers of the tables that have this row.
+        fields: Fields of `ModelArguments`, for CLIP-CA-CG and its ablations.
+        system: Key of `baselines.SYSTEMS`, for another system.
+        floor: "majority", or the modality that a logistic regression reads.
+        fidelity: A, B or C; see `baselines/shared.py`.
+        substitutions: What differs from the original.
+        published: "mvsa_single" and "mvsa_multiple" to the paper's accuracy and F1 in percent.
+    """
+
+    label: str
+    tables: tuple[int, ...]
+    fields: dict[str, Any] | None = None
+    system: str | None = None
+    floor: str | None = None
+    fidelity: str = ""
+    substitutions: tuple[str, ...] = ()
+    published: dict[str, tuple[float, float]] = {}
+
+
+# In the order of the tables.
 ROWS: dict[str, Row] = {"majority": Row(MAJORITY_LABEL, (3,), floor="majority")}
 ROWS |= {f"regression_{modality}": Row(LABELS[modality], (3,), floor=modality) for modality in MODALITIES}
 ROWS |= {
@@ -42,11 +65,11 @@ ROWS |= {
     "full": Row("CLIP-CA-CG", (3, 4), WHOLE, published=PAPER),
 }
 
-# What a grid may hold, and what of a config can change the numbers of a floor, or of another system.
+# Keys of a tuning grid; fields that can change the scores of a floor, and of another system.
 TUNED = {"learning_rate": RecipeArguments, "num_train_epochs": RecipeArguments, "dropout": ModelArguments}
 OF_FLOORS = ("text_model", "vision_model", "max_length", "cache_dtype")
 OF_SYSTEMS = (*OF_FLOORS, "dropout", "freeze_text", "freeze_text_layers", "freeze_vision", "class_weights")
-# And what of a recipe cannot change any.
+# Beginnings of the recipe's fields that cannot change a score.
 IRRELEVANT = (
     "output_dir", "overwrite_", "seed", "report_to", "disable_tqdm", "use_cpu", "resume_from", "log", "save_", "hub_",
     "push_", "dataloader_", "load_best",
@@ -67,37 +90,38 @@ SMOKE = {
 
 @dataclass
 class ReproduceArguments:
-    """Which runs."""
+    """Which runs to make."""
 
-    table: list[int] = field(default_factory=lambda: [3, 4], metadata={"help": "3, 4 or both."})
+    table: list[int] = field(default_factory=lambda: [3, 4], metadata={"help": "3, 4 or both.", "choices": [3, 4]})
     config: str = field(default=str(CONFIGS / "mvsa_single.yaml"), metadata={"help": "One of train.py's YAML files."})
-    seeds: int = field(default=3, metadata={"help": "Runs of each row and fold; their seeds count up from --seed."})
-    folds: str | None = field(default=None, metadata={"help": "For --splits cheema: which, as 1-10 (default) or 1,4."})
-    rows: list[str] = field(default_factory=list, metadata={"help": f"Some of {', '.join(ROWS)}; default: all."})
-    trials: bool = field(default=False, metadata={"help": "Choose among the config's tuning grid, for every row."})
-    word_vectors: str | None = field(
-        default=None, metadata={"help": "Text encoder of the systems before BERT, as make_word_vectors.py writes it."}
+    seeds: int = field(default=3, metadata={"help": "Runs per row and fold, with seeds counting up from --seed."})
+    folds: str | None = field(
+        default=None, metadata={"help": "Folds of --splits cheema, such as 1-10 (default) or 1,4."}
     )
-    smoke: bool = field(default=False, metadata={"help": "Both tables on the drawn sample, as a test of the code."})
+    rows: list[str] = field(
+        default_factory=list, metadata={"help": "Rows to train, all by default.", "choices": list(ROWS)}
+    )
+    trials: bool = field(default=False, metadata={"help": "Choose from the config's tuning grid for every row."})
+    word_vectors: str | None = field(
+        default=None, metadata={"help": "Text encoder of the systems before BERT, written by make_word_vectors.py."}
+    )
+    smoke: bool = field(default=False, metadata={"help": "Make both tables on the drawn sample, to test the code."})
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.rows if name not in ROWS]
-        if unknown:
-            raise ValueError(f"--rows has no {', '.join(unknown)}; there are {', '.join(ROWS)}.")
         if not self.row_names():
-            raise ValueError(f"--table {' '.join(map(str, self.table))} has none of these rows; tables are 3 and 4.")
+            raise InputError(f"--table {' '.join(map(str, self.table))} has none of the rows {', '.join(self.rows)}.")
         if self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, not {self.seeds}.")
+            raise InputError(f"--seeds must be at least 1, got {self.seeds}.")
 
     def row_names(self) -> list[str]:
-        """The rows to train; one that stands in both tables comes once."""
+        """Names of the rows to train; a row of both tables comes once."""
         of_tables = [name for name, row in ROWS.items() if set(self.table) & set(row.tables)]
         return [name for name in of_tables if not self.rows or name in self.rows]
 
 
 @dataclass
 class Settings:
-    """The config of all rows, or, as `for_row` returns it, of one."""
+    """The config of all rows, or of one row as `for_row` returns it."""
 
     model: ModelArguments
     data: DataArguments
@@ -107,7 +131,7 @@ class Settings:
     word_vectors: str | None
 
     def for_row(self, name: str, values: dict[str, Any] | None = None) -> "Settings":
-        """These settings with a row's own fields, and with the values that a trial tries, or that were chosen."""
+        """Return a copy with the row's own fields and the given values of the tuning grid."""
         row, training = ROWS[name], copy.deepcopy(self.training)
         model = replace(self.model, **(row.fields or {**WHOLE, "clip_mode": "none"}))
         if name in WORD_VECTORS and self.word_vectors:
@@ -117,9 +141,9 @@ class Settings:
         return replace(self, model=model, training=training)
 
     def describe(self, name: str) -> dict[str, Any]:
-        """All that a row's numbers depend on, except for posts, seed and code, as far as it is not the default.
+        """Return everything that a row's scores depend on and that is not a default, except posts, seed and code.
 
-        What the grid holds stands in place of the config's own value, which no run of the row uses then.
+        Keys of the tuning grid are left out of the config, because every run takes their values from the grid.
         """
         row, mine = ROWS[name], self.for_row(name)
         unused = {"cache_features", *self.grid}
@@ -135,58 +159,61 @@ class Settings:
         return {"row": name, "model": model, "training": training, "sizes": sizes, "grid": self.grid}
 
     def trials(self) -> list[dict[str, Any]]:
-        """Every combination of the grid's values; without a grid there is none."""
+        """Return all combinations of the grid's values; none without a grid."""
         combinations = itertools.product(*self.grid.values()) if self.grid else ()
         return [dict(zip(self.grid, values, strict=True)) for values in combinations]
 
 
 def parse(argv: Sequence[str]) -> tuple[ReproduceArguments, Settings]:
-    """Read the flags, and the config whose values they override.
+    """Read the flags, and the config that they override.
 
     Raises:
-        ValueError: If the config, or a flag, asks for something that is not there or cannot be compared.
+        InputError: If the config or a flag is at fault.
     """
     classes = (ReproduceArguments, ModelArguments, DataArguments, RecipeArguments)
-    parser = HfArgumentParser(classes, description="Train what the paper's Tables III and IV compare.")
+    parser = HfArgumentParser(classes, description="Train the systems of the paper's Tables III and IV.")
     smoke = copy.deepcopy(SMOKE) if "--smoke" in argv else {}
     parser.set_defaults(**{key: value for key, value in smoke.items() if key != "systems"})
     config = Path(parser.parse_known_args(argv)[0].config)
-    defaults = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-    defaults |= {"output_dir": str(RESULTS / config.stem)} | smoke
+    defaults = read_config(config, parser, OF_TABLES) | {"output_dir": f"outputs/reproduce/{config.stem}"} | smoke
     grid, systems = defaults.pop("tuning", {}), defaults.pop("systems", {})
-    unknown = defaults.keys() - {action.dest for action in parser._actions}
-    unknown |= (grid.keys() - TUNED.keys()) | (systems.keys() - SYSTEMS.keys())
-    if unknown:
-        raise ValueError(f"{config}: nothing is called {', '.join(sorted(unknown))}.")
+    for key, found, allowed in (("tuning", grid, TUNED), ("systems", systems, SYSTEMS)):
+        if unknown := sorted(found.keys() - allowed.keys()):
+            raise InputError(
+                f"Unknown key {', '.join(unknown)} under {key} in {config}. Allowed: {', '.join(allowed)}."
+            )
     parser.set_defaults(**defaults)
-    own, model, data, training = parser.parse_args_into_dataclasses(list(argv))
+    with as_input_error("The flags cannot be used", ValueError):
+        own, model, data, training = parser.parse_args_into_dataclasses(list(argv))
     if own.trials and not grid:
-        raise ValueError(f"--trials chooses among a grid, and {config} has none: give it a key tuning.")
+        raise InputError(f"--trials needs the key tuning in {config}.")
     check(model, training)
     choose_epochs_in_memory(training)
     return own, Settings(model, data, training, systems, grid if own.trials else {}, own.word_vectors)
 
 
 def check(model: ModelArguments, training: RecipeArguments) -> None:
-    """Refuse what would make rows differ by more than they say.
+    """Refuse flags that would make rows differ in more than their labels say.
 
     Raises:
-        ValueError: The message says which flag.
+        InputError: The message names the flag.
     """
     if model.model_name_or_path:
-        raise ValueError("--model_name_or_path is for train.py: here every row starts from the same backbones.")
+        raise InputError("--model_name_or_path is not allowed: every row starts from the same backbones.")
     if model.clip_mode == "none":
-        raise ValueError("--clip_mode none is a row of Table IV; choose encoder or feature for the full model.")
+        raise InputError("--clip_mode none is a row of Table IV: choose encoder or feature for the full model.")
     if training.augment:
-        raise ValueError("--augment cannot be used here: the outputs of frozen backbones are always cached.")
+        raise InputError("--augment is not allowed: the outputs of frozen backbones are always cached.")
     if training.world_size > 1:
-        raise ValueError("This script is for one process: start it once a GPU, with --rows and an --output_dir each.")
+        raise InputError(
+            "reproduce.py runs in one process: start it once per GPU, each with its own --rows and --output_dir."
+        )
 
 
 def choose_epochs_in_memory(training: RecipeArguments) -> None:
-    """Evaluate, and name the score to choose by, but write no checkpoint: `reproduce.KeepBest` keeps the weights."""
+    """Evaluate every epoch and write no checkpoint: `runs.KeepBest` keeps the best weights in memory."""
     training.save_strategy = "no"
-    training.load_best_model_at_end = True  # or early stopping warns; without a checkpoint it loads nothing
+    training.load_best_model_at_end = True  # early stopping demands it; nothing is loaded without a checkpoint
     if training.eval_strategy == "no":
         training.eval_strategy = "epoch"
     training.metric_for_best_model = training.metric_for_best_model or "accuracy"
@@ -194,15 +221,15 @@ def choose_epochs_in_memory(training: RecipeArguments) -> None:
 
 
 def folds_of(own: ReproduceArguments, data: DataArguments) -> list[int | None]:
-    """Which folds to go through; None alone for a protocol that has none.
+    """Return the folds to run; [None] for a protocol without folds.
 
     Raises:
-        ValueError: For folds of another split, or folds that there are not.
+        InputError: If --folds does not suit --splits or is not a list of folds.
     """
     splits, _, number = str(data.splits).partition(":")
     if splits != "cheema" or data.dataset_name:
         if own.folds:
-            raise ValueError(f"--folds are those of --splits cheema, not of {data.splits}.")
+            raise InputError(f"--folds needs --splits cheema, got --splits {data.splits}.")
         return [None]
     asked, folds = own.folds or number or "1-10", []
     try:
@@ -212,17 +239,17 @@ def folds_of(own: ReproduceArguments, data: DataArguments) -> list[int | None]:
     except ValueError:
         folds = []
     if not folds or not set(folds) <= set(range(1, 11)):
-        raise ValueError(f"--folds must be such as 1-10 or 1,4, not {asked!r}.")
+        raise InputError(f"--folds must be such as 1-10 or 1,4, got {asked!r}.")
     return sorted(set(folds))
 
 
 def changed(arguments: ModelArguments | RecipeArguments) -> dict[str, Any]:
-    """The fields that differ from their defaults."""
+    """Return the fields that differ from their defaults."""
     plain = type(arguments)()
     values = {entry.name: getattr(arguments, entry.name) for entry in fields(arguments) if entry.init}
     return {key: value for key, value in values.items() if value != getattr(plain, key, MISSING)}
 
 
 def short_hash(value: Any) -> str:
-    """The same for equal values, whatever the order of their keys."""
+    """Hash a JSON value independently of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,36 +1,9 @@
-"""Train what the paper's Tables III and IV compare, under one protocol, and make the tables.
-
-    python scripts/reproduce.py --smoke      # both tables on the drawn sample, in a minute or two; not a result
-    python scripts/reproduce.py --config scripts/configs/mvsa_single.yaml --data_dir MVSA_Single --splits clmlf
-    python scripts/reproduce.py --table 4 --config ... --data_dir ... --splits cheema --folds 1-10 --seeds 1
-    python scripts/reproduce.py --table 3 --config ... --data_dir ... --rows clmlf full --trials
-
-Table IV is CLIP-CA-CG by its config fields. Table III holds the other systems in `baselines/` and the floors, trained
-by the same recipe on the same posts. The config is one of `train.py`'s, and every flag of `train.py` overrides it here
-too, except that `--output_dir` is the folder of the results (default: `scripts/results/CONFIG`). Two more keys may
-stand in it:
-
-    tuning: {learning_rate: [1.0e-4, 3.0e-4], num_train_epochs: [10], dropout: [0.1, 0.3]}
-    systems: {clmlf: {hidden_size: 384}}      # sizes of the other systems, where their defaults are not wanted
-
-With `--trials` every row tries the whole grid, with the first seed on the first fold. The best validation accuracy
-decides, and the row's runs use what it chose; a trial never sees a test post. Without it the config's values hold.
-
-Each run that ends is one line of `runs.jsonl`. What is there is not trained again, so the same command goes on after a
-kill; a changed config, or changed posts, are other runs. A run that fails is a line too: the others go on, the command
-ends with status 1, and the next one tries it again. A protocol (`--splits`, `--group_duplicates`, `--folds`) is a
-section of the tables, and those of earlier commands stay.
-
-The outputs of frozen backbones come from the feature cache. No checkpoint is written: the weights of the best epoch by
-validation, as far as they are trained, are kept in memory and put back before anything is measured. That is one copy
-of them, where a checkpoint an epoch and run would be gigabytes.
-"""
+"""Train the rows of the tables, score them, and append each run to the results folder."""
 
 import gc
 import hashlib
 import logging
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,7 +13,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import transformers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
@@ -49,12 +21,13 @@ from clipcacg.scripts.baselines import SYSTEMS
 from clipcacg.scripts.baselines.logistic_regression import CHOICES, fit, majority, pooled_features
 from clipcacg.scripts.baselines.sentibank_sentistrength import LexiconCollator, SentiBankSentiStrength
 from clipcacg.scripts.data.collator import PostCollator
-from clipcacg.scripts.data.errors import set_up_logging
+from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import add_digests, cache_features
-from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts, one_sentence
+from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts
 from clipcacg.scripts.reporting.run_facts import hardware_name
-from clipcacg.scripts.tables.rendering import PREDICTIONS_FILE, RUNS_FILE, append_line, read_lines, write_tables
-from clipcacg.scripts.tables.rows import ROWS, WORD_VECTORS, ReproduceArguments, Settings, folds_of, parse, short_hash
+from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, append_line, read_lines
+from clipcacg.scripts.tables.rendering import write_tables
+from clipcacg.scripts.tables.rows import ROWS, WORD_VECTORS, ReproduceArguments, Settings, folds_of, short_hash
 from clipcacg.scripts.training.metrics import load_metric, score
 from clipcacg.scripts.training.record import data_kind, split_name, split_settings
 from clipcacg.scripts.training.run import (
@@ -75,7 +48,7 @@ DATA_NAMES = {"sample": "the drawn sample", "mvsa-single": "MVSA-Single", "mvsa-
 
 @dataclass
 class Fold:
-    """The posts of one fold, or of a protocol without folds (`number` None); all rows share them."""
+    """The posts of one fold, which all rows share; `number` is None for a protocol without folds."""
 
     number: int | None
     posts: datasets.DatasetDict
@@ -83,7 +56,7 @@ class Fold:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What a run's line says of its posts."""
+        """What a run's line says about its posts."""
         kind = data_kind(self.settings.data, self.posts)
         return {
             "data": DATA_NAMES.get(kind) or Path(self.settings.data.dataset_name).name,
@@ -95,7 +68,7 @@ class Fold:
         }
 
     def hash(self) -> str:
-        """A digest of the posts, in their splits and order: IDs, labels, texts and the pictures' bytes."""
+        """Digest of ids, labels, texts and image bytes, by split and in order."""
         digest = hashlib.sha256()
         for split, dataset in sorted(self.posts.items()):
             columns = ["id", "label", "text_digest", "image_digest"]
@@ -109,7 +82,7 @@ class Fold:
 
     @cached_property
     def pooled(self) -> tuple[dict[str, np.ndarray], int, int]:
-        """Pooled states (posts, text width + image width) of each split, the text width, and the encoders' size."""
+        """Pooled features (posts, text + image width) per split, the text width, and the encoders' parameters."""
         settings = self.settings.for_row("regression_both")
         model, processor = build_system("concatenation", settings, label_names(self.posts))
         model.freeze_backbones(True, True, True)
@@ -127,25 +100,25 @@ class Fold:
 
 
 def load_fold(number: int | None, settings: Settings) -> Fold:
-    """Load the posts of a fold, once for all rows.
+    """Load the posts of a fold.
 
     Raises:
-        ValueError: If they have no classes, or no training or validation split.
+        InputError: If the posts have no classes, or no training or validation split.
     """
     if number is not None:
         settings = replace(settings, data=replace(settings.data, splits=f"cheema:{number}"))
     posts = load_posts(settings.data)
     if label_names(posts) is None:
-        raise ValueError("The tables are of classes, and these labels are numbers.")
+        raise InputError("reproduce.py needs posts with classes, and these labels are numbers.")
     if not {"train", "validation"} <= posts.keys():
-        raise ValueError("The tables need a training and a validation split.")
+        raise InputError(f"reproduce.py needs the splits train and validation, got {', '.join(posts)}.")
     for column in ("text", "image"):
         posts = datasets.DatasetDict({split: add_digests(dataset, column) for split, dataset in posts.items()})
     return Fold(number, posts, settings)
 
 
 def protocol(data: DataArguments, posts: datasets.DatasetDict) -> str:
-    """What two runs must have in common to stand in one table; the folds of a split do."""
+    """Name the way the posts were split. Runs of one protocol share a section of a table, folds included."""
     split = split_name(data, posts)
     parts = ["folds of cheema" if split.startswith("cheema:") else f"split {Path(split).name}"]
     for name, value in split_settings(data).items():
@@ -154,7 +127,7 @@ def protocol(data: DataArguments, posts: datasets.DatasetDict) -> str:
 
 
 class KeepBest(TrainerCallback):
-    """Keeps what is trained of the best epoch's weights in memory; of equals the first."""
+    """Keep the trained weights of the best epoch in memory; the first epoch wins a tie."""
 
     def __init__(self, metric: str, greater_is_better: bool) -> None:
         self.metric, self.sign = f"eval_{metric.removeprefix('eval_')}", 1 if greater_is_better else -1
@@ -174,7 +147,7 @@ class KeepBest(TrainerCallback):
 
 
 def build_system(name: str, settings: Settings, names: list[str]) -> tuple[PreTrainedModel, ClipCaCgProcessor]:
-    """One of the other systems and its processor, as `train.build` makes ours."""
+    """Build one of the other systems and its processor, as `training.run.build` builds ours."""
     backbones = backbone_names(settings.model, settings.data.is_sample)
     fields = {**settings.systems.get(name, {}), **label_fields(names), "dropout": settings.model.dropout}
     model = SYSTEMS[name].from_backbones(**backbones, **fields)
@@ -184,10 +157,10 @@ def build_system(name: str, settings: Settings, names: list[str]) -> tuple[PreTr
 
 
 def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetDict) -> dict[str, Any]:
-    """Train a row, and answer the posts that are not for training.
+    """Train a row and predict the posts of the other splits.
 
     Returns:
-        logits ({split: (posts, labels)}), parameters, seconds of training, and best_epoch.
+        `logits`: split to (posts, labels); `parameters`: see `sizes`; `seconds` of training; `best_epoch`.
     """
     training, system = settings.training, ROWS[name].system
     training.seed = seed
@@ -214,13 +187,13 @@ def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetD
 
 
 def sizes(model: PreTrainedModel) -> dict[str, int]:
-    """Trainable and all parameters."""
+    """Number of trainable and of all parameters."""
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return {"trainable": sum(n for n, trained in counts if trained), "total": sum(n for n, _ in counts)}
 
 
 def fit_floor(name: str, fold: Fold) -> dict[str, Any]:
-    """Fit a floor, and answer as `train_row` does: the class that it chooses has the score 1."""
+    """Fit a floor and return what `train_row` returns; the logits are one-hot."""
     posts, floor = fold.posts, ROWS[name].floor
     labels = {split: np.asarray(dataset["label"]) for split, dataset in posts.items()}
     others, parameters, start = [split for split in posts if split != "train"], 0, time.perf_counter()
@@ -242,10 +215,10 @@ def fit_floor(name: str, fold: Fold) -> dict[str, Any]:
 
 
 def run(name: str, fold: Fold, settings: Settings, seed: int | None, measured: str) -> tuple[dict[str, Any], Any]:
-    """One run: train, and score the validation split and the measured one.
+    """Make one run: train it, and score the validation split and the measured one.
 
     Returns:
-        What goes into its line, and {id, label, prediction} of the posts that are measured.
+        What its line says about it, and id, label and prediction of the measured posts.
     """
     wanted = {split: fold.posts[split] for split in ("train", "validation", measured)}
     if seed is None:
@@ -262,7 +235,7 @@ def run(name: str, fold: Fold, settings: Settings, seed: int | None, measured: s
 
 
 class Runner:
-    """Goes through runs, and skips those whose line is there."""
+    """Make runs one after the other, and skip those that `runs.jsonl` already has."""
 
     def __init__(self, own: ReproduceArguments, settings: Settings) -> None:
         self.folder, self.settings, self.failed = Path(settings.training.output_dir), settings, 0
@@ -273,16 +246,16 @@ class Runner:
         self.commit = commit()
 
     def row(self, name: str, fold: Fold) -> None:
-        """All runs of a row on a fold, after its trials if they are due."""
+        """Make all runs of a row on a fold, after its trials on the first one."""
         floor = ROWS[name].floor
         if name not in self.chosen:
             self.chosen[name] = {} if floor else self.choose(name, fold)
         if self.chosen[name] is not None:
-            for seed in [None] if floor else self.seeds:  # floors have no dice
+            for seed in [None] if floor else self.seeds:  # floors are deterministic
                 self.once(name, fold, seed, self.chosen[name])
 
     def choose(self, name: str, fold: Fold) -> dict[str, Any] | None:
-        """The values with the best validation accuracy, the first of equals; None if every trial failed."""
+        """Return the values with the best validation accuracy, the first in a tie; None if every trial failed."""
         trials = self.settings.trials()
         lines = [self.once(name, fold, self.seeds[0], values, is_trial=True) for values in trials]
         scores = [-1 if line is None else line["metrics"]["validation"]["accuracy"] for line in lines]
@@ -293,15 +266,19 @@ class Runner:
     def once(
         self, name: str, fold: Fold, seed: int | None, values: dict[str, Any], is_trial: bool = False
     ) -> dict[str, Any] | None:
-        """The line of a run, trained now if it is not there; None if it fails, which is a line too."""
+        """Return the line of a run, which is made if it is missing; None if it fails, which writes a line too."""
         line = self.start_of_line(name, fold, seed, values, is_trial)
         if line["run"] in self.lines:
             return self.lines[line["run"]]
-        told = [f"{name},", line["kind"], *(f"{key} {line[key]}" for key in ("fold", "seed") if line[key] is not None)]
-        what = " ".join([*told, *(f"{key} {value}" for key, value in values.items())])
+        described = [
+            f"{name},",
+            line["kind"],
+            *(f"{key} {line[key]}" for key in ("fold", "seed") if line[key] is not None),
+        ]
+        what = " ".join([*described, *(f"{key} {value}" for key, value in values.items())])
         try:
             found, posts = run(name, fold, self.settings.for_row(name, values), seed, line["measured"])
-        except Exception as error:  # whatever it is, the other runs go on
+        except Exception as error:  # one failed run must not end the others
             logger.exception("%s failed", what)
             self.failed += 1
             append_line(self.folder / RUNS_FILE, line | {"error": f"{type(error).__name__}: {error}"})
@@ -311,7 +288,7 @@ class Runner:
             torch.cuda.empty_cache()
         if not is_trial:
             append_line(self.folder / PREDICTIONS_FILE, {"run": line["run"], **posts})
-        append_line(self.folder / RUNS_FILE, line | found)  # last: with it the run is done
+        append_line(self.folder / RUNS_FILE, line | found)  # last, because it marks the run as done
         accuracies = ", ".join(f"{split} {scores['accuracy']:.4f}" for split, scores in found["metrics"].items())
         logger.info("%s: accuracy %s in %.1f seconds", what, accuracies, found["seconds"])
         return self.lines.setdefault(line["run"], line | found)
@@ -319,7 +296,7 @@ class Runner:
     def start_of_line(
         self, name: str, fold: Fold, seed: int | None, values: dict[str, Any], is_trial: bool
     ) -> dict[str, Any]:
-        """What is known of a run before it starts; `run` is a hash of what makes it this one and no other."""
+        """Return what is known before a run starts. Its `run` is a hash of everything that identifies it."""
         row, notes, trials = ROWS[name], [], len(self.settings.trials()) or 1
         key = {"kind": "trial" if is_trial else "run", "row": name, "seed": seed, "values": values}
         key |= {"config_hash": self.hashes[name]}
@@ -334,7 +311,7 @@ class Runner:
 
 
 def commit() -> str | None:
-    """The commit of this code, marked if there are changes on top of it."""
+    """The commit of this code, marked "-dirty" if files have changed; None outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
@@ -343,32 +320,20 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
-def quieten() -> None:
-    """One line a run, and no bar for each backbone that is loaded."""
-    set_up_logging(is_main=True)
-    logger.setLevel(logging.INFO)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+def reproduce(own: ReproduceArguments, settings: Settings) -> tuple[list[Path], int]:
+    """Make all runs that are missing, and write the tables after each fold.
 
+    Returns:
+        The Markdown files of the tables, and the number of runs that failed.
 
-def main(argv: list[str] | None = None) -> None:
-    with one_sentence():
-        own, settings = parse(sys.argv[1:] if argv is None else argv)
-        folds = folds_of(own, settings.data)
-    quieten()
+    Raises:
+        InputError: If the posts cannot be loaded or have no classes, or the folds do not exist.
+    """
     runner, tables = Runner(own, settings), []
-    for number in folds:
-        with one_sentence():
-            fold = load_fold(number, settings)
-            logger.info("%s, %s: %s", fold.facts["data"], fold.facts["protocol"], fold.facts["posts"])
+    for number in folds_of(own, settings.data):
+        fold = load_fold(number, settings)
+        logger.info("%s, %s: %s", fold.facts["data"], fold.facts["protocol"], fold.facts["posts"])
         for name in own.row_names():
             runner.row(name, fold)
         tables = write_tables(runner.folder, ROWS, runner.hashes, own.table, own.smoke)
-    for path in tables:
-        print(path.read_text(encoding="utf-8"))
-    if runner.failed:
-        sys.exit(f"{runner.failed} runs failed; the same command tries them again.")
-
-
-if __name__ == "__main__":
-    main()
+    return tables, runner.failed

@@ -75,8 +75,8 @@ def make(variant: str, **overrides: Any) -> BaselineForSequenceClassification:
 def make_post_inputs() -> Inputs:
     """Three posts, with everything that any system takes."""
     extras = {"lexicon_scores": torch.rand(3, 4), "scene_features": torch.randn(3, 5, 2, 2)}
-    pictures = {"pixel_values": torch.randn(3, 3, 64, 64)}  # AlexNet's smallest is 63
-    return make_inputs([9, 5, 1], [7, 4, 2]) | pictures | extras | {"region_features": torch.randn(3, 2, 7)}
+    images = {"pixel_values": torch.randn(3, 3, 64, 64)}  # AlexNet's smallest is 63
+    return make_inputs([9, 5, 1], [7, 4, 2]) | images | extras | {"region_features": torch.randn(3, 2, 7)}
 
 
 @pytest.fixture

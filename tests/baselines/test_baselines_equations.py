@@ -201,9 +201,9 @@ def test_clmlf_raw_second_views_stand_before_cached_first_ones() -> None:
 def test_clmlf_fusion(features: dict[str, Tensor]) -> None:
     model = make("clmlf", num_attention_heads=4)
     for (text, cells), got in zip(posts(features), model(**features).fused_embeds, strict=True):
-        cells_in, picture = F.gelu(linear(model.cell_projection[0], cells)), cells.mean(0)
-        picture = F.gelu(linear(model.pooled_projection[0], picture)).unsqueeze(0)
-        states = torch.cat([picture, cells_in]).unsqueeze(0)
+        cells_in, pooled = F.gelu(linear(model.cell_projection[0], cells)), cells.mean(0)
+        pooled = F.gelu(linear(model.pooled_projection[0], pooled)).unsqueeze(0)
+        states = torch.cat([pooled, cells_in]).unsqueeze(0)
         for layer in model.image_layers.layers:
             states = layer(states)
         states = torch.cat([F.gelu(linear(model.text_projection[0], text)).unsqueeze(0), states], dim=1)

@@ -62,11 +62,11 @@ def test_fresh_word_vectors_are_spread_and_padding_is_zero() -> None:
 def test_word_vectors_are_a_backbone(word_folder: Path, backbones: Path, system: str) -> None:
     names = {"text_model": word_folder, "vision_model": backbones / "vision"}
     model, processor = SYSTEMS[system].from_backbones(**names), ClipCaCgProcessor.from_backbones(**names)
-    pictures = [np.zeros((64, 64, 3), dtype="uint8")] * 2
-    batch = processor(images=pictures, text=["I love it...", ""], return_tensors="pt")
+    images = [np.zeros((64, 64, 3), dtype="uint8")] * 2
+    batch = processor(images=images, text=["I love it...", ""], return_tensors="pt")
     logits = model(**batch).logits
     assert logits.shape == (2, 3) and logits.isfinite().all()
-    alone = processor(images=pictures[:1], text=[""], return_tensors="pt")
+    alone = processor(images=images[:1], text=[""], return_tensors="pt")
     assert_close(model(**alone).logits, logits[1:])
     saved = WordVectors.from_pretrained(word_folder).embeddings.weight
     assert torch.equal(model.text_branch.backbone.embeddings.weight, saved)

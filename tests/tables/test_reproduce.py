@@ -1,4 +1,4 @@
-"""The runner of the tables: rows, configs, runs that are killed, fail or are chosen, and the smoke test itself."""
+"""`reproduce.py`: rows, configs, runs that are killed, fail or are selected, and its smoke test."""
 
 import json
 import os
@@ -10,31 +10,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+import transformers
 import yaml
 
+from clipcacg.scripts import reproduce
 from clipcacg.scripts.baselines import SYSTEMS
 from clipcacg.scripts.data import splitting
-from clipcacg.scripts.tables import rows as comparison
-from clipcacg.scripts.tables import runs as reproduce
-from clipcacg.scripts.tables.rendering import PREDICTIONS_FILE, RUNS_FILE, read_lines
-from clipcacg.scripts.tables.rows import ROWS, folds_of, parse, short_hash
+from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.tables import runs
+from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, read_lines
+from clipcacg.scripts.tables.rows import CONFIGS, ROWS, WORD_VECTORS, folds_of, parse, short_hash
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce.py"
 
 
 @pytest.fixture(autouse=True)
-def noise_as_before() -> Iterator[None]:
-    """The script silences bars, and lets its logger speak; the next test starts without."""
+def progress_bars() -> Iterator[None]:
+    """The command turns progress bars off; turn them on again."""
     yield
-    reproduce.transformers.utils.logging.enable_progress_bar()
-    reproduce.datasets.enable_progress_bars()
+    transformers.utils.logging.enable_progress_bar()
+    datasets.enable_progress_bars()
 
 
 @pytest.fixture
 def flags(posts_folder: Path, backbones: Path, tmp_path: Path) -> list[str]:
-    """The smoke test on fewer posts, and with one seed."""
+    """Flags of a smoke test on fewer posts and with one seed."""
     names = [word for part in ("text", "vision", "clip") for word in (f"--{part}_model", str(backbones / part))]
     caps = ["--max_train_samples", "48", "--max_eval_samples", "12", "--num_train_epochs", "1"]
     output = ["--output_dir", str(tmp_path / "results"), "--seeds", "1"]
@@ -46,8 +49,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def with_config(folder: Path, **keys: Any) -> list[str]:
-    """The sample's config with more keys, as a file of its own."""
-    config = yaml.safe_load((comparison.CONFIGS / "sample.yaml").read_text()) | keys
+    """Write the sample's config with more keys to a file."""
+    config = yaml.safe_load((CONFIGS / "sample.yaml").read_text()) | keys
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return ["--config", str(folder / "config.yaml")]
 
@@ -84,19 +87,22 @@ def test_an_ablation_is_one_field_of_the_full_model() -> None:
 def test_flags_override_the_config_and_both_are_checked(tmp_path: Path) -> None:
     own, settings = parse([*with_config(tmp_path, tuning={"dropout": [0.1, 0.2]}), "--learning_rate", "0.5"])
     assert (settings.training.learning_rate, settings.training.save_strategy, own.seeds) == (0.5, "no", 3)
-    assert settings.training.output_dir == str(comparison.RESULTS / "config") and settings.grid == {}
+    assert settings.training.output_dir == "outputs/reproduce/config" and settings.grid == {}
     assert parse(["--smoke"])[1].training.output_dir == "outputs/smoke"
     faults = {
-        "--rows nobody": "no nobody", "--rows image_only --table 3": "none of these rows", "--seeds 0": "at least 1",
+        "--rows image_only --table 3": "has none of the rows image_only", "--seeds 0": "at least 1",
         "--clip_mode none": "row of Table IV", "--augment": "cached", "--model_name_or_path x": "same backbones",
         "--trials": "key tuning",
     }  # fmt: skip
     for words, message in faults.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(InputError, match=message):
             parse(["--smoke", *words.split()])
     for keys, message in (({"tuning": {"seed": [1]}}, "seed"), ({"systems": {"x": {}}}, "x"), ({"rate": 1}, "rate")):
-        with pytest.raises(ValueError, match=f"nothing is called {message}"):
+        with pytest.raises(InputError, match=f"Unknown key {message} .*config.yaml"):
             parse(with_config(tmp_path, **keys))
+    for words in ("--rows nobody", "--table 5"):
+        with pytest.raises(SystemExit):
+            parse(["--smoke", *words.split()])
 
 
 def test_folds() -> None:
@@ -107,13 +113,13 @@ def test_folds() -> None:
     assert folds() == [None] and folds("--splits", "cheema") == list(range(1, 11))
     assert folds("--splits", "cheema:3") == [3] and folds("--splits", "cheema", "--folds", "5,1-2") == [1, 2, 5]
     for wrong in ("0-3", "11", "a", "3-1"):
-        with pytest.raises(ValueError, match="such as 1-10"):
+        with pytest.raises(InputError, match="such as 1-10"):
             folds("--splits", "cheema", "--folds", wrong)
-    with pytest.raises(ValueError, match="those of --splits cheema"):
+    with pytest.raises(InputError, match="needs --splits cheema"):
         folds("--folds", "1")
 
 
-def test_what_makes_a_run_another_one() -> None:
+def test_flags_that_change_a_rows_hash() -> None:
     def hashes(*words: str) -> dict[str, str]:
         settings = parse(["--smoke", *words])[1]
         return {name: short_hash(settings.describe(name)) for name in ROWS}
@@ -127,10 +133,10 @@ def test_what_makes_a_run_another_one() -> None:
     assert changed("--learning_rate", "0.3") == ROWS.keys() - floors
     assert changed("--hidden_size", "32") == {name for name, row in ROWS.items() if row.fields}
     assert changed("--text_model", "x") == ROWS.keys() - {"majority"}
-    assert changed("--word_vectors", "x") == set(comparison.WORD_VECTORS)
+    assert changed("--word_vectors", "x") == set(WORD_VECTORS)
 
 
-def test_what_the_grid_holds_is_not_asked_of_the_config(tmp_path: Path) -> None:
+def test_config_values_that_the_grid_replaces_do_not_matter(tmp_path: Path) -> None:
     words = [*with_config(tmp_path, tuning={"learning_rate": [0.1], "dropout": [0.2, 0.3]}), "--trials"]
 
     def hashed(*more: str) -> str:
@@ -139,22 +145,10 @@ def test_what_the_grid_holds_is_not_asked_of_the_config(tmp_path: Path) -> None:
     assert hashed() == hashed("--learning_rate", "0.7", "--dropout", "0.5") != hashed("--num_train_epochs", "7")
 
 
-def test_a_killed_command_goes_on_without_repeating_a_run(
+def test_a_killed_command_continues_without_repeating_a_run(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        *flags,
-        "--rows",
-        "majority",
-        "text_only",
-        "--seeds",
-        "3",
-        "--table",
-        "3",
-        "4",
-    ]
+    command = [sys.executable, str(SCRIPT), *flags, *"--rows majority text_only --seeds 3 --table 3 4".split()]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -165,7 +159,7 @@ def test_a_killed_command_goes_on_without_repeating_a_run(
     process.wait()
     path = tmp_path / "results" / RUNS_FILE
     with path.open("ab") as file:
-        file.write(b'{"run": "broken o')  # as if it had been killed while it wrote
+        file.write(b'{"run": "broken o')  # as if the kill came during a write
     before, known = path.read_bytes(), {line["run"] for line in lines(tmp_path)}
     assert len(known) < 4 and not (tmp_path / "results/table4.md").exists()
     reproduce.main(command[2:])
@@ -178,7 +172,9 @@ def test_a_killed_command_goes_on_without_repeating_a_run(
     assert page.startswith("# Smoke test, not a result. Table IV") and "±" in page and page in printed
 
 
-def test_what_is_done_is_not_trained_again(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_not_trained_again(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = [*flags, "--rows", "text_only", "majority"]
     reproduce.main(arguments)
     (line, floor), results = sorted(lines(tmp_path), key=lambda line: line["row"], reverse=True), tmp_path / "results"
@@ -190,19 +186,19 @@ def test_what_is_done_is_not_trained_again(flags: list[str], tmp_path: Path, mon
     assert {path.suffix for path in results.iterdir()} == {".md", ".csv", ".png", ".jsonl"}
 
     trained = []
-    real = reproduce.run
-    monkeypatch.setattr(reproduce, "run", lambda name, *rest: trained.append(name) or real(name, *rest))
+    real = runs.run
+    monkeypatch.setattr(runs, "run", lambda name, *rest: trained.append(name) or real(name, *rest))
     reproduce.main(arguments)
     assert trained == [] and len(lines(tmp_path)) == 2
     reproduce.main([*arguments, "--learning_rate", "0.002"])
     reproduce.main([*arguments, "--max_train_samples", "40"])
     reproduce.main([*arguments, "--splits", "random", "--group_duplicates"])
     assert trained == ["text_only", "majority", "text_only", "majority", "text_only"]
-    page = (results / "table4.md").read_text()  # three protocols of one config, and the other config is not in it
+    page = (results / "table4.md").read_text()  # three protocols of one config; the other config is left out
     assert page.count("## ") == 3 and "group duplicates" in page and page.count("| T only") == 3
 
 
-def test_a_row_that_fails_lets_the_others_go_on(flags: list[str], backbones: Path, tmp_path: Path) -> None:
+def test_a_failed_row_does_not_stop_the_others(flags: list[str], backbones: Path, tmp_path: Path) -> None:
     vectors, results = tmp_path / "glove", tmp_path / "results"
     arguments = [*flags, "--rows", "majority", "mvan", "text_only", "--word_vectors", str(vectors)]
     with pytest.raises(SystemExit, match="1 runs failed"):
@@ -223,19 +219,19 @@ def test_every_row_tries_the_grid_on_validation(flags: list[str], tmp_path: Path
     arguments = [*flags, *with_config(tmp_path, tuning=grid), "--rows", "image_only", "regression_image", "--trials"]
     reproduce.main([*arguments, "--seeds", "2"])
     trials = [line for line in lines(tmp_path) if line["kind"] == "trial"]
-    runs = [line for line in lines(tmp_path) if line["row"] == "image_only" and line["kind"] == "run"]
+    made = [line for line in lines(tmp_path) if line["row"] == "image_only" and line["kind"] == "run"]
     assert [line["values"]["learning_rate"] for line in trials] == [0.0, 0.01]
     assert all(line["metrics"].keys() == {"validation"} and line["seed"] == 42 for line in trials)
     best = max(trials, key=lambda line: line["metrics"]["validation"]["accuracy"])
-    assert [line["values"] for line in runs] == [best["values"]] * 2 and [line["seed"] for line in runs] == [42, 43]
-    assert runs[0]["metrics"]["validation"] == best["metrics"]["validation"]
-    assert {line["trials"] for line in runs} == {2} and len(read_lines(tmp_path / "results" / PREDICTIONS_FILE)) == 3
+    assert [line["values"] for line in made] == [best["values"]] * 2 and [line["seed"] for line in made] == [42, 43]
+    assert made[0]["metrics"]["validation"] == best["metrics"]["validation"]
+    assert {line["trials"] for line in made} == {2} and len(read_lines(tmp_path / "results" / PREDICTIONS_FILE)) == 3
 
 
 def test_the_best_epoch_is_measured(flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trainers = []
-    real = reproduce.make_trainer
-    monkeypatch.setattr(reproduce, "make_trainer", lambda *parts: trainers.append(real(*parts)) or trainers[-1])
+    real = runs.make_trainer
+    monkeypatch.setattr(runs, "make_trainer", lambda *parts: trainers.append(real(*parts)) or trainers[-1])
     more = ["--num_train_epochs", "6", "--learning_rate", "0.02", "--freeze_vision", "--early_stopping_patience", "3"]
     reproduce.main([*flags, *more, "--rows", "image_only"])
     (line,) = lines(tmp_path)
@@ -251,7 +247,7 @@ def test_the_best_epoch_is_measured(flags: list[str], monkeypatch: pytest.Monkey
 def test_the_kept_weights_are_copies_and_come_back() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     model[0].bias.requires_grad_(False)
-    best, state = reproduce.KeepBest("loss", greater_is_better=False), type("State", (), {"epoch": 1.0})
+    best, state = runs.KeepBest("loss", greater_is_better=False), type("State", (), {"epoch": 1.0})
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     for epoch, loss in ((1.0, 0.5), (2.0, 0.5), (3.0, 0.7)):
         state.epoch = epoch

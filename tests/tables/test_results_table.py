@@ -1,4 +1,4 @@
-"""Lines of runs and the tables made of them, against values computed by hand."""
+"""The result files and the tables made from them, compared with values computed by hand."""
 
 import csv
 from pathlib import Path
@@ -9,16 +9,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from clipcacg.scripts.tables.rendering import (
-    PREDICTIONS_FILE,
-    RUNS_FILE,
-    Row,
-    append_line,
-    paired_test,
-    read_lines,
-    select,
-    write_tables,
-)
+from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, append_line, read_lines, select
+from clipcacg.scripts.tables.rendering import write_tables
+from clipcacg.scripts.tables.rows import Row
+from clipcacg.scripts.tables.statistics import paired_test
 
 ROWS = {
     "other": Row(
@@ -50,7 +44,7 @@ def fill(folder: Path, *lines: dict[str, Any]) -> None:
 
 
 def answer(folder: Path, run: str, correct: str) -> None:
-    """Predictions of posts 0, 1, ...: the label is 1 throughout."""
+    """Predictions of posts 0, 1, ..., which all have the label 1."""
     labels = [1] * len(correct)
     ids = [str(number) for number in range(len(correct))]
     entry = {"run": run, "id": ids, "label": labels, "prediction": [int(mark == "+") for mark in correct]}
@@ -58,13 +52,13 @@ def answer(folder: Path, run: str, correct: str) -> None:
 
 
 def answered(*runs: str) -> pd.DataFrame:
-    """One string of + and - a run."""
+    """One string of + (correct) and - per run."""
     return pd.DataFrame(
         [{"id": str(post), "correct": mark == "+"} for correct in runs for post, mark in enumerate(correct)]
     )
 
 
-def test_a_line_broken_off_is_passed_over_and_kept_apart(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_ignored_and_stays_apart(tmp_path: Path) -> None:
     path = tmp_path / "deep" / RUNS_FILE
     assert read_lines(path) == []
     append_line(path, {"run": "ä"})
@@ -76,7 +70,7 @@ def test_a_line_broken_off_is_passed_over_and_kept_apart(tmp_path: Path) -> None
 
 
 def test_mcnemar_by_hand() -> None:
-    # Ours alone is right on 8 posts, the other alone on 1: 2 (C(9,0) + C(9,1)) / 2^9 = 20 / 512.
+    # Only ours is right on 8 posts, only the other on 1: 2 (C(9,0) + C(9,1)) / 2^9 = 20 / 512.
     found = paired_test(answered("++++++++-++--"), answered("--------+++--"))
     assert found["p"] == pytest.approx(20 / 512)
     assert found["difference"] == pytest.approx(100 * 7 / 13)
@@ -89,10 +83,10 @@ def test_the_bootstrap_of_several_seeds_by_hand() -> None:
     found = paired_test(answered("++", "++"), answered("-+"))
     assert found["p"] == pytest.approx(0.5, abs=0.02)
     assert (found["difference"], found["low"], found["high"]) == (50.0, 0.0, 100.0)
-    # Half a gain on each of 100 posts leaves nothing to chance.
+    # Half a gain on each of 100 posts has no variance.
     sure = paired_test(answered("+" * 100, "-" * 100), answered("-" * 100))
     assert (sure["low"], sure["high"], sure["p"]) == (50.0, 50.0, pytest.approx(2 / 10000))
-    # The half-width of many posts is that of the normal distribution.
+    # With many posts the half-width is that of a normal distribution.
     gains = np.random.default_rng(1).permutation(["+"] * 300 + ["-"] * 700)
     wide = paired_test(answered("".join(gains), "".join(gains)), answered("-" * 1000))
     assert (wide["high"] - wide["low"]) / 2 == pytest.approx(100 * 1.96 * np.sqrt(0.3 * 0.7 / 1000), rel=0.05)
@@ -103,7 +97,7 @@ def test_only_common_posts_are_compared() -> None:
     assert paired_test(answered("+++"), answered().reindex(columns=["id", "correct"])) == {}
 
 
-def test_what_is_selected() -> None:
+def test_selection_of_runs() -> None:
     lines = [
         line("full", 1, 0.5, data_hash="old"),
         line("full", 1, 0.6),
@@ -148,7 +142,7 @@ def test_mean_and_deviation_by_hand_in_every_format(tmp_path: Path) -> None:
     assert "Other" not in (tmp_path / "table4.md").read_text()
 
 
-def test_smoke_and_validation_stand_in_every_title(tmp_path: Path) -> None:
+def test_titles_name_smoke_tests_and_validation(tmp_path: Path) -> None:
     scores = line("full", 1, 0.7)["metrics"]
     alone = {"validation": scores["validation"]}
     fill(tmp_path, line("full", 1, 0.7, measured="validation", metrics=alone, published_on="sample", notes=[]))
@@ -156,12 +150,12 @@ def test_smoke_and_validation_stand_in_every_title(tmp_path: Path) -> None:
     title = "Smoke test, not a result. Table IV: ablations, measured on VALIDATION posts"
     page = (tmp_path / "table4.md").read_text()
     assert page.startswith(f"# {title}\n") and "87.50" in page and "Published acc" not in page
-    assert "expect less on others" in page
+    assert "Scores on validation are optimistic" in page
     with (tmp_path / "table4.csv").open() as file:
         assert next(csv.DictReader(file))["title"] == title
 
 
-def test_a_failure_is_told_and_an_empty_folder_is_no_table(tmp_path: Path) -> None:
+def test_a_failed_run_is_listed_and_an_empty_folder_has_no_table(tmp_path: Path) -> None:
     assert write_tables(tmp_path, ROWS, HASHES, [3, 4]) == []
     failed = {key: value for key, value in line("other", 1, 0.0).items() if key not in ("metrics", "seconds")}
     fill(tmp_path, failed | {"error": "ImportError: no vader"})

@@ -1,0 +1,80 @@
+"""The result files of `reproduce.py`: lines that are appended, read back and selected.
+
+A results folder has two files:
+
+    runs.jsonl           one line per run: model, data, scores, sizes and seconds, or its error
+    predictions.jsonl    one line per run: its prediction for each measured post, and the true label
+
+The paired test reads the second file. It contains labels of the data set, so do not publish it.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+RUNS_FILE, PREDICTIONS_FILE = "runs.jsonl", "predictions.jsonl"
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append a line and flush it to disk. An incomplete last line of a killed run stays a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            file.write(b"" if file.read(1) == b"\n" else b"\n")
+        file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the complete lines of a file; none if it does not exist."""
+    lines = []
+    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            if text:
+                logger.warning("%s:%d is incomplete and ignored", path, number)
+    return lines
+
+
+def select(lines: Sequence[dict[str, Any]], hashes: dict[str, str]) -> list[dict[str, Any]]:
+    """Select the runs of these rows with their present config, each run once, on the latest data of each fold.
+
+    Args:
+        lines: Lines of `runs.jsonl` in file order.
+        hashes: Row name to config hash.
+
+    Returns:
+        One line per row, protocol, fold and seed. An error is selected only if no later attempt succeeded.
+    """
+    current = [line for line in lines if line["kind"] == "run" and hashes.get(line["row"]) == line["config_hash"]]
+    latest = {(line["protocol"], line["fold"]): line["data_hash"] for line in current}
+    current = [line for line in current if line["data_hash"] == latest[line["protocol"], line["fold"]]]
+    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in current:
+        key = tuple(line[name] for name in ("row", "protocol", "fold", "seed"))
+        if "error" not in line or "error" in newest.get(key, line):
+            newest[key] = line
+    return list(newest.values())
+
+
+def answers(lines: Sequence[dict[str, Any]], folder: Path) -> pd.DataFrame:
+    """Return one row per run and measured post, with the columns row, protocol, id and correct."""
+    found = {line["run"]: line for line in read_lines(folder / PREDICTIONS_FILE)}
+    frames = [pd.DataFrame({"row": [], "protocol": [], "id": [], "correct": []})]
+    for line in lines:
+        if answer := found.get(line["run"]):
+            correct = np.asarray(answer["label"]) == np.asarray(answer["prediction"])
+            facts = {"row": line["row"], "protocol": line["protocol"]}
+            frames.append(pd.DataFrame({"id": answer["id"], "correct": correct, **facts}))
+    return pd.concat(frames[1:] or frames, ignore_index=True)
