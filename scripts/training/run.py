@@ -25,7 +25,7 @@ from clipcacg.scripts.data.features import FEATURES, FeatureStore, cache_feature
 from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, label_names, load_posts
 from clipcacg.scripts.data.sample import make_tiny_backbones
 from clipcacg.scripts.reporting.hub import check_repo_id, push_checkpoint
-from clipcacg.scripts.reporting.predictions import load_checkpoint, prediction_line, write_line
+from clipcacg.scripts.reporting.predictions import checkpoint_config, load_checkpoint, prediction_line, write_line
 from clipcacg.scripts.reporting.tables import results_table
 from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
 from clipcacg.scripts.training.metrics import load_metric, score
@@ -70,19 +70,6 @@ def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modal
         arguments.early_stopping_patience = 0
 
 
-def checkpoint_config(name: str) -> ClipCaCgConfig:
-    """Load the config of a CLIP-CA-CG checkpoint.
-
-    Raises:
-        InputError: If it cannot be loaded, or belongs to another kind of model.
-    """
-    with as_input_error(f"The checkpoint {name} cannot be loaded", OSError, ValueError):
-        model_type = ClipCaCgConfig.get_config_dict(name)[0].get("model_type")
-        if model_type != ClipCaCgConfig.model_type:
-            raise InputError(f"{name} is no CLIP-CA-CG checkpoint: its model type is {model_type!r}.")
-        return ClipCaCgConfig.from_pretrained(name)
-
-
 def build(
     arguments: ModelArguments, is_sample: bool, names: list[str] | None
 ) -> tuple[ClipCaCgForSequenceClassification, ClipCaCgProcessor]:
@@ -99,7 +86,6 @@ def build(
     """
     labels = label_fields(names)
     if arguments.model_name_or_path:
-        checkpoint_config(arguments.model_name_or_path)
         model, processor = load_checkpoint(
             arguments.model_name_or_path,
             dtype=torch.float32,
@@ -151,8 +137,8 @@ def backbone_names(arguments: ModelArguments, is_sample: bool) -> dict[str, str 
     Raises:
         InputError: If one is missing.
     """
-    needed = ["text_model", "vision_model"]
-    if arguments.clip_mode == "encoder" and arguments.modality == "both":
+    needed = ["text_model", "vision_model"]  # `from_backbones` of the processor takes both
+    if "clip" in ClipCaCgConfig(modality=arguments.modality, clip_mode=arguments.clip_mode).encoders:
         needed.append("clip_model")
     names = {name: getattr(arguments, name) for name in needed}
     if is_sample and None in names.values():

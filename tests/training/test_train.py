@@ -17,7 +17,7 @@ import torch
 from inputs import SCRIPTS, flags, results, table_of_images
 from safetensors.torch import load_file
 
-from clipcacg.scripts import predict, train
+from clipcacg.scripts import evaluate_checkpoint, predict, train
 from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.training import record, run
 from clipcacg.scripts.training.arguments import parse_arguments
@@ -116,6 +116,13 @@ def test_evaluation_of_the_checkpoint_repeats_the_test_scores(trained: Path, pos
     for name in ("accuracy", "f1", "f1_macro", "confusion_matrix"):
         assert found[name] == expected[f"test_{name}"]
     assert "Weighted F1" in done.stdout and (trained.parent / "scores/found.png").is_file()
+
+
+def test_evaluation_refuses_an_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    for output, said in ((tmp_path, "is a folder"), (tmp_path / "taken/scores.json", "cannot be written: ")):
+        with pytest.raises(SystemExit, match=f"--output {output} {said}"):
+            evaluate_checkpoint.main(["a checkpoint that is not read", "--output", str(output)])
 
 
 def test_a_killed_run_continues_to_the_same_result(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
