@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint, data_arguments, arguments = parse_arguments(argv, EvaluationArguments, __doc__.partition("\n")[0])
         model, processor = load_checkpoint(checkpoint)
         posts = labelled_posts(model, data_arguments, arguments.split)
-        scores, names = evaluate_posts(model, processor, posts, arguments.batch_size), label_names({"": posts})
+        scores, names = evaluate_posts(model, processor, posts, arguments.batch_size), label_names(posts)
     if not state.is_main_process:
         return
     output = Path(arguments.output)

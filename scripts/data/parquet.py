@@ -37,8 +37,8 @@ CLIP-CA-CG.
 
 {counts}
 
-`label` combines `text_label` and `image_label`: equal labels stand, a neutral label gives way to the other, and posts
-with positive against negative are left out. In MVSA-Multiple each of the two is the majority of three annotators.
+`label` combines `text_label` and `image_label`. Neutral and another label give the other label; a positive with a
+negative label drops the post. In MVSA-Multiple each of the two labels is the majority of three annotators.
 Split: {splits}, duplicates {duplicates}.
 
 ```python

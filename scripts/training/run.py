@@ -47,7 +47,10 @@ def load_training_posts(
     with arguments.main_process_first(desc="loading the posts"):
         posts = load_posts(data_arguments, model_arguments.modality)
     if "train" not in posts:
-        raise InputError(f"There is no training split: the posts of {data_arguments.dataset_name} are for testing.")
+        source = data_arguments.dataset_name or data_arguments.data_dir or "the drawn sample"
+        if data_arguments.splits not in (None, "random"):
+            source += f" with --splits {data_arguments.splits}"
+        raise InputError(f"There is no training split: the split train is missing in {source}.")
     adapt_to_data(arguments, posts, model_arguments.modality)
     return posts
 
@@ -59,7 +62,7 @@ def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modal
     arguments.restore_callback_states_from_checkpoint = True  # early stopping continues its count after a resume
     if modality == "image" and arguments.train_sampling_strategy == "group_by_length":
         arguments.train_sampling_strategy = "random"
-    if label_names(posts) is None and arguments.metric_for_best_model in (None, "accuracy"):
+    if label_names(posts["train"]) is None and arguments.metric_for_best_model in (None, "accuracy"):
         arguments.metric_for_best_model, arguments.greater_is_better = "mse", False
     if "validation" not in posts:
         logger.warning("There is no validation split: training runs without evaluation and keeps the last epoch.")
@@ -91,7 +94,8 @@ def build(
         names: Names of the classes, or None for a regression.
 
     Raises:
-        InputError: If a backbone is missing or cannot be loaded, or the flags do not fit together.
+        InputError: If there are fewer than two classes, a backbone is missing or cannot be loaded, or the flags do not
+            fit together.
     """
     labels = label_fields(names)
     if arguments.model_name_or_path:
@@ -119,11 +123,17 @@ def build(
 
 
 def label_fields(names: list[str] | None) -> dict[str, Any]:
-    """The config fields for these class names; None for a regression."""
+    """The config fields for these class names; None for a regression.
+
+    Raises:
+        InputError: If there are fewer than two classes.
+    """
     if names is None:
         return {"num_labels": 1, "problem_type": "regression"}
+    if len(names) < 2:
+        raise InputError(f"A model needs posts of at least two classes; the data has only {', '.join(names)}.")
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    return {**labels, "problem_type": "single_label_classification" if len(names) > 1 else None}
+    return {**labels, "problem_type": "single_label_classification"}
 
 
 def limit_and_freeze(model: PreTrainedModel, processor: ClipCaCgProcessor, arguments: ModelArguments) -> None:
@@ -219,7 +229,7 @@ def make_trainer(
     features: dict[str, FeatureStore] | None = None,
 ) -> SentimentTrainer:
     """Make the Trainer; `features` come from `compute_features`."""
-    names = label_names(posts)
+    names = label_names(posts["train"])
     collator = PostCollator(processor, model.config, features or {})
     patience = arguments.early_stopping_patience
     return SentimentTrainer(
@@ -320,7 +330,7 @@ def evaluate_splits(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> d
     Returns:
         Split name to the metric's scores.
     """
-    names, results = label_names(posts), {}
+    names, results = label_names(posts["train"]), {}
     metric = load_metric(names is None)
     for split, prefix in (("validation", "eval"), ("test", "test")):
         if split not in posts:

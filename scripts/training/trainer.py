@@ -36,7 +36,7 @@ def training_faults(output_dir: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch raises a bare RuntimeError where the CPU's memory is full; only its text tells.
+        # torch raises a bare RuntimeError where the CPU's memory is full; Only the message identifies it.
         is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
         if not is_memory:
             raise
@@ -60,7 +60,7 @@ def writing_faults(output_dir: str) -> Iterator[None]:
     except SafetensorError as error:
         raise cannot_write(output_dir, error) from error
     except RuntimeError as error:
-        # torch.save has no exception class for a failed write; a RuntimeError that its own module raises is one.
+        # A RuntimeError raised in `torch.serialization` means a failed write.
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if frame.f_globals.get("__name__") != "torch.serialization":
             raise

@@ -364,6 +364,46 @@ def test_round_trips(processor: ClipCaCgProcessor, tmp_path: Path, clip: bool):
         assert all(torch.equal(data[name], expected[name]) for name in expected)
 
 
+def test_it_is_json_and_auto_processor_reads_it(processor: ClipCaCgProcessor, tmp_path: Path):
+    processor.save_pretrained(tmp_path / "saved")
+    again = hf.AutoProcessor.from_pretrained(tmp_path / "saved")
+    assert type(again) is ClipCaCgProcessor
+    written = json.loads(ClipCaCgProcessor.from_pretrained(tmp_path / "saved").to_json_string())
+    again.to_json_file(tmp_path / "processor.json")
+    assert json.loads((tmp_path / "processor.json").read_text()) == written
+    assert "- tokenizer: " in repr(processor) and "clip_image_processor" in repr(processor)
+
+
+def test_defaults_of_the_parts_apply_unless_a_keyword_replaces_them(processor: ClipCaCgProcessor):
+    image = torch.full((3, 50, 50), 200, dtype=torch.uint8)
+    posts = {"images": [image] * 2, "text": ["a", "a b c d"], "return_tensors": "pt"}
+    processor.tokenizer.padding_side = "left"
+    processor.image_processor.do_rescale, processor.image_processor.do_normalize = True, False
+    data = processor(**posts)
+    assert data["attention_mask"][0, 0] == 0 and data["pixel_values"].max() <= 1
+    data = processor(**posts, padding_side="right", do_rescale=False)
+    assert data["attention_mask"][0, 0] == 1 and data["pixel_values"].max() > 100
+    again = processor(**posts)  # the keywords of the last call have no effect
+    assert again["attention_mask"][0, 0] == 0 and again["pixel_values"].max() <= 1
+
+
+def test_it_decodes_and_has_no_chat(processor: ClipCaCgProcessor):
+    with pytest.raises(ValueError, match="chat template"):
+        processor.apply_chat_template([{"role": "user", "content": "hello"}])
+    ids = processor(text=["so happy today", "sad"])["input_ids"]
+    assert [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)] == [
+        "so happy today",
+        "sad",
+    ]
+    assert processor.decode(ids[1], skip_special_tokens=True).strip() == "sad"
+
+
+def test_half_precision_changes_pixels_alone(processor: ClipCaCgProcessor):
+    half = processor(images=RGB, text="a", return_tensors="pt").to(torch.bfloat16)
+    assert half["pixel_values"].dtype == half["clip_pixel_values"].dtype == torch.bfloat16
+    assert half["input_ids"].dtype == half["clip_attention_mask"].dtype == torch.int64
+
+
 def test_a_missing_clip_tokenizer_is_an_error(processor: ClipCaCgProcessor, tmp_path: Path):
     processor.save_pretrained(tmp_path)
     shutil.rmtree(tmp_path / "clip_tokenizer")

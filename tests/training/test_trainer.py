@@ -22,7 +22,7 @@ def make(posts_folder: Path, backbones: Path, tmp_path: Path) -> Make:
     def build(*more: str) -> SentimentTrainer:
         model_arguments, data_arguments, arguments = parse_arguments(flags(posts_folder, backbones, tmp_path, *more))
         posts = run.load_training_posts(model_arguments, data_arguments, arguments)
-        model, processor = run.build(model_arguments, data_arguments.is_sample, run.label_names(posts))
+        model, processor = run.build(model_arguments, data_arguments.is_sample, run.label_names(posts["train"]))
         run.set_loss(model, arguments, model_arguments, posts["train"])
         return run.make_trainer(arguments, model, processor, posts)
 
