@@ -8,9 +8,8 @@ import torch
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES, FeatureStore, cached_inputs
-from clipcacg.scripts.data.images import image_source
+from clipcacg.scripts.data.reading import read_posts
 
 
 @dataclass
@@ -36,27 +35,13 @@ class PostCollator:
         Raises:
             InputError: a text or image cannot be read; the message names the post.
         """
-        batch = self._process(rows) | cached_inputs(rows, self.features)
+        columns = [column for column in ("text", "image") if self._reads(column)]
+        batch = read_posts(self.processor, rows, columns) | cached_inputs(rows, self.features)
         for encoder in self.features:
             batch.pop(FEATURES[encoder].input, None)
         if "label" in rows[0]:
             batch["labels"] = torch.tensor([row["label"] for row in rows])
         return batch
-
-    def _process(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        columns: dict[str, Any] = {}
-        try:
-            if self._reads("text"):
-                columns["text"] = [row["text"] or "" for row in rows]  # an empty cell of a table is None
-            if self._reads("image"):
-                columns["images"] = [image_source(row["image"]) for row in rows]
-            return dict(self.processor(**columns, return_tensors="pt")) if columns else {}
-        except (OSError, TypeError, ValueError) as error:
-            if len(rows) == 1:
-                raise InputError(f"post {rows[0].get('id', '')}: {error}") from error
-            for row in rows:  # one of them fails alone too, and is named
-                self._process([row])
-            raise
 
     def _reads(self, column: str) -> bool:
         """Whether an input that the processor makes of this column has no stored output in its place."""

@@ -37,6 +37,7 @@ from clipcacg.modeling_clipcacg import ClipCaCgPreTrainedModel
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.images import image_bytes, image_source
+from clipcacg.scripts.data.reading import read_posts
 
 logger = logging.getLogger(__name__)
 
@@ -232,9 +233,11 @@ def _fill(
 ) -> None:
     """Compute and store the outputs of these posts that the store lacks."""
     column = FEATURES[encoder_name].column
-    rows = datasets.concatenate_datasets(
-        [split.select_columns([column, f"{column}_digest"]) for split in posts.values()]
-    )
+    needed = ("id", column, f"{column}_digest")  # the ID is for messages
+    splits = [
+        split.select_columns([name for name in needed if name in split.column_names]) for split in posts.values()
+    ]
+    rows = datasets.concatenate_datasets(splits)
     first = {digest: row for row, digest in enumerate(rows[f"{column}_digest"][:]) if digest not in store}
     if not first:
         return
@@ -270,11 +273,7 @@ def _encoder_inputs(
 ) -> tuple[list[str], Tensor, Tensor | None]:
     """Collate rows into their digests, the input of one encoder and, for a text, its mask."""
     feature = FEATURES[encoder_name]
-    with as_input_error("A post cannot be read", OSError, ValueError):
-        if feature.column == "text":
-            batch = processor(text=[row["text"] or "" for row in rows], return_tensors="pt")
-        else:
-            batch = processor(images=[image_source(row["image"]) for row in rows], return_tensors="pt")
+    batch = read_posts(processor, rows, [feature.column])
     return [row[f"{feature.column}_digest"] for row in rows], batch[feature.input], batch.get(feature.mask)
 
 

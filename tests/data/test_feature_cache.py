@@ -18,8 +18,8 @@ from clipcacg import processing_clipcacg
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts import train
-from clipcacg.scripts.data import collator, load_posts
 from clipcacg.scripts.data import features as feature_cache
+from clipcacg.scripts.data import load_posts, reading
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES, cache_features, key
@@ -266,7 +266,7 @@ def test_training_from_the_cache_gives_the_same_scores(
         train.main(flags(posts_folder, backbones, tmp_path / name, *frozen, *more))
     with monkeypatch.context() as patch:  # everything is stored: no image is read and no encoder runs
         patch.setattr(ClipCaCgForSequenceClassification, "encode", lambda *_: pytest.fail("an encoder was run"))
-        patch.setattr(collator, "image_source", lambda value: pytest.fail("an image was read"))
+        patch.setattr(reading, "image_source", lambda value: pytest.fail("an image was read"))
         train.main(flags(posts_folder, backbones, tmp_path / "again", *frozen, "--cache_features"))
     assert results(tmp_path / "again")["eval_loss"] == pytest.approx(
         results(tmp_path / "cached")["eval_loss"], abs=1e-6
@@ -297,6 +297,17 @@ def test_an_output_too_large_for_the_dtype_is_reported(
     torch.nn.init.constant_(norm.bias, 1e6)
     with pytest.raises(ValueError, match="--cache_dtype float32"):
         cache_features(model, processor, posts, "float16", tmp_path)
+
+
+def test_a_post_that_cannot_be_read_is_named(build: Callable, tmp_path: Path) -> None:
+    model, processor = build(modality="image")
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    Image.new("RGB", (40, 30)).save(tmp_path / "good.jpg")
+    images = [{"path": str(tmp_path / f"{name}.jpg"), "bytes": None} for name in ("good", "bad")]
+    table = datasets.Dataset.from_dict({"id": ["7", "8"], "image": images})
+    rows = datasets.DatasetDict(train=table.cast_column("image", datasets.Image(decode=False)))
+    with pytest.raises(InputError, match=r"^post 8: .*bad\.jpg"):
+        cache_features(model, processor, rows, folder=tmp_path)
 
 
 def test_a_broken_file_of_the_cache_is_named(build: Callable, posts: datasets.DatasetDict, tmp_path: Path) -> None:

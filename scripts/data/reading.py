@@ -1,0 +1,33 @@
+"""Turn the texts and images of posts into model inputs, and name the post that cannot be read."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.images import image_source
+
+
+def read_posts(
+    processor: ClipCaCgProcessor, rows: Sequence[dict[str, Any]], columns: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Process the columns "text" and "image", those of them that are in `columns`.
+
+    Raises:
+        InputError: a text or image cannot be read; the message names the post.
+    """
+    inputs: dict[str, Any] = {}
+    try:
+        if "text" in columns:
+            inputs["text"] = [row["text"] or "" for row in rows]  # an empty cell of a table is None
+        if "image" in columns:
+            inputs["images"] = [image_source(row["image"]) for row in rows]
+        return dict(processor(**inputs, return_tensors="pt")) if inputs else {}
+    except (OSError, TypeError, ValueError) as error:
+        if len(rows) == 1:
+            raise InputError(f"post {rows[0].get('id', '')}: {error}") from error
+        for row in rows:  # one of them fails alone too, and is named
+            read_posts(processor, [row], columns)
+        raise
