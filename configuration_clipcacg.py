@@ -57,7 +57,7 @@ class ClipCaCgConfig(PreTrainedConfig):
         num_attention_heads: Heads of each cross-attention; must divide `hidden_size`.
         dropout: Dropout probability of the fusion, in [0, 1). The paper's value is 0.3.
         projection_dim: Width c of the shared space of `clip_mode="feature"`. With `"encoder"` it is CLIP's own.
-        clip_mode: How equation 5 is read. `"encoder"`: CLIP's pretrained towers read the raw picture and text;
+        clip_mode: How equation 5 is read. `"encoder"`: CLIP's pretrained towers read the raw image and text;
             `"feature"`: CLIP-style projections of the model's own features; `"none"`: the ablation w/o Clip.
         use_cross_attention: False is the ablation w/o CA (equations 6-10 are skipped).
         use_gating: False is the ablation w/o CG (concatenation and an MLP replace equations 12-15).
@@ -65,7 +65,7 @@ class ClipCaCgConfig(PreTrainedConfig):
         contrastive_loss_weight: Weight of the symmetric contrastive loss of `clip_mode="feature"`, the only mode
             that has one: CLIP's own towers are trained already. Our choice: 0.1.
         logit_scale_init_value: Logarithm of the inverse temperature of that loss at the start; CLIP's ln(1 / 0.07).
-        class_weights: Weight of each class in the cross-entropy, one number a label, or None for equal weights.
+        class_weights: Weight of each class in the cross-entropy, one number for each label, or None for equal weights.
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
         **kwargs: What every transformers config takes: `num_labels`, `id2label`, `problem_type`, `dtype`, ...
             Three labels without names are 0 negative, 1 neutral, 2 positive, and that is also the default.
@@ -78,10 +78,10 @@ class ClipCaCgConfig(PreTrainedConfig):
     """
 
     model_type = "clipcacg"
-    # The vision encoder is left out on purpose: an attention implementation is handed to every config named here, and
+    # Without vision_config: transformers passes the attention implementation to every config listed here, and
     # convolutional networks refuse it.
     sub_configs = {"text_config": AutoConfig, "clip_config": AutoConfig}
-    # The Trainer would otherwise keep every one of these for every post that it evaluates.
+    # The Trainer would otherwise keep these outputs in memory for every example of an evaluation.
     keys_to_ignore_at_inference = [
         "fused_embeds",
         "image_embeds",
@@ -149,8 +149,8 @@ class ClipCaCgConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
         if self.modality == "both" and self.clip_mode == "encoder" and self.clip_config is None:
             raise ValueError(
-                "clip_mode='encoder' reads the post with CLIP's own towers and needs a clip_config, but clip_config "
-                "is None; give one (to from_backbones a clip_model), or take clip_mode='feature' or 'none'."
+                "clip_mode='encoder' runs CLIP's own towers and needs a clip_config, but clip_config is None. Give "
+                "one (from_backbones: clip_model=), or choose clip_mode='feature' or 'none'."
             )
         if self.clip_config is not None and self.clip_config.model_type != "clip":
             raise ValueError(
@@ -167,14 +167,17 @@ class ClipCaCgConfig(PreTrainedConfig):
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}.")
+        if self.problem_type == "regression" and self.num_labels != 1:
+            raise ValueError(f"A regression predicts one value: num_labels must be 1, not {self.num_labels}.")
         if self.class_weights is not None and len(self.class_weights) != self.num_labels:
             raise ValueError(
-                f"class_weights needs one number a label: {self.num_labels} numbers, not {len(self.class_weights)}."
+                f"class_weights needs one number for each label: {self.num_labels} numbers, not "
+                f"{len(self.class_weights)}."
             )
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """What the model reads of a post: "image", "text" or both."""
+        """What the model reads of an example: "image", "text" or both."""
         return {"both": ("image", "text"), "image": ("image",), "text": ("text",)}[self.modality]
 
     @property
@@ -200,7 +203,10 @@ class ClipCaCgConfig(PreTrainedConfig):
         return self.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `config.json` holds. transformers leaves out two labels without names, its own default but not ours."""
+        """Return what `config.json` holds.
+
+        transformers omits `id2label` when it equals its own default of two labels, which is not ours.
+        """
         fields = super().to_diff_dict() | {"id2label": self.id2label, "label2id": self.label2id}
         for name in ("text_config", "vision_config", "clip_config"):
             (fields[name] or {}).pop("_name_or_path", None)  # the folder on this machine that the backbone came from
@@ -209,9 +215,9 @@ class ClipCaCgConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `config.json` and, beside it, the code that `trust_remote_code=True` runs.
 
-        Every way to a checkpoint passes here (`model.save_pretrained`, the Trainer, a model that was itself loaded
-        with remote code), so this is the one place that makes it complete: the full `auto_map`, without the name of
-        the repository that the code came from, the pipeline, and the code files.
+        Every checkpoint is written through this method: by `model.save_pretrained`, by the Trainer, and by a model
+        that was itself loaded with remote code. It adds what makes a checkpoint complete: the code files, the
+        pipeline, and the full `auto_map` without the name of the repository that the code came from.
 
         Args:
             save_directory: Folder to write to; made if it does not exist.
@@ -219,7 +225,7 @@ class ClipCaCgConfig(PreTrainedConfig):
             **kwargs: As in `PreTrainedConfig.save_pretrained`.
         """
         self.auto_map = dict(AUTO_MAP)
-        # Anew each time: `pipeline` puts classes, which no JSON file takes, in the place of their names.
+        # A copy: `pipeline()` replaces the names with classes, which JSON cannot hold.
         self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         for source in _code_files():
@@ -230,7 +236,7 @@ class ClipCaCgConfig(PreTrainedConfig):
 
 
 def _sub_config(config: PreTrainedConfig | dict[str, Any], default_model_type: str) -> PreTrainedConfig:
-    """A config object of our own from the caller's object or dict, which stays as it was."""
+    """Return a new config object from the caller's object or dict, which is not changed."""
     config = copy.deepcopy(config)
     if isinstance(config, PreTrainedConfig):
         return config
@@ -238,10 +244,10 @@ def _sub_config(config: PreTrainedConfig | dict[str, Any], default_model_type: s
 
 
 def _code_files() -> list[Path]:
-    """The four Python files of the model.
+    """Return the paths of the model's four Python files.
 
-    The imports stand here because those modules import this one. They are also what brings all four files along when
-    the Hub loader fetches one: it follows relative imports wherever they stand.
+    The imports are inside the function because those modules import this one. The Hub's loader follows them as well,
+    so fetching one file fetches all four.
     """
     from .modeling_clipcacg import __file__ as modeling
     from .pipeline_clipcacg import __file__ as pipeline

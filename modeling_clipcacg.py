@@ -176,13 +176,14 @@ class NearIdentityGRU(nn.GRU):
         """Set the start: a tenth of PyTorch's random weights around the identity."""
         bound = 0.1 * self.hidden_size**-0.5
         _, update, new = (slice(part * self.hidden_size, (part + 1) * self.hidden_size) for part in range(3))
-        weight, bias = torch.empty_like(self.weight_ih_l0).uniform_(-bound, bound), torch.zeros_like(self.bias_ih_l0)
+        weight_ih, weight_hh, bias_ih, bias_hh = self.all_weights[0]
+        weight, bias = torch.empty_like(weight_ih).uniform_(-bound, bound), torch.zeros_like(bias_ih)
         weight[new].fill_diagonal_(1)
         bias[update] = -2  # the update gate keeps sigmoid(-2) = 0.12 of the previous state
-        init.copy_(self.weight_ih_l0, weight)
-        init.copy_(self.bias_ih_l0, bias)
-        init.uniform_(self.weight_hh_l0, -bound, bound)
-        init.zeros_(self.bias_hh_l0)
+        init.copy_(weight_ih, weight)
+        init.copy_(bias_ih, bias)
+        init.uniform_(weight_hh, -bound, bound)
+        init.zeros_(bias_hh)
 
 
 class BiGru(nn.Module):
@@ -238,11 +239,11 @@ class TextBranch(nn.Module):
         self.bi_gru = BiGru(config.text_config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
 
-    def forward(self, input_ids: Tensor | None, mask: Tensor, text_features: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, mask: Tensor, text_features: Tensor | None = None) -> Tensor:
         """Compute F_T.
 
         Args:
-            input_ids: (batch, text_len), token ids; not needed with `text_features`.
+            input_ids: (batch, text_len), token ids; not read with `text_features`.
             mask: (batch, text_len), bool.
             text_features: (batch, text_len, width), an earlier result of `encode`.
 
@@ -269,11 +270,11 @@ class ImageBranch(nn.Module):
         self.projection = nn.Linear(channels, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
 
-    def forward(self, pixel_values: Tensor | None, image_features: Tensor | None = None) -> Tensor:
+    def forward(self, pixel_values: Tensor, image_features: Tensor | None = None) -> Tensor:
         """Compute F_I.
 
         Args:
-            pixel_values: (batch, channels, height, width), normalised; not needed with `image_features`.
+            pixel_values: (batch, channels, height, width), normalised; not read with `image_features`.
             image_features: (batch, width, rows, columns), an earlier result of `encode`.
 
         Returns:
@@ -295,7 +296,9 @@ def drop_pooler(encoder: PreTrainedModel) -> None:
 
 
 def dry_run(vision_config: Any) -> tuple[int, list[str]]:
-    """Infer what no config tells for every family, timm included, with a dry run on the meta device.
+    """Infer the channel count and the unused modules with a dry run on the meta device.
+
+    No field of a config tells them for every family, timm included.
 
     Args:
         vision_config: Config of the vision encoder.
@@ -370,7 +373,8 @@ class ClipEncoderInteraction(nn.Module):
 
     def __init__(self, config: ClipCaCgConfig) -> None:
         super().__init__()
-        clip, dtype = config.clip_config, torch.get_default_dtype()
+        clip: Any = config.clip_config
+        dtype = torch.get_default_dtype()
         # CLIPModel projects to the width that its own config names, whatever the configs of its towers say.
         clip.text_config.projection_dim = clip.vision_config.projection_dim = clip.projection_dim
         self.clip_text = CLIPTextModelWithProjection._from_config(clip.text_config, dtype=dtype)
@@ -379,9 +383,9 @@ class ClipEncoderInteraction(nn.Module):
 
     def forward(
         self,
-        clip_input_ids: Tensor | None = None,
-        clip_attention_mask: Tensor | None = None,
-        clip_pixel_values: Tensor | None = None,
+        clip_input_ids: Tensor,
+        clip_attention_mask: Tensor | None,
+        clip_pixel_values: Tensor,
         clip_text_features: Tensor | None = None,
         clip_image_features: Tensor | None = None,
     ) -> Interaction:
@@ -657,11 +661,12 @@ def load_backbone(encoder: PreTrainedModel, source: str | Path) -> None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        pretrained, report = type(encoder).from_pretrained(
+        loaded: Any = type(encoder).from_pretrained(
             source, config=encoder.config, dtype=encoder.dtype, output_loading_info=True, use_safetensors=True
         )
     finally:
         logging.set_verbosity(verbosity)
+    pretrained, report = loaded
     used = encoder.state_dict().keys()
     missing = sorted(used & set(report["missing_keys"]))
     if missing:
@@ -681,7 +686,7 @@ def freeze_layers(encoder: PreTrainedModel, number: int) -> None:
     """
     depth = getattr(encoder.config, "num_hidden_layers", 0)
     stacks = (module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
-    layers = next(stacks, [])
+    layers: Any = next(stacks, [])
     if not 0 < number < len(layers):
         raise ValueError(
             f"text_layers must be between 0 and {max(len(layers) - 1, 0)} for this {len(layers)}-layer "
@@ -700,7 +705,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
     config: ClipCaCgConfig
     config_class = ClipCaCgConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     # Modules that combine the outputs of several children, which must therefore be on one device.
@@ -743,8 +748,8 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
     def initialize_weights(self) -> None:
         """Initialise what a checkpoint lacks, the backbones first, by their own classes.
 
-        Several of CLIP's rules belong to modules without parameters of their own. transformers skips such modules in
-        custom code like ours, and would leave weights uninitialised that a checkpoint lacks.
+        CLIP initialises some weights in parent modules without parameters of their own, and transformers skips such
+        modules in custom code. Calling the backbones' own method avoids that.
         """
         for backbone in self.backbones().values():
             backbone.initialize_weights()
@@ -754,7 +759,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, use_safetensors: bool | None = True, **kwargs: Any) -> Any:
         """Load a checkpoint as `PreTrainedModel.from_pretrained` does, from safetensors alone by default.
 
-        transformers has no setting of a class that would keep it from reading a pickle.
+        transformers has no class attribute that excludes pickles.
         """
         return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
@@ -781,7 +786,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
             ValueError: If a backbone that the modality or the clip mode needs is not named.
             OSError: If a backbone has no weights as safetensors.
         """
-        sources = {"text": text_model, "vision": vision_model, "clip": clip_model}
+        sources: dict[str, Any] = {"text": text_model, "vision": vision_model, "clip": clip_model}
         for name, source in sources.items():
             if source is not None:
                 config[f"{name}_config"] = AutoConfig.from_pretrained(source)
@@ -801,7 +806,8 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
 
     def backbones(self) -> dict[str, PreTrainedModel]:
         """Return the pretrained encoders of this model: some of "text", "vision", "clip.text" and "clip.vision"."""
-        base, encoders = self.base_model, {}
+        base: Any = self.base_model
+        encoders: dict[str, PreTrainedModel] = {}
         if base.text_branch is not None:
             encoders["text"] = base.text_branch.backbone
         if base.image_branch is not None:
@@ -828,7 +834,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         """
         if backbone not in self.backbones():
             raise ValueError(f"This model has no backbone {backbone!r}. It has: {', '.join(self.backbones())}.")
-        base = self.base_model
+        base: Any = self.base_model
         if backbone == "text":
             return base.text_branch.encode(inputs, as_mask(attention_mask, inputs))
         if backbone == "vision":
@@ -877,10 +883,10 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         """Switch the attention of the fusion and of the text and CLIP encoders, as transformers does.
 
-        transformers hands the choice to every submodel that it finds, and convolutional networks refuse any choice.
-        Only a vision encoder that it does not find keeps its own.
+        transformers passes the choice to every submodel, and convolutional encoders raise an error. There is no
+        other way to exclude the vision encoder, so it is detached during the call.
         """
-        branch = self.base_model.image_branch
+        branch: Any = self.base_model.image_branch
         if branch is None:
             return super().set_attn_implementation(attn_implementation, allow_all_kernels)
         backbone, branch.backbone = branch.backbone, None
@@ -889,7 +895,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         finally:
             branch.backbone = backbone
 
-    def get_input_embeddings(self) -> nn.Module | None:
+    def get_input_embeddings(self) -> Any:
         """Return the text encoder's token embeddings, or None for a model that reads no text."""
         text_encoder = self.backbones().get("text")
         return None if text_encoder is None else text_encoder.get_input_embeddings()
@@ -909,7 +915,7 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
         ValueError: If the config contradicts itself; see `ClipCaCgConfig`.
     """
 
-    # The head of a classifier's checkpoint is no surprise to this class.
+    # Do not report the head of a classifier's checkpoint as unexpected.
     _keys_to_ignore_on_load_unexpected = {r"^classifier\."}
 
     def __init__(self, config: ClipCaCgConfig) -> None:
@@ -924,7 +930,7 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
                 self.image_attention, self.text_attention = CrossAttention(config), CrossAttention(config)
             if config.use_gating:
                 self.gate = CrossModalGate(config)
-            self.fusion = GatedFusion(config) if config.use_gating else ConcatFusion(config)
+            self.fusion: nn.Module = GatedFusion(config) if config.use_gating else ConcatFusion(config)
         else:
             self.fusion = mlp(config.hidden_size, config)
         of_backbones = (name for backbone in self.backbones().values() for name in backbone._no_split_modules or [])
@@ -978,29 +984,36 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        tokens = input_ids if text_features is None else text_features
+        tokens: Any = input_ids if text_features is None else text_features
         self._check_inputs(
             input_ids=tokens,
             pixel_values=pixel_values if image_features is None else image_features,
             clip_input_ids=clip_input_ids if clip_text_features is None else clip_text_features,
             clip_pixel_values=clip_pixel_values if clip_image_features is None else clip_image_features,
         )
-        F_I = F_T = text_mask = None
+        F_I: Any = None
+        F_T: Any = None
+        text_mask: Any = None
         if self.text_branch is not None:
             text_mask = as_mask(attention_mask, tokens)  # (batch, text_len)
             F_T = self.text_branch(input_ids, text_mask, text_features)  # (batch, text_len, hidden), eq. 1-3
         if self.image_branch is not None:
             F_I = self.image_branch(pixel_values, image_features)  # (batch, regions, hidden), eq. 4
         if self.interaction is None:  # V only, T only
-            states = F_I if F_T is None else F_T
             pooled = F_I.mean(dim=1) if F_T is None else masked_mean(F_T, text_mask)
-            side = "image_hidden_states" if F_T is None else "text_hidden_states"
-            hidden_states = {side: (states,)} if output_hidden_states else {}
-            return ClipCaCgModelOutput(fused_embeds=self.fusion(pooled), **hidden_states)
+            return ClipCaCgModelOutput(
+                fused_embeds=self.fusion(pooled),
+                image_hidden_states=(F_I,) if output_hidden_states and F_I is not None else None,
+                text_hidden_states=(F_T,) if output_hidden_states and F_T is not None else None,
+            )
 
         if self.config.clip_mode == "encoder":
             joint = self.interaction(
-                clip_input_ids, clip_attention_mask, clip_pixel_values, clip_text_features, clip_image_features
+                clip_input_ids=clip_input_ids,
+                clip_attention_mask=clip_attention_mask,
+                clip_pixel_values=clip_pixel_values,
+                clip_text_features=clip_text_features,
+                clip_image_features=clip_image_features,
             )
         else:
             joint = self.interaction(F_I, F_T, text_mask)
@@ -1029,9 +1042,10 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
             text_hidden_states=(F_T, text_IT) if output_hidden_states else None,
         )
 
-    def _check_inputs(self, **given: Tensor | None) -> None:
+    def _check_inputs(self, **inputs: Tensor | None) -> None:
         required = self.config.required_inputs
-        missing = [name for name in required if given[name] is None]
+        given = {name: value for name, value in inputs.items() if value is not None}
+        missing = [name for name in required if name not in given]
         if missing:
             raise ValueError(
                 f"A model with modality={self.config.modality!r} and clip_mode={self.config.clip_mode!r} needs "
@@ -1063,8 +1077,8 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
         ```
     """
 
-    # The loss is a mean over the batch. The Trainer takes `**kwargs` as a promise to divide by the number of labels of
-    # all accumulated batches, and would multiply the loss under gradient accumulation.
+    # The loss is a mean over the batch. Because `forward` accepts `**kwargs`, the Trainer would otherwise assume that
+    # it is already normalised over the accumulation steps.
     accepts_loss_kwargs = False
 
     def __init__(self, config: ClipCaCgConfig) -> None:
@@ -1072,7 +1086,7 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = ClipCaCgModel(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, len(config.id2label or {}))
         self.post_init()
 
     @can_return_tuple
@@ -1142,13 +1156,13 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
             Scalar, float32.
         """
         config, logits = self.config, logits.float()
-        if config.problem_type is None and config.num_labels > 1 and labels.is_floating_point():
+        if config.problem_type is None and logits.shape[-1] > 1 and labels.is_floating_point():
             config.problem_type = "multi_label_classification"
         if config.task == "regression":
             return functional.mse_loss(logits.view_as(labels), labels.float())
         if config.task == "multi_label_classification":
             return functional.binary_cross_entropy_with_logits(logits, labels.float())
-        weights = config.class_weights and torch.tensor(config.class_weights, device=logits.device)
+        weights = None if config.class_weights is None else torch.tensor(config.class_weights, device=logits.device)
         return functional.cross_entropy(logits, labels, weights, label_smoothing=config.label_smoothing)
 
 

@@ -9,13 +9,15 @@ prints a table, and writes the scores to `--output` and the confusion matrix to 
 
 import json
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 
-from clipcacg.scripts.data.errors import one_sentence, set_up_logging
+from clipcacg.scripts.data.errors import InputError, as_input_error, one_sentence, set_up_logging
 from clipcacg.scripts.data.loading import label_names
 from clipcacg.scripts.reporting.plots import plot_confusion_matrix
 from clipcacg.scripts.reporting.predictions import load_checkpoint
@@ -39,17 +41,34 @@ def main(argv: list[str] | None = None) -> None:
     set_up_logging(state.is_main_process)
     with one_sentence(argv):
         checkpoint, data_arguments, arguments = parse_arguments(argv, EvaluationArguments, __doc__.partition("\n")[0])
+        check_output(Path(arguments.output))
         model, processor = load_checkpoint(checkpoint)
         posts = labelled_posts(model, data_arguments, arguments.split)
-        scores, names = evaluate_posts(model, processor, posts, arguments.batch_size), label_names({"": posts})
-    if not state.is_main_process:
-        return
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"split": arguments.split, "posts": len(posts), **scores}, indent=2) + "\n")
-    if "confusion_matrix" in scores:
-        plot_confusion_matrix(scores["confusion_matrix"], names, output.with_suffix(".png"))
-    print(results_table(scores, names))
+        scores, names = evaluate_posts(model, processor, posts, arguments.batch_size), label_names(posts)
+        if state.is_main_process:
+            print(results_table(scores, names))
+            write(Path(arguments.output), {"split": arguments.split, "posts": len(posts), **scores}, names)
+
+
+def check_output(output: Path) -> None:
+    """Make the folder of the output.
+
+    Raises:
+        InputError: If no file can be written there. The evaluation, which takes long, has not started then.
+    """
+    with as_input_error(f"--output {output} cannot be written", OSError):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder: name a file.")
+
+
+def write(output: Path, scores: dict[str, Any], names: list[str] | None) -> None:
+    """Write the scores and, for classes, the plot of the confusion matrix."""
+    with as_input_error(f"--output {output} cannot be written", OSError):
+        output.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        if "confusion_matrix" in scores:
+            plot_confusion_matrix(scores["confusion_matrix"], names, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

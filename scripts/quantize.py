@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         processor.save_pretrained(arguments.output)
         batches = DataLoader(posts, arguments.batch_size, collate_fn=PostCollator(processor, original.config))
         results = compare({"float32": original, "int8": quantized}, batches)
-    print(summary(results, torch.tensor(posts["label"]).numpy(), label_names({"": posts})))
+    print(summary(results, torch.tensor(posts["label"]).numpy(), label_names(posts)))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
             pushes, token = take_over_push(arguments)
             posts = load_training_posts(model_arguments, data_arguments, arguments)
             checkpoint = where_to_resume(arguments)
-            model, processor = build(model_arguments, data_arguments.is_sample, label_names(posts))
+            model, processor = build(model_arguments, data_arguments.is_sample, label_names(posts["train"]))
             set_loss(model, arguments, model_arguments, posts["train"])
             features = None
             if model_arguments.cache_features:

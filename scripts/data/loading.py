@@ -1,9 +1,6 @@
 """Load posts from any source in one form."""
 
 import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,17 +17,6 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_FOLDER = Path(HF_HOME) / "clipcacg" / "sample"
 SPLIT_NAMES = {"dev": "validation", "val": "validation", "valid": "validation"}  # other names that data sets use
-
-
-@contextmanager
-def one_sentence() -> Iterator[None]:  # to go when every command uses the one of errors.py
-    try:
-        yield
-    except (FloatingPointError, OSError, ValueError) as error:
-        message = str(error)
-        if message.startswith("Caught ") and "DataLoader worker" in message:
-            message = message.rstrip().rpartition("\n")[2].partition(": ")[2]
-        sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
 @dataclass
@@ -62,6 +48,11 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.data_dir and self.dataset_name:
             raise InputError("--data_dir and --dataset_name both name the data: give one of them.")
+        if self.dataset_name and self.splits not in (None, "random"):
+            raise InputError(
+                f"--splits {self.splits} is for --data_dir alone; {self.dataset_name} keeps its own splits, or is "
+                "split at random: leave out --splits."
+            )
 
     @property
     def is_sample(self) -> bool:
@@ -104,9 +95,9 @@ def load_posts(arguments: DataArguments, modality: str = "both") -> datasets.Dat
     return _cap(posts, arguments)
 
 
-def label_names(posts: datasets.DatasetDict) -> list[str] | None:
+def label_names(posts: datasets.Dataset) -> list[str] | None:
     """Return the names of the classes in index order, or None for a regression."""
-    label = next(iter(posts.values())).features["label"]
+    label = posts.features["label"]
     return label.names if isinstance(label, datasets.ClassLabel) else None
 
 
@@ -185,7 +176,7 @@ def _with_labels(posts: datasets.DatasetDict, name: str) -> datasets.DatasetDict
 
 
 def _without_hidden_labels(posts: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Drop a test split with the labels -1, by which benchmarks on the Hub keep them secret."""
+    """Drop a test split without labels (-1), as benchmarks publish it."""
     hidden = [split for split, dataset in posts.items() if {None, -1} & set(dataset.unique("label"))]
     if not hidden:
         return posts

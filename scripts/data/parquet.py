@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
 from datasets.table import embed_table_storage
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx
 from tabulate import tabulate
 
 from clipcacg.scripts.data.errors import InputError, as_input_error
@@ -37,8 +39,8 @@ CLIP-CA-CG.
 
 {counts}
 
-`label` combines `text_label` and `image_label`: equal labels stand, a neutral label gives way to the other, and posts
-with positive against negative are left out. In MVSA-Multiple each of the two is the majority of three annotators.
+`label` combines `text_label` and `image_label`. Neutral and another label give the other label; a positive with a
+negative label drops the post. In MVSA-Multiple each of the two labels is the majority of three annotators.
 Split: {splits}, duplicates {duplicates}.
 
 ```python
@@ -162,15 +164,18 @@ def _push(folder: Path, name: str, public: bool) -> None:
     """Upload a finished output to the data set `name` on the Hub, which is made private unless `public`.
 
     Raises:
-        InputError: the data set exists and is public, which needs `public`: `create_repo` does not change it.
+        InputError: the Hub cannot be reached or refuses; or the data set exists and is public, which needs `public`:
+            `create_repo` does not change it.
     """
     api = HfApi()
-    name = api.create_repo(name, repo_type="dataset", private=not public, exist_ok=True).repo_id
-    if not public and not api.repo_info(name, repo_type="dataset").private:
-        raise InputError(f"{name} is public, so nothing is uploaded: make it private, or pass --public")
-    files = ["README.md", "data/*.parquet"]
-    # An earlier upload may have had more files, which would be read as part of this one.
-    api.upload_folder(
-        repo_id=name, repo_type="dataset", folder_path=folder, allow_patterns=files, delete_patterns=files
-    )
+    hub_errors = (httpx.HTTPError, HFValidationError, OSError)
+    with as_input_error(f"{folder} is complete, but the upload to {name} failed", *hub_errors):
+        name = api.create_repo(name, repo_type="dataset", private=not public, exist_ok=True).repo_id
+        if not public and not api.repo_info(name, repo_type="dataset").private:
+            raise InputError(f"{name} is public, so nothing is uploaded: make it private, or pass --public")
+        files = ["README.md", "data/*.parquet"]
+        # An earlier upload may have had more files, which would be read as part of this one.
+        api.upload_folder(
+            repo_id=name, repo_type="dataset", folder_path=folder, allow_patterns=files, delete_patterns=files
+        )
     logger.info("uploaded to %s", name)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,11 +23,12 @@ from tokenizers.trainers import BpeTrainer
 
 from clipcacg.scripts.data.drawing import draw_image, encode_tweet, write_tweet
 from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.data.mvsa import LABEL_FILE, LABELS
+from clipcacg.scripts.data.mvsa import LABEL_FILE, LABELS, combine_labels
 
-# (text label, image label): the seven pairs that the labelling rule keeps, and the two that it drops.
-KEPT_PAIRS = [(text, image) for text in range(3) for image in range(3) if abs(text - image) < 2]
-DROPPED_PAIRS = [(0, 2), (2, 0)]
+# (text label, image label), by index in LABELS: the pairs that the rule of `combine_labels` keeps, and those it drops.
+PAIRS = list(product(range(len(LABELS)), repeat=2))
+KEPT_PAIRS = [(text, image) for text, image in PAIRS if combine_labels(LABELS[text], LABELS[image]) is not None]
+DROPPED_PAIRS = [pair for pair in PAIRS if pair not in KEPT_PAIRS]
 IMAGE_SIZE = 64  # height and width of the tiny encoders' input, in pixels
 NUM_MERGES = 700  # enough for most words of the tweets to be one token
 TRANSFORMER_SIZES: dict[str, Any] = {

@@ -32,6 +32,23 @@ Row = dict[str, Any]
 Inputs = dict[str, torch.Tensor]
 
 
+def checkpoint_config(checkpoint: str) -> ClipCaCgConfig:
+    """Load the config of a CLIP-CA-CG checkpoint.
+
+    Raises:
+        InputError: If it cannot be loaded, or belongs to another kind of model.
+    """
+    with as_input_error(f"The checkpoint {checkpoint} cannot be loaded", OSError, ValueError):
+        check_model_type(PreTrainedConfig.get_config_dict(checkpoint)[0])
+        return ClipCaCgConfig.from_pretrained(checkpoint)
+
+
+def check_model_type(config: dict[str, Any]) -> None:
+    """Raise a ValueError if `config`, the content of a config.json, is of another kind of model."""
+    if config.get("model_type") != ClipCaCgConfig.model_type:
+        raise ValueError(f"its model type is {config.get('model_type')!r}, not {ClipCaCgConfig.model_type!r}")
+
+
 def load_checkpoint(
     checkpoint: str, trust_remote_code: bool = False, **kwargs: Any
 ) -> tuple[ClipCaCgForSequenceClassification, ClipCaCgProcessor]:
@@ -48,8 +65,10 @@ def load_checkpoint(
     """
     model_class, processor_class = ClipCaCgForSequenceClassification, ClipCaCgProcessor
     with as_input_error(f"The checkpoint {checkpoint} cannot be loaded", OSError, ValueError, SafetensorError):
+        config = PreTrainedConfig.get_config_dict(checkpoint)[0]
+        check_model_type(config)
         if trust_remote_code:
-            auto_map = PreTrainedConfig.get_config_dict(checkpoint)[0].get("auto_map", {})
+            auto_map = config.get("auto_map", {})
             names = ("AutoModelForSequenceClassification", "AutoProcessor")
             if not auto_map.keys() >= set(names):
                 raise InputError(f"The checkpoint {checkpoint} holds no code: leave out --trust_remote_code.")
@@ -58,10 +77,6 @@ def load_checkpoint(
             )
         processor = processor_class.from_pretrained(checkpoint)
         model = model_class.from_pretrained(checkpoint, **kwargs).eval()
-    if model.config.model_type != ClipCaCgConfig.model_type:
-        raise InputError(
-            f"The checkpoint {checkpoint} is a {model.config.model_type!r} model, not a CLIP-CA-CG model."
-        )
     return model, processor
 
 

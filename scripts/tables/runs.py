@@ -83,7 +83,7 @@ class Fold:
     def pooled(self) -> tuple[dict[str, np.ndarray], int, int]:
         """Pooled features (posts, text + image width) per split, the text width, and the encoders' parameters."""
         settings = self.settings.for_row("regression_both")
-        model, processor = build_system("concatenation", settings, label_names(self.posts))
+        model, processor = build_system("concatenation", settings, label_names(self.posts["train"]))
         model.freeze_backbones(True, True, True)
         device, workers = settings.training.device, settings.training.dataloader_num_workers
         posts, stores = cache_features(
@@ -107,10 +107,10 @@ def load_fold(number: int | None, settings: Settings) -> Fold:
     if number is not None:
         settings = replace(settings, data=replace(settings.data, splits=f"cheema:{number}"))
     posts = load_posts(settings.data)
-    if label_names(posts) is None:
-        raise InputError("reproduce.py needs posts with classes, and these labels are numbers.")
     if not {"train", "validation"} <= posts.keys():
         raise InputError(f"reproduce.py needs the splits train and validation, got {', '.join(posts)}.")
+    if label_names(posts["train"]) is None:
+        raise InputError("reproduce.py needs posts with classes, and these labels are numbers.")
     for column in ("text", "image"):
         posts = datasets.DatasetDict({split: add_digests(dataset, column) for split, dataset in posts.items()})
     return Fold(number, posts, settings)
@@ -166,9 +166,9 @@ def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetD
     set_seed(seed)
     adapt_to_data(training, posts, settings.model.modality)
     if system:
-        model, processor = build_system(system, settings, label_names(posts))
+        model, processor = build_system(system, settings, label_names(posts["train"]))
     else:
-        model, processor = build(settings.model, settings.data.is_sample, label_names(posts))
+        model, processor = build(settings.model, settings.data.is_sample, label_names(posts["train"]))
     set_loss(model, training, settings.model, posts["train"])
     features = None
     if not all(sizes(encoder)["trainable"] for encoder in model.backbones().values()):
@@ -206,7 +206,7 @@ def fit_floor(name: str, fold: Fold) -> dict[str, Any]:
         answers = {split: pipeline.predict(features[split]) for split in others}
         parameters = pipeline[-1].coef_.size + pipeline[-1].intercept_.size
     return {
-        "logits": {split: np.eye(len(label_names(posts)))[answer] for split, answer in answers.items()},
+        "logits": {split: np.eye(len(label_names(posts["train"])))[answer] for split, answer in answers.items()},
         "parameters": {"trainable": parameters, "total": parameters + encoders},
         "seconds": time.perf_counter() - start,
         "best_epoch": None,
@@ -224,7 +224,7 @@ def run(name: str, fold: Fold, settings: Settings, seed: int | None, measured: s
         found = fit_floor(name, fold)
     else:
         found = train_row(name, settings, seed, datasets.DatasetDict(wanted))
-    metric, names, logits = load_metric(regression=False), label_names(fold.posts), found.pop("logits")
+    metric, names, logits = load_metric(regression=False), label_names(fold.posts["train"]), found.pop("logits")
     labels = {split: np.asarray(fold.posts[split]["label"]) for split in logits}
     found["metrics"] = {split: score(logits[split], labels[split], metric, names) for split in logits}
     found["hardware"] = hardware_name(settings.training)

@@ -51,7 +51,8 @@ def labelled_posts(
     posts = load_posts(data_arguments, model.config.modality)
     if split not in posts:
         raise InputError(f"There is no post in the split {split!r}. Allowed: {', '.join(posts)}.")
-    names, known = label_names(posts), [model.config.id2label[index] for index in range(model.config.num_labels)]
+    names = label_names(posts[split])
+    known = [model.config.id2label[index] for index in range(model.config.num_labels)]
     if (names is None) != (model.config.task == "regression"):
         raise InputError("The model and the data do not fit: one has classes, the other numbers.")
     if names is not None and not set(names) <= set(known):
@@ -65,7 +66,7 @@ def evaluate_posts(
     model: ClipCaCgForSequenceClassification, processor: ClipCaCgProcessor, posts: datasets.Dataset, batch_size: int
 ) -> dict[str, Any]:
     """All scores of the metric; see `sentiment_metrics`."""
-    names = label_names({"": posts})
+    names = label_names(posts)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,

@@ -10,9 +10,8 @@ from transformers import TorchAoConfig
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.scripts.data.errors import InputError, as_input_error
-from clipcacg.scripts.reporting.predictions import load_checkpoint
+from clipcacg.scripts.reporting.predictions import checkpoint_config, load_checkpoint
 from clipcacg.scripts.training.metrics import load_metric, score
-from clipcacg.scripts.training.run import checkpoint_config
 
 # The config of the checkpoint keeps this regular expression: it matches every module outside the two text towers.
 NOT_A_TEXT_TOWER = r"(?!.*\b(text_branch\.backbone|interaction\.clip_text)\.).*"

@@ -51,7 +51,7 @@ def complete_checkpoint(
     for split, scores in list(results.items())[-1:]:
         if "confusion_matrix" in scores:
             title, file = f"Confusion matrix of the {split} split", folder / CONFUSION_MATRIX_FILE
-            plot_confusion_matrix(scores["confusion_matrix"], label_names(posts), file, title)
+            plot_confusion_matrix(scores["confusion_matrix"], label_names(posts["train"]), file, title)
     plot_curves(state.log_history, folder / CURVES_FILE, ended.get("chosen_epoch"))
     # A pickle of the arguments, which holds paths of this machine, as does the Trainer's state.
     (folder / "training_args.bin").unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from clipcacg.scripts.data.features import FEATURES, FeatureStore, cache_feature
 from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, label_names, load_posts
 from clipcacg.scripts.data.sample import make_tiny_backbones
 from clipcacg.scripts.reporting.hub import check_repo_id, push_checkpoint
-from clipcacg.scripts.reporting.predictions import load_checkpoint, prediction_line, write_line
+from clipcacg.scripts.reporting.predictions import checkpoint_config, load_checkpoint, prediction_line, write_line
 from clipcacg.scripts.reporting.tables import results_table
 from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
 from clipcacg.scripts.training.metrics import load_metric, score
@@ -47,7 +47,10 @@ def load_training_posts(
     with arguments.main_process_first(desc="loading the posts"):
         posts = load_posts(data_arguments, model_arguments.modality)
     if "train" not in posts:
-        raise InputError(f"There is no training split: the posts of {data_arguments.dataset_name} are for testing.")
+        source = data_arguments.dataset_name or data_arguments.data_dir or "the drawn sample"
+        if data_arguments.splits not in (None, "random"):
+            source += f" with --splits {data_arguments.splits}"
+        raise InputError(f"There is no training split: the split train is missing in {source}.")
     adapt_to_data(arguments, posts, model_arguments.modality)
     return posts
 
@@ -59,25 +62,12 @@ def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modal
     arguments.restore_callback_states_from_checkpoint = True  # early stopping continues its count after a resume
     if modality == "image" and arguments.train_sampling_strategy == "group_by_length":
         arguments.train_sampling_strategy = "random"
-    if label_names(posts) is None and arguments.metric_for_best_model in (None, "accuracy"):
+    if label_names(posts["train"]) is None and arguments.metric_for_best_model in (None, "accuracy"):
         arguments.metric_for_best_model, arguments.greater_is_better = "mse", False
     if "validation" not in posts:
         logger.warning("There is no validation split: training runs without evaluation and keeps the last epoch.")
         arguments.eval_strategy, arguments.load_best_model_at_end = "no", False
         arguments.early_stopping_patience = 0
-
-
-def checkpoint_config(name: str) -> ClipCaCgConfig:
-    """Load the config of a CLIP-CA-CG checkpoint.
-
-    Raises:
-        InputError: If it cannot be loaded, or belongs to another kind of model.
-    """
-    with as_input_error(f"The checkpoint {name} cannot be loaded", OSError, ValueError):
-        model_type = ClipCaCgConfig.get_config_dict(name)[0].get("model_type")
-        if model_type != ClipCaCgConfig.model_type:
-            raise InputError(f"{name} is no CLIP-CA-CG checkpoint: its model type is {model_type!r}.")
-        return ClipCaCgConfig.from_pretrained(name)
 
 
 def build(
@@ -91,11 +81,11 @@ def build(
         names: Names of the classes, or None for a regression.
 
     Raises:
-        InputError: If a backbone is missing or cannot be loaded, or the flags do not fit together.
+        InputError: If there are fewer than two classes, a backbone is missing or cannot be loaded, or the flags do not
+            fit together.
     """
     labels = label_fields(names)
     if arguments.model_name_or_path:
-        checkpoint_config(arguments.model_name_or_path)
         model, processor = load_checkpoint(
             arguments.model_name_or_path,
             dtype=torch.float32,
@@ -119,11 +109,17 @@ def build(
 
 
 def label_fields(names: list[str] | None) -> dict[str, Any]:
-    """The config fields for these class names; None for a regression."""
+    """The config fields for these class names; None for a regression.
+
+    Raises:
+        InputError: If there are fewer than two classes.
+    """
     if names is None:
         return {"num_labels": 1, "problem_type": "regression"}
+    if len(names) < 2:
+        raise InputError(f"A model needs posts of at least two classes; the data has only {', '.join(names)}.")
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    return {**labels, "problem_type": "single_label_classification" if len(names) > 1 else None}
+    return {**labels, "problem_type": "single_label_classification"}
 
 
 def limit_and_freeze(model: PreTrainedModel, processor: ClipCaCgProcessor, arguments: ModelArguments) -> None:
@@ -141,8 +137,8 @@ def backbone_names(arguments: ModelArguments, is_sample: bool) -> dict[str, str 
     Raises:
         InputError: If one is missing.
     """
-    needed = ["text_model", "vision_model"]
-    if arguments.clip_mode == "encoder" and arguments.modality == "both":
+    needed = ["text_model", "vision_model"]  # `from_backbones` of the processor takes both
+    if "clip" in ClipCaCgConfig(modality=arguments.modality, clip_mode=arguments.clip_mode).encoders:
         needed.append("clip_model")
     names = {name: getattr(arguments, name) for name in needed}
     if is_sample and None in names.values():
@@ -219,7 +215,7 @@ def make_trainer(
     features: dict[str, FeatureStore] | None = None,
 ) -> SentimentTrainer:
     """Make the Trainer; `features` come from `compute_features`."""
-    names = label_names(posts)
+    names = label_names(posts["train"])
     collator = PostCollator(processor, model.config, features or {})
     patience = arguments.early_stopping_patience
     return SentimentTrainer(
@@ -320,7 +316,7 @@ def evaluate_splits(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> d
     Returns:
         Split name to the metric's scores.
     """
-    names, results = label_names(posts), {}
+    names, results = label_names(posts["train"]), {}
     metric = load_metric(names is None)
     for split, prefix in (("validation", "eval"), ("test", "test")):
         if split not in posts:

@@ -36,7 +36,7 @@ def training_faults(output_dir: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch raises a bare RuntimeError where the CPU's memory is full; only its text tells.
+        # torch raises a bare RuntimeError where the CPU's memory is full; Only the message identifies it.
         is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
         if not is_memory:
             raise
@@ -60,7 +60,7 @@ def writing_faults(output_dir: str) -> Iterator[None]:
     except SafetensorError as error:
         raise cannot_write(output_dir, error) from error
     except RuntimeError as error:
-        # torch.save has no exception class for a failed write; a RuntimeError that its own module raises is one.
+        # A RuntimeError raised in `torch.serialization` means a failed write.
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if frame.f_globals.get("__name__") != "torch.serialization":
             raise
@@ -88,7 +88,8 @@ class SentimentTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.contrastive_losses: list[torch.Tensor] = []
+        self.contrastive_sum: torch.Tensor | float = 0.0
+        self.contrastive_steps = 0
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -96,14 +97,15 @@ class SentimentTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         contrastive = getattr(outputs, "contrastive_loss", None)
         if model.training and contrastive is not None:
-            self.contrastive_losses.append(contrastive.detach().mean())
+            self.contrastive_sum = self.contrastive_sum + contrastive.detach().float().mean()
+            self.contrastive_steps += 1
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.contrastive_losses:
-            mean = torch.stack(self.contrastive_losses).mean()
+        if "loss" in logs and self.contrastive_steps:
+            mean = self.contrastive_sum / self.contrastive_steps
             logs["contrastive_loss"] = self.accelerator.gather(mean).mean().item()
-            self.contrastive_losses.clear()
+            self.contrastive_sum, self.contrastive_steps = 0.0, 0
         super().log(logs, start_time)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

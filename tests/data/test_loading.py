@@ -6,7 +6,14 @@ import datasets
 import pytest
 from inputs import table_of_images
 
+from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.loading import DataArguments, load_posts
+
+
+def test_splits_of_mvsa_are_refused_for_another_data_set() -> None:
+    for splits in ("clmlf", "mine.json"):
+        with pytest.raises(InputError, match=f"--splits {splits} is for --data_dir alone; posts.csv keeps"):
+            DataArguments(dataset_name="posts.csv", splits=splits)
 
 
 def sizes(posts: datasets.DatasetDict) -> dict[str, int]:

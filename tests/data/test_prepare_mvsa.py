@@ -10,6 +10,8 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hub_server import HubServer
+from huggingface_hub import constants
 from PIL import Image
 
 from clipcacg.scripts import prepare_mvsa
@@ -143,6 +145,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(parquet, "HfApi", FakeApi)
     return hub
+
+
+@pytest.mark.parametrize(("name", "reason"), [("user/mvsa", "401"), ("a name", "Repo id")])
+def test_a_refused_push_is_one_sentence(name: str, reason: str, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with HubServer(tmp_path / "hub", users={}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+        with pytest.raises(SystemExit, match=f"out is complete, but the upload to {name} failed: .*{reason}") as error:
+            run("--push_to_hub", name)
+    assert "\n" not in str(error.value) and (tmp_path / "out/README.md").is_file()
 
 
 def test_nothing_is_pushed_unasked(run, hub: SimpleNamespace):

@@ -155,6 +155,7 @@ def test_a_relative_of_clip_is_refused(tiny_config: MakeConfig) -> None:
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 1, not -0.1"),
         ({"class_weights": [1.0, 2.0]}, "3 numbers, not 2"),
+        ({"problem_type": "regression"}, "num_labels must be 1, not 3"),
     ],
     ids=str,
 )

@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoint: Path, tmp_path: Pa
     folder = shutil.copytree(checkpoint, tmp_path / "other")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"model_type": "clipcacg"', '"model_type": "other"'))
-    with pytest.raises(SystemExit, match="is a 'other' model, not a CLIP-CA-CG model"):
+    with pytest.raises(SystemExit, match="cannot be loaded: its model type is 'other', not 'clipcacg'"):
         predict([str(folder), "--text", "a"])
 
 

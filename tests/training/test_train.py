@@ -17,7 +17,7 @@ import torch
 from inputs import SCRIPTS, flags, results, table_of_images
 from safetensors.torch import load_file
 
-from clipcacg.scripts import predict, train
+from clipcacg.scripts import evaluate_checkpoint, predict, train
 from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.training import record, run
 from clipcacg.scripts.training.arguments import parse_arguments
@@ -87,7 +87,7 @@ def test_how_the_data_was_split(tmp_path: Path, posts_folder: Path) -> None:
         (tmp_path / folder).mkdir()
         for number, split in enumerate(splits):
             datasets.Dataset.from_list(rows[number::3]).to_csv(tmp_path / folder / f"{split}.csv")
-    assert name(dataset_name=str(tmp_path / "all"), splits="clmlf") == "those of the data set"
+    assert name(dataset_name=str(tmp_path / "all")) == "those of the data set"
     carved = "those of the data set, with a random ninth of its training posts for validation (seed 3)"
     assert name(dataset_name=str(tmp_path / "two"), split_seed=3) == carved
     assert name(dataset_name=str(tmp_path / "one")) == "random 8:1:1 (seed 42)"
@@ -116,6 +116,13 @@ def test_evaluation_of_the_checkpoint_repeats_the_test_scores(trained: Path, pos
     for name in ("accuracy", "f1", "f1_macro", "confusion_matrix"):
         assert found[name] == expected[f"test_{name}"]
     assert "Weighted F1" in done.stdout and (trained.parent / "scores/found.png").is_file()
+
+
+def test_evaluation_refuses_an_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    for output, said in ((tmp_path, "is a folder"), (tmp_path / "taken/scores.json", "cannot be written: ")):
+        with pytest.raises(SystemExit, match=f"--output {output} {said}"):
+            evaluate_checkpoint.main(["a checkpoint that is not read", "--output", str(output)])
 
 
 def test_a_killed_run_continues_to_the_same_result(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
@@ -252,5 +259,19 @@ def test_an_empty_cell_of_a_table_is_an_empty_text(posts_folder: Path, backbones
 def test_data_without_a_training_split_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/test.csv").write_text("text,label\nso good,1\nso bad,0\n")
-    with pytest.raises(SystemExit, match="There is no training split: the posts of .*data are for testing"):
+    with pytest.raises(SystemExit, match="There is no training split: the split train is missing in .*data"):
         train.main(f"--dataset_name {tmp_path}/data --modality text --output_dir {tmp_path}/out".split())
+
+
+def test_splits_without_training_posts_are_named(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps({"test": ["1", "2"]}))
+    more = ["--splits", str(tmp_path / "mine.json")]
+    with pytest.raises(SystemExit, match=rf"train is missing in {posts_folder} with --splits \S+/mine.json"):
+        train.main(flags(posts_folder, backbones, tmp_path / "model", *more))
+
+
+def test_posts_of_one_class_are_refused(tmp_path: Path) -> None:
+    rows = "".join(f"so good {number},happy\n" for number in range(20))
+    (tmp_path / "posts.csv").write_text(f"text,label\n{rows}")
+    with pytest.raises(SystemExit, match="at least two classes; the data has only happy"):
+        train.main(f"--dataset_name {tmp_path}/posts.csv --modality text --output_dir {tmp_path}/out".split())

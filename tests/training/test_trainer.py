@@ -22,7 +22,7 @@ def make(posts_folder: Path, backbones: Path, tmp_path: Path) -> Make:
     def build(*more: str) -> SentimentTrainer:
         model_arguments, data_arguments, arguments = parse_arguments(flags(posts_folder, backbones, tmp_path, *more))
         posts = run.load_training_posts(model_arguments, data_arguments, arguments)
-        model, processor = run.build(model_arguments, data_arguments.is_sample, run.label_names(posts))
+        model, processor = run.build(model_arguments, data_arguments.is_sample, run.label_names(posts["train"]))
         run.set_loss(model, arguments, model_arguments, posts["train"])
         return run.make_trainer(arguments, model, processor, posts)
 
@@ -94,6 +94,14 @@ def test_the_contrastive_loss_is_logged_and_is_no_part_of_the_evaluation_loss(ma
     assert mean == pytest.approx(task, abs=0.1)
 
 
+def test_a_run_without_a_log_keeps_no_list_of_losses(make: Make) -> None:
+    more = ["--clip_mode", "feature", "--freeze_text", "--freeze_vision", "--save_strategy", "no"]
+    trainer = make(*more, "--load_best_model_at_end", "False", "--max_steps", "3", "--logging_strategy", "no")
+    trainer.train()
+    assert not [name for name, value in vars(trainer).items() if isinstance(value, list) and len(value) >= 3]
+    assert trainer.contrastive_steps == 3
+
+
 def test_other_models_log_no_contrastive_loss(make: Make) -> None:
     more = ["--clip_mode", "none", "--freeze_text", "--freeze_vision", "--save_strategy", "no"]
     trainer = make(*more, "--load_best_model_at_end", "False", "--max_steps", "1", "--logging_steps", "1")
@@ -109,7 +117,7 @@ def test_other_models_log_no_contrastive_loss(make: Make) -> None:
         ("--hidden_size 30", "The model cannot be built: .*hidden_size"),
         ("--freeze_text_layers 9", "--freeze_text_layers: .*9"),
         ("--model_name_or_path nowhere/nothing", "The checkpoint nowhere/nothing cannot be loaded: "),
-        ("--model_name_or_path {backbones}/text", "is no CLIP-CA-CG checkpoint: its model type is 'roberta'"),
+        ("--model_name_or_path {backbones}/text", "cannot be loaded: its model type is 'roberta', not 'clipcacg'"),
         ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere is not a folder"),
     ],
 )
