@@ -87,8 +87,8 @@ class ImageTextSentimentPipeline(Pipeline):
                 f"{' and no '.join(missing)}. Give " + '{"image": ..., "text": ...}.'
             )
         # In lists of one: the processor would read a list as several posts.
-        parts = {{"image": "images"}.get(name, name): [post[name]] for name in needed}
-        return self.processor(**parts, return_tensors="pt", **kwargs)
+        parts = {name: [post[name]] for name in needed}
+        return self.processor(images=parts.get("image"), text=parts.get("text"), return_tensors="pt", **kwargs)
 
     def _forward(self, input_tensors: Any, **kwargs: Any) -> ModelOutput:
         return ModelOutput(logits=self.model(**input_tensors, **kwargs).logits)

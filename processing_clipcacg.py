@@ -70,7 +70,10 @@ class ClipCaCgProcessor(ProcessorMixin):
     def from_backbones(
         cls, text_model: str | Path, vision_model: str | Path, clip_model: str | Path | None = None, **config: Any
     ) -> ClipCaCgProcessor:
-        """Build the processor of a model made with the same call of the model's `from_backbones`.
+        """Build the processor of a model on these backbones.
+
+        It takes the arguments of the model's `from_backbones`, but always needs the first two: a saved processor has a
+        tokenizer and an image processor, also for a model of one modality.
 
         Args:
             text_model: Hub name or folder of the text encoder.

@@ -1,4 +1,4 @@
-"""Try a model in the browser: add an image and a text, see the predicted sentiment and what it rests on.
+"""Try a model in the browser: add an image and a text, see the predicted sentiment and which inputs it depends on.
 
     python scripts/demo.py CHECKPOINT
 

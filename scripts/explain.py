@@ -1,4 +1,4 @@
-"""Draw what a model attends to, and what its decision rests on.
+"""Draw what a model attends to, and which inputs its decision depends on.
 
     python scripts/explain.py CHECKPOINT --image photo.jpg --text "What a lovely morning!" -o explanation.png
 
@@ -27,8 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence(argv):
         model, processor = load_checkpoint(arguments.checkpoint, arguments.trust_remote_code, dtype=torch.float32)
         explanation = explain(model.requires_grad_(False), processor, arguments.image, arguments.text)
+        figure = draw(explanation)
         with as_input_error(f"--output {arguments.output} cannot be written", OSError, ValueError):
-            draw(explanation).savefig(arguments.output)
+            figure.savefig(arguments.output)
         print(summary(explanation))
 
 

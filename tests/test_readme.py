@@ -59,12 +59,12 @@ def place(posts_folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pyt
     for name, target in links.items():
         (tmp_path / name).symlink_to(target)
     rows = [
-        {"picture": f"images/{number}.jpg", "tweet": f"post {number}", "mood": ("good", "bad")[number % 2]}
+        {"photo": f"images/{number}.jpg", "tweet": f"post {number}", "mood": ("good", "bad")[number % 2]}
         for number in range(1, 41)
     ]
     table = datasets.Dataset.from_list(rows)
     table.to_csv(tmp_path / "posts.csv")
-    table.rename_columns({"picture": "image", "tweet": "text"}).to_json(tmp_path / "posts.jsonl")
+    table.rename_columns({"photo": "image", "tweet": "text"}).to_json(tmp_path / "posts.jsonl")
     Image.new("RGB", (80, 60), "orange").save(tmp_path / "post.jpg")
     monkeypatch.setattr("clipcacg.scripts.data.features.CACHE_FOLDER", tmp_path / "features")
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,6 @@
 """Explain a prediction: where the cross-attention looks, what moved the score, and a figure of both.
 
-The two are different things, and the figure keeps them apart. Attention shows where the model takes information from.
+Attention shows where the model takes information from.
 Attribution, here by integrated gradients, shows which regions and words moved the score of the predicted label, and in
 which direction.
 """
@@ -27,21 +27,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.features import FEATURES
 
 N_STEPS = 32  # points on the path of integrated gradients
 STEPS_AT_ONCE = 8  # keeps the memory of base-size models below a few GB
 MAX_BARS = 20
 ENCODERS = {"pixel_values": "the vision encoder", "clip_pixel_values": "CLIP"}
 RED, BLUE, GOLD = (0.84, 0.15, 0.16), (0.12, 0.35, 0.75), (0.72, 0.53, 0.04)
-# The module behind which gradients are taken, by input: the embeddings of words and of CLIP's patches, but the last
-# feature map of the vision encoder. On the path from a grey image to a photo, the score of a convolutional network
-# jumps: in our trials gradients at its pixels did not add up to the score, gradients at its feature map nearly did.
-PROBES = {
-    "input_ids": "text",
-    "clip_input_ids": "clip.text",
-    "pixel_values": "vision",
-    "clip_pixel_values": "clip.vision",
-}
 
 
 @dataclass
@@ -59,16 +51,17 @@ class HeatMap:
 
 @dataclass
 class Attention:
-    """Where one modality looks in F_IT: the weights of equation 6, averaged over heads and unpadded queries.
+    """Cross-attention weights of one modality over F_IT.
 
-    Equation 11 takes the same mean over queries.
+    They are those of equation 6, averaged over heads and unpadded queries. Equation 11 takes the same mean over the
+    queries.
 
     Args:
         regions: Weights of the image regions.
         words: (words,), weights of the words, each the mean over its tokens. A sum would favour rare words, which have
             many tokens.
-        shares: Who gets how much, adding up to 1: "image", "words", "markers" (tokens such as `<s>` that belong to no
-            word) and, with CLIP, "first token", which is CLIP(I) * CLIP(T).
+        shares: Share of the attention per target, adding up to 1: "image", "words", "markers" (tokens such as `<s>`
+            that belong to no word) and, with CLIP, "first token", which is CLIP(I) * CLIP(T).
     """
 
     regions: HeatMap
@@ -83,8 +76,8 @@ class Attribution:
     Args:
         regions: By encoder, what each image region adds to the logit.
         words: (words,), what each word adds to it through both encoders; None without a text.
-        difference: The logit of the post minus the logit of the starting point. `total` should be close to it; the
-            gap tells how exact the attribution is.
+        difference: The logit of the post minus the logit of the starting point. `total` should be close to it.
+            Their difference is the approximation error.
     """
 
     regions: dict[str, HeatMap]
@@ -106,7 +99,7 @@ class Explanation:
         scores: Probability by label; {"value": prediction} for a regression.
         predicted: The label with the highest score, which `attribution` explains.
         attribution: What moved its score.
-        attention: By who looks, "text" and "image"; empty without cross-attention.
+        attention: By query modality, "text" and "image"; empty without cross-attention.
         view: (height, width, 3), the image as the vision encoder sees it, or None.
         words: Words of the text, or None.
         gate: Mean of g of equation 12, or None without a gate; 1 is the linear path, 0 the tanh path.
@@ -171,10 +164,10 @@ def prepare(model: PreTrainedModel, processor: Any, image: Any, text: str | None
     missing = [name for name in model.config.modalities if given[name] is None]
     if missing:
         raise InputError(f"This model needs {' and '.join({'image': 'an image'}.get(n, 'a text') for n in missing)}.")
-    columns = {{"image": "images"}.get(name, name): [given[name]] for name in model.config.modalities}
+    columns = {name: [given[name]] for name in model.config.modalities}
     try:
-        batch = processor(**columns, return_tensors="pt")
-    except (OSError, TypeError, ValueError) as error:
+        batch = processor(images=columns.get("image"), text=columns.get("text"), return_tensors="pt")
+    except (OSError, ValueError) as error:
         raise InputError(str(error)) from error
     needed = model.config.required_inputs
     masks = [name.replace("input_ids", "attention_mask") for name in needed if name.endswith("input_ids")]
@@ -234,7 +227,7 @@ def add_up(values: np.ndarray, owners: np.ndarray, count: int) -> np.ndarray:
 def read_attention(
     outputs: Any, inputs: dict[str, Tensor], views: dict[str, np.ndarray], owners: dict[str, np.ndarray], count: int
 ) -> dict[str, Attention]:
-    """Both directions of the cross-attention, by who looks.
+    """Both directions of the cross-attention, by query modality.
 
     F_IT is [first token; regions; words] in the modes with CLIP, [regions; words] without. With CLIP's towers its
     regions and words are CLIP's own.
@@ -288,8 +281,12 @@ def attribute(
     def as_tensor(output: Any) -> Tensor:
         return output if isinstance(output, Tensor) else output.last_hidden_state
 
-    names = [name for name in PROBES if name in inputs]
-    encoders = [model.backbones()[PROBES[name]] for name in names]
+    # Gradients are taken behind the embeddings of words and of CLIP's patches, but behind the last feature map of the
+    # vision encoder. On the path from a grey image to a photo, the score of a convolutional network jumps: in our
+    # trials gradients at its pixels did not add up to the score, gradients at its feature map nearly did.
+    probed = {FEATURES[name].input: encoder for name, encoder in model.backbones().items()}
+    names = [name for name in probed if name in inputs]
+    encoders = [probed[name] for name in names]
     modules = [
         encoder if name == "pixel_values" else encoder.get_input_embeddings()
         for name, encoder in zip(names, encoders, strict=True)
@@ -304,11 +301,9 @@ def attribute(
                 starts.append(as_tensor(module(torch.zeros_like(inputs[name]))))
         score = partial(score_of, model, inputs, modules, target)
         difference = (score(*points) - score(*starts)).item()
-    # cuDNN computes no gradients of a GRU in evaluation mode.
-    with torch.backends.cudnn.flags(enabled=False):
-        found = IntegratedGradients(score).attribute(
-            tuple(points), tuple(starts), n_steps=N_STEPS, internal_batch_size=STEPS_AT_ONCE
-        )
+    found = IntegratedGradients(score).attribute(
+        tuple(points), tuple(starts), n_steps=N_STEPS, internal_batch_size=STEPS_AT_ONCE
+    )
     values = {name: value[0].detach().cpu().double() for name, value in zip(names, found, strict=True)}
     regions = {ENCODERS[name]: HeatMap(views[name], values[name].sum(dim=0).numpy()) for name in views}
     words = [add_up(values[name].sum(dim=-1).numpy(), owners[name], count) for name in owners]

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 from clipcacg.configuration_clipcacg import AUTO_MAP
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.errors import InputError, as_input_error
-from clipcacg.scripts.reporting.model_card import CARD_FILE, FACTS_FILE, rename_card
+from clipcacg.scripts.reporting.model_card import CARD_FILE, rename_card
 from clipcacg.scripts.reporting.plots import CONFUSION_MATRIX_FILE, CURVES_FILE
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 URL = re.compile(r"https?://[^\s\"')]*")
 ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|([\W_])|[nrt])")
 ABSOLUTE_PATH = re.compile(r"(?<![\w.~<>/\\-])(?:/|[A-Za-z]:[\\/])[^\s\"'`<>()\[\],;|]+")
-# What the Hub's client, its HTTP library and hf_xet raise for a bad answer or none.
-HUB_ERRORS = (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError, ValueError)
+# What the Hub's client and its HTTP library raise for a bad answer or none, and RuntimeError, hf_xet's only class.
+HUB_ERRORS = (httpx.HTTPError, httpx.InvalidURL, json.JSONDecodeError, OSError, RuntimeError)
 
 SPACE_APP = """from clipcacg.scripts.reporting.page import build_demo
 
@@ -86,15 +86,13 @@ def push_checkpoint(
 
     Raises:
         InputError: If a part of the checkpoint is missing, a file contains a token or a path of this machine, or the
-            Hub cannot be reached or refuses. The earlier revision is still there then.
+            Hub cannot be reached or refuses. The earlier revision is unchanged in that case.
     """
     check_repo_id(repo_id)
     folder, token = Path(folder), valid_token(repo_id, token)
     files = checkpoint_files(folder)
-    hint = f"Delete {folder / FACTS_FILE} to push {CARD_FILE} as it is, because it cannot be written from these facts"
-    with as_input_error(hint, OSError, TypeError, ValueError, KeyError):
-        if not rename_card(folder, repo_id):
-            logger.info("%s is pushed as it is, because it is not the card that training wrote", folder / CARD_FILE)
+    if not rename_card(folder, repo_id):
+        logger.info("%s is pushed as it is, because it is not the card that training wrote", folder / CARD_FILE)
     check_secrets(folder, files, token)
     patterns = {"allow_patterns": files, "delete_patterns": STALE}
     return upload(folder, repo_id, "model", private, token, revision=revision, **patterns)
@@ -275,8 +273,6 @@ def hub_errors(repo_id: str, token: str | None) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
-        raise
     except HUB_ERRORS as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status == 401:

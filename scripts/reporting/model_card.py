@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from transformers import PretrainedConfig
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.scripts.data.errors import as_input_error
 from clipcacg.scripts.reporting.plots import CONFUSION_MATRIX_FILE, CURVES_FILE
 from clipcacg.scripts.reporting.run_facts import RunFacts, is_hub_id, uses_timm
 from clipcacg.scripts.reporting.tables import SCORES, escape_markdown, markdown_table, results_table
@@ -69,15 +70,18 @@ def rename_card(folder: Path, repo_id: str) -> bool:
         Whether the card was written. False: it is not the one that `write_model_card` wrote, and stays as it is.
 
     Raises:
-        OSError, ValueError, TypeError, KeyError: If `run_facts.json` or `config.json` cannot be read.
+        InputError: If `run_facts.json` or `config.json` cannot be read, or the card cannot be written.
     """
     if not (folder / FACTS_FILE).is_file():
         return False
-    record = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-    if hashlib.sha256((folder / CARD_FILE).read_bytes()).hexdigest() != record.pop("card_sha256"):
-        return False
-    facts = RunFacts(config=ClipCaCgConfig.from_pretrained(folder), **record)
-    write_model_card(folder, replace(facts, hub_model_id=repo_id))
+    hint = f"Delete {folder / FACTS_FILE} to push {CARD_FILE} as it is, because it cannot be written from these facts"
+    with as_input_error(hint, OSError, TypeError, ValueError, KeyError):
+        record = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        if hashlib.sha256((folder / CARD_FILE).read_bytes()).hexdigest() != record.pop("card_sha256"):
+            return False
+        facts = RunFacts(config=ClipCaCgConfig.from_pretrained(folder), **record)
+    with as_input_error(f"{folder / CARD_FILE} cannot be written", OSError):
+        write_model_card(folder, replace(facts, hub_model_id=repo_id))
     return True
 
 

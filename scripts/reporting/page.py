@@ -1,4 +1,4 @@
-"""A page for the browser: add an image and a text, see the predicted sentiment and what it rests on.
+"""A page for the browser: add an image and a text, see the predicted sentiment and which inputs it depends on.
 
 A Space runs the same page: `build_demo(checkpoint).launch()`. Uploads are kept for `KEPT_SECONDS` in a folder of the
 process, and no request makes the server read another file or fetch an address.
@@ -219,7 +219,7 @@ def build_panels(config: Any) -> dict[str, gr.components.Component]:
 
 
 def image_panel(label: str) -> gr.Image:
-    """A marked image of the answer."""
+    """Image panel of a heat map."""
     alt_text = f"The marked image: {label}"
     return gr.Image(
         label=label, alt_text=alt_text, interactive=False, buttons=["fullscreen"], min_width=240, height=260

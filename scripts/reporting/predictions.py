@@ -214,11 +214,11 @@ def prepare(rows: list[Row], collator: PostCollator) -> tuple[list[Row], Inputs 
     good = [row for row in rows if "error" not in row]
     try:
         return rows, collator(good) if good else None
-    except (OSError, TypeError, ValueError):
+    except InputError:
         for row in good:
             try:
                 collator([row])
-            except (OSError, TypeError, ValueError) as error:
+            except InputError as error:
                 row["error"] = str(error)
         good = [row for row in good if "error" not in row]
         return rows, collator(good) if good else None

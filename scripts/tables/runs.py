@@ -24,6 +24,7 @@ from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import add_digests, cache_features
 from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts
+from clipcacg.scripts.reporting.model_card import DATA_TITLES
 from clipcacg.scripts.reporting.run_facts import hardware_name
 from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, append_line, read_lines
 from clipcacg.scripts.tables.rendering import write_tables
@@ -43,8 +44,6 @@ from clipcacg.scripts.training.run import (
 
 logger = logging.getLogger(__name__)
 
-DATA_NAMES = {"sample": "the drawn sample", "mvsa-single": "MVSA-Single", "mvsa-multiple": "MVSA-Multiple"}
-
 
 @dataclass
 class Fold:
@@ -59,7 +58,7 @@ class Fold:
         """What a run's line says about its posts."""
         kind = data_kind(self.settings.data, self.posts)
         return {
-            "data": DATA_NAMES.get(kind) or Path(self.settings.data.dataset_name).name,
+            "data": DATA_TITLES.get(kind) or Path(self.settings.data.dataset_name).name,
             "protocol": protocol(self.settings.data, self.posts),
             "fold": self.number,
             "data_hash": self.hash(),

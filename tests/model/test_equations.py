@@ -189,7 +189,7 @@ def test_equations_11_and_12_gate(tiny_config: MakeConfig, mode: str) -> None:
     assert_close(mixed, g * linear(module.linear, x) + (1 - g) * nonlinear)
 
 
-def test_equations_13_to_15_balance_of_picture_and_text(tiny_config: MakeConfig) -> None:
+def test_equations_13_to_15_balance_of_image_and_text(tiny_config: MakeConfig) -> None:
     module = GatedFusion(tiny_config()).eval()
     f_i, f_t, mixed = torch.randn(5, 3, 16), torch.randn(5, 5, 16), torch.randn(5, 16)
     image_side = mlp(module.image_mlp, torch.cat([f_i.mean(1), mixed], dim=1))

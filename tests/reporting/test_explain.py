@@ -20,6 +20,7 @@ from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.explain import main
+from clipcacg.scripts.reporting import explanation
 from clipcacg.scripts.reporting.explanation import (
     Explanation,
     HeatMap,
@@ -271,6 +272,18 @@ def test_on_the_command_line(make: Callable, image: Image.Image, tmp_path: Path)
         main([*arguments, "nothing.png"])
     with pytest.raises(SystemExit, match="--output .*out.xyz cannot be written"):
         main([*arguments, str(tmp_path / "post.png"), "-o", str(tmp_path / "out.xyz")])
+
+
+def test_an_error_of_the_program_keeps_its_traceback(
+    make: Callable, checkpoint: Path, image: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TypeError, match="not int"):
+        explain(*make(), 7, TEXT)
+    monkeypatch.setattr(explanation, "GOLD", "no colour")
+    image.save(tmp_path / "post.png")
+    flags = ["--image", str(tmp_path / "post.png"), "--text", "a", "-o", str(tmp_path / "out.png")]
+    with pytest.raises(ValueError, match="must be a valid color"):
+        main([str(checkpoint), *flags])
 
 
 def test_the_code_of_a_checkpoint_runs_only_on_request(checkpoint: Path, image: Image.Image, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts import push_to_hub, train
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.reporting import hub as hub_library
-from clipcacg.scripts.reporting.hub import check_secrets, push_checkpoint
+from clipcacg.scripts.reporting import model_card
+from clipcacg.scripts.reporting.hub import check_secrets, push_checkpoint, upload
 
 ROOT = Path(__file__).parents[2]
 TOKEN, STRANGER = "hf_" + "owner" * 7, "hf_" + "other" * 7
@@ -334,6 +335,19 @@ def test_what_the_hub_refuses_is_one_sentence(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "offline mode is enabled" in message("user/new")
     assert ("models", "user/new") not in hub.repos and TOKEN not in "".join(capsys.readouterr())
+
+
+def test_an_error_of_the_program_keeps_its_traceback(
+    hub: HubServer, runs: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="repo type") as error:
+        upload(tmp_path, "user/new", "modle", private=False, token=TOKEN)
+    assert not isinstance(error.value, InputError)
+    folder = shutil.copytree(runs["folder"] / "first", tmp_path / "first")
+    (tmp_path / "template.md").write_text("{{ 1 + title }}")
+    monkeypatch.setattr(model_card, "TEMPLATE", tmp_path / "template.md")
+    with pytest.raises(TypeError, match="unsupported operand"):
+        push_checkpoint(folder, "user/new")
 
 
 def test_without_a_login_the_message_says_how_to_log_in(
