@@ -274,7 +274,8 @@ def _encoder_inputs(
     """Collate rows into their digests, the input of one encoder and, for a text, its mask."""
     feature = FEATURES[encoder_name]
     batch = read_posts(processor, rows, [feature.column])
-    return [row[f"{feature.column}_digest"] for row in rows], batch[feature.input], batch.get(feature.mask)
+    mask = None if feature.mask is None else batch[feature.mask]
+    return [row[f"{feature.column}_digest"] for row in rows], batch[feature.input], mask
 
 
 @torch.inference_mode()

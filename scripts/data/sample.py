@@ -26,7 +26,7 @@ from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.mvsa import LABEL_FILE, LABELS, combine_labels
 
 # (text label, image label), by index in LABELS: the pairs that the rule of `combine_labels` keeps, and those it drops.
-PAIRS = list(product(range(len(LABELS)), repeat=2))
+PAIRS = list(product(range(len(LABELS)), range(len(LABELS))))
 KEPT_PAIRS = [(text, image) for text, image in PAIRS if combine_labels(LABELS[text], LABELS[image]) is not None]
 DROPPED_PAIRS = [pair for pair in PAIRS if pair not in KEPT_PAIRS]
 IMAGE_SIZE = 64  # height and width of the tiny encoders' input, in pixels
