@@ -302,7 +302,6 @@ def test_attentions_hidden_states_and_their_gradients(build: Build, inputs: Inpu
     assert model(**inputs).image_attentions is None and model(**inputs).text_hidden_states is None
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="2.6 cannot read the code object that transformers asks about")
 def test_compiled_without_a_break_once_dynamo_admits_grus(build: Build, inputs: Inputs) -> None:
     torch._dynamo.reset()
     model = build("feature", text_config={"model_type": "distilbert", **TEXT_ENCODERS["distilbert"]})

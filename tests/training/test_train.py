@@ -62,7 +62,9 @@ def test_the_card_states_which_weights_were_kept(trained: Path) -> None:
     state = json.loads((trained / "trainer_state.json").read_text())
     scores = {e["epoch"]: e["eval_accuracy"] for e in state["log_history"] if "eval_accuracy" in e}
     best = max(scores, key=scores.get)  # the first of equals, as the Trainer chooses
-    assert re.search(rf'2 epochs\..* epoch {best:g}, the best by "Accuracy"', card(trained))
+    assert re.search(
+        rf"2 epochs\..* after epoch {best:g}, the best on the validation split by Accuracy", card(trained)
+    )
     assert "**This model is a demonstration.**" in card(trained) and "MVSA" not in card(trained)
     assert "random 8:1:1 (seed 42)" in card(trained) and "128 tokens" in card(trained)
     assert re.search(r"\| Parameters +\| 0\.\d million", (trained / "README.md").read_text())
@@ -148,7 +150,7 @@ def test_a_killed_run_continues_to_the_same_result(posts_folder: Path, backbones
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     for name in ("eval_accuracy", "eval_loss", "test_accuracy", "test_f1", "test_loss", "test_confusion_matrix"):
         assert results(tmp_path / "whole")[name] == results(tmp_path / "killed")[name]
-    assert "its last part" in card(tmp_path / "killed") and "its last part" not in card(tmp_path / "whole")
+    assert "was last resumed" in card(tmp_path / "killed") and "last resumed" not in card(tmp_path / "whole")
 
 
 @pytest.mark.slow
