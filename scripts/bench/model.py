@@ -68,24 +68,21 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[
     optimizer.zero_grad()
 
 
-def fusion(setting: Setting, numbers: str = "float32", compiled: bool = False) -> dict[str, Figure]:
+def fusion(setting: Setting, numbers: str = "float32") -> dict[str, Figure]:
     """The whole model against its three backbones alone, on the same posts: a forward pass and a training step.
 
     Args:
         numbers: "float32", or "bf16" for autocast to bfloat16.
-        compiled: Run both through `torch.compile`.
     """
     size, suffix = setting.batch_size, "" if numbers == "float32" else f"_{numbers}"
-    suffix += "_compiled" if compiled else ""
-    how = f"batches of {size}, {numbers}" + (", torch.compile" if compiled else "")
+    how = f"batches of {size}, {numbers}"
     parts = {"model": make_model(setting), "backbones": Backbones(setting).to(setting.device).eval()}
-    run = {name: torch.compile(part) if compiled else part for name, part in parts.items()}
     inputs, bi_gru = make_inputs(setting, text_lengths(size)), parts["model"].model.text_branch.bi_gru
     with torch.inference_mode(), precision(setting, numbers):
         read = inputs_of(bi_gru, lambda: parts["model"](**inputs))
         times = in_turn(
             setting.repeats,
-            **{name: partial(part, **inputs) for name, part in run.items()},
+            **{name: partial(part, **inputs) for name, part in parts.items()},
             bi_gru=lambda: bi_gru(*read),
         )
     figures = {
@@ -93,16 +90,15 @@ def fusion(setting: Setting, numbers: str = "float32", compiled: bool = False) -
             times["model"], times["backbones"], f"forward pass, model / backbones alone, {how}"
         ),
         f"forward_posts_per_second{suffix}": rate(times["model"], size, f"posts per second, forward pass, {how}"),
+        f"bi_gru_share{suffix}": ratio(times["bi_gru"], times["model"], f"Bi-GRU / forward pass, {how}"),
     }
-    if not compiled:  # a compiled model does not run the layers one by one
-        figures[f"bi_gru_share{suffix}"] = ratio(times["bi_gru"], times["model"], f"Bi-GRU / forward pass, {how}")
 
     inputs["labels"] = torch.zeros(size, dtype=torch.long, device=setting.device)
     optimizers = {name: torch.optim.AdamW(part.train().parameters(), lr=1e-6) for name, part in parts.items()}
 
     def step(name: str) -> None:
         with precision(setting, numbers):
-            train_step(run[name], optimizers[name], inputs)
+            train_step(parts[name], optimizers[name], inputs)
 
     times = in_turn(setting.repeats, **{name: partial(step, name) for name in parts})
     how = f"all parameters trained, {how}"

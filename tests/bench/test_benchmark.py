@@ -101,7 +101,5 @@ def test_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("section", ["fusion_bf16_compiled", "modes"])
-def test_what_is_compiled(tmp_path: Path, section: str) -> None:
-    figures = run(tmp_path / "bench.json", section)
-    assert {"fusion_overhead_train_bf16_compiled", "compile_speedup"} & figures.keys()
+def test_modes_with_a_compiled_forward_pass(tmp_path: Path) -> None:
+    assert "compile_speedup" in run(tmp_path / "bench.json", "modes")
