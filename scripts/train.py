@@ -19,6 +19,7 @@ from clipcacg.scripts.training.arguments import parse_arguments
 from clipcacg.scripts.training.record import complete_checkpoint
 from clipcacg.scripts.training.run import (
     build,
+    choose_combination,
     compute_features,
     evaluate_splits,
     load_training_posts,
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
             trainer = make_trainer(arguments, model, processor, posts, features)
             trained = trainer.train(resume_from_checkpoint=checkpoint)
+            choose_combination(trainer, posts, model_arguments.modality_combination)
             trainer.save_model()
             trainer.save_state()
             trainer.save_metrics("train", trained.metrics)

@@ -29,6 +29,7 @@ VARIANTS = {
     "none": {"clip_mode": "none"},
     "no_ca": {"use_cross_attention": False},
     "no_cg": {"use_gating": False},
+    "heads": {"clip_mode": "none", "use_modality_heads": True, "modality_combination": "average"},
     "image": {"modality": "image"},
     "text": {"modality": "text"},
 }

@@ -99,7 +99,7 @@ def test_a_run_without_a_log_keeps_no_list_of_losses(make: Make) -> None:
     trainer = make(*more, "--load_best_model_at_end", "False", "--max_steps", "3", "--logging_strategy", "no")
     trainer.train()
     assert not [name for name, value in vars(trainer).items() if isinstance(value, list) and len(value) >= 3]
-    assert trainer.contrastive_steps == 3
+    assert trainer.part_steps == {"contrastive_loss": 3}
 
 
 def test_other_models_log_no_contrastive_loss(make: Make) -> None:
