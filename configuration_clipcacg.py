@@ -206,7 +206,7 @@ class ClipCaCgConfig(PreTrainedConfig):
             if not self.has_sentiment_labels:
                 raise ValueError(
                     f"modality_combination='average' needs the labels {', '.join(LABELS)}, not "
-                    f"{', '.join(self.id2label.values())}: its rule combines these three alone."
+                    f"{', '.join(self.label_names)}: its rule combines these three alone."
                 )
 
     @property
@@ -237,9 +237,15 @@ class ClipCaCgConfig(PreTrainedConfig):
         return self.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
 
     @property
+    def label_names(self) -> list[str]:
+        """Names of the labels, in the order of their indices."""
+        names: Any = self.id2label
+        return [names[index] for index in range(len(names))]
+
+    @property
     def has_sentiment_labels(self) -> bool:
         """Whether the labels are negative, neutral and positive, in any order."""
-        return sorted((self.id2label or {}).values()) == sorted(LABELS)
+        return sorted(self.label_names) == sorted(LABELS)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what `config.json` holds.

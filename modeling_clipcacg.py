@@ -671,8 +671,8 @@ class ModalityHeads(nn.Module):
     def __init__(self, text_size: int, image_size: int, config: ClipCaCgConfig) -> None:
         super().__init__()
         self.dropout = nn.Dropout(config.dropout)
-        self.text = nn.Linear(text_size, config.num_labels)
-        self.image = nn.Linear(image_size, config.num_labels)
+        self.text = nn.Linear(text_size, len(config.label_names))
+        self.image = nn.Linear(image_size, len(config.label_names))
 
     def forward(self, F_T: Tensor, text_mask: Tensor, F_I: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the logits of both modalities.
@@ -1189,7 +1189,7 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = ClipCaCgModel(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.hidden_size, len(config.id2label or {}))
+        self.classifier = nn.Linear(config.hidden_size, len(config.label_names))
         self.modality_heads: ModalityHeads | None = None
         if config.use_modality_heads:
             self.modality_heads = ModalityHeads(config.hidden_size, config.hidden_size, config)
@@ -1246,7 +1246,9 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
             return_dict=True,
         )
         logits = self.classifier(self.dropout(outputs.fused_embeds))  # (batch, labels), eq. 16
-        text_logits, image_logits, modality_loss, loss = None, None, None, None
+        text_logits: Any = None
+        image_logits: Any = None
+        modality_loss, loss = None, None
         if self.modality_heads is not None:
             F_T, F_I = outputs.text_hidden_states[0], outputs.image_hidden_states[0]
             text_logits, image_logits = self.modality_heads(F_T, as_mask(attention_mask, F_T), F_I)
@@ -1276,8 +1278,7 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
         """
         if self.training or self.config.modality_combination == "classifier":
             return logits
-        index_of = {label: index for index, label in (self.config.id2label or {}).items()}
-        return average_with_rule(logits, text_logits, image_logits, index_of["neutral"])
+        return average_with_rule(logits, text_logits, image_logits, self.config.label_names.index("neutral"))
 
     def modality_loss(
         self,

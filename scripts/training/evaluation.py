@@ -53,7 +53,7 @@ def labelled_posts(
     if split not in posts:
         raise InputError(f"There is no post in the split {split!r}. Allowed: {', '.join(posts)}.")
     names = label_names(posts[split])
-    known = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    known = model.config.label_names
     if (names is None) != (model.config.task == "regression"):
         raise InputError("The model and the data do not fit: one has classes, the other numbers.")
     if names is not None and not set(names) <= set(known):

@@ -29,7 +29,6 @@ VARIANTS = {
     "none": {"clip_mode": "none"},
     "no_ca": {"use_cross_attention": False},
     "no_cg": {"use_gating": False},
-    "heads": {"clip_mode": "none", "use_modality_heads": True, "modality_combination": "average"},
     "image": {"modality": "image"},
     "text": {"modality": "text"},
 }
@@ -305,7 +304,8 @@ def test_attentions_hidden_states_and_their_gradients(build: Build, inputs: Inpu
 
 def test_compiled_without_a_break_once_dynamo_admits_grus(build: Build, inputs: Inputs) -> None:
     torch._dynamo.reset()
-    model = build("feature", text_config={"model_type": "distilbert", **TEXT_ENCODERS["distilbert"]})
+    heads = {"use_modality_heads": True, "modality_combination": "average"}
+    model = build("feature", text_config={"model_type": "distilbert", **TEXT_ENCODERS["distilbert"]}, **heads)
     with torch._dynamo.config.patch(allow_rnn=True):
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert_close(compiled(**inputs).logits, model(**inputs).logits)
