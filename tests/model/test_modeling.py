@@ -3,11 +3,10 @@
 import copy
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, infer_auto_device_map
@@ -434,7 +433,7 @@ def test_each_class_loads_what_the_other_saved(
 def test_a_base_model_loads_a_classifiers_checkpoint_in_silence(build: Build, tmp_path: Path) -> None:
     build("none").save_pretrained(tmp_path)
     code = "import sys; from clipcacg import ClipCaCgModel; ClipCaCgModel.from_pretrained(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
+    done = commands.run(["-c", code, tmp_path], tmp_path)
     assert "classifier" not in done.stdout + done.stderr
 
 
