@@ -1,21 +1,21 @@
 """Training, from the command line to the files of a finished run."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import commands
 import datasets
 import pytest
 import torch
 from inputs import SCRIPTS, flags, results, table_of_images
 from safetensors.torch import load_file
+from transformers import pipeline
 
 from clipcacg.scripts import evaluate_checkpoint, predict, train
 from clipcacg.scripts.data.loading import DataArguments, load_posts
@@ -111,13 +111,35 @@ def test_each_prediction_has_the_id_of_its_post(trained: Path, posts_folder: Pat
 
 def test_evaluation_of_the_checkpoint_repeats_the_test_scores(trained: Path, posts_folder: Path) -> None:
     arguments = [str(trained), "--data_dir", str(posts_folder), "--splits", "random", "--output", "scores/found.json"]
-    command = [sys.executable, str(SCRIPTS / "evaluate_checkpoint.py"), *arguments]
-    done = subprocess.run(command, check=True, cwd=trained.parent, capture_output=True, text=True)
+    done = commands.run([SCRIPTS / "evaluate_checkpoint.py", *arguments], trained.parent)
     found = json.loads((trained.parent / "scores/found.json").read_text())
     expected = results(trained)
     for name in ("accuracy", "f1", "f1_macro", "confusion_matrix"):
         assert found[name] == expected[f"test_{name}"]
     assert "Weighted F1" in done.stdout and (trained.parent / "scores/found.png").is_file()
+
+
+def test_a_run_with_modality_heads(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    """From the command to the pipeline, which all predict with the average."""
+    heads = ["--use_modality_heads", "--use_conflicting_posts", "--modality_combination", "average"]
+    train.main(flags(posts_folder, backbones, tmp_path / "model", *heads, "--max_steps", "4", "--save_steps", "4"))
+    assert json.loads((tmp_path / "model/config.json").read_text())["modality_combination"] == "average"
+    told = card(tmp_path / "model")
+    assert "mean of the classifier's and of those that the label rule makes" in told
+    assert re.search(r"train, modality heads only \| +[1-9]", told) and "modality_combination | average" in told
+    data = ["--data_dir", str(posts_folder), "--splits", "random", "--use_conflicting_posts"]
+    evaluate_checkpoint.main([str(tmp_path / "model"), *data, "--output", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["confusion_matrix"] == results(tmp_path / "model")["test_confusion_matrix"]
+    predict.main([str(tmp_path / "model"), "--input", str(posts_folder), "--output", str(tmp_path / "all.jsonl")])
+    by_id = {line["id"]: line for line in map(json.loads, (tmp_path / "all.jsonl").read_text().splitlines())}
+    line = json.loads((tmp_path / "model/predictions.jsonl").read_text().splitlines()[0])
+    assert by_id[line["id"]]["probabilities"] == pytest.approx(line["probabilities"], abs=1e-5)
+    text = (posts_folder / f"data/{line['id']}.txt").read_text().rstrip()
+    post = {"image": f"{posts_folder}/data/{line['id']}.jpg", "text": text}
+    answer = pipeline("image-text-sentiment", model=str(tmp_path / "model"), trust_remote_code=True)(post)
+    scores = {entry["label"]: entry["score"] for entry in answer}
+    assert scores == pytest.approx(line["probabilities"], abs=1e-4)
 
 
 def test_evaluation_refuses_an_output_that_cannot_be_written(tmp_path: Path) -> None:
@@ -132,20 +154,17 @@ def test_a_killed_run_continues_to_the_same_result(posts_folder: Path, backbones
     command = {}
     for name in ("whole", "killed"):
         arguments = flags(posts_folder, backbones, tmp_path / name, *steps, "--save_total_limit", "9")
-        command[name] = [*ACCELERATE, str(SCRIPTS / "train.py"), *arguments]
-    subprocess.run(command["whole"], check=True, cwd=tmp_path, capture_output=True)
-    process = subprocess.Popen(
-        command["killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+        command[name] = [SCRIPTS / "train.py", *arguments]
+    commands.run(command["whole"], tmp_path)
+    process = commands.start(command["killed"], tmp_path)
     # The Trainer writes trainer_state.json last.
     while not (tmp_path / "killed/checkpoint-3/trainer_state.json").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "killed/all_results.json").exists()
-    resumed = [*command["killed"], "--resume_from_checkpoint", "True"]
-    subprocess.run(resumed, check=True, cwd=tmp_path, capture_output=True)
+    commands.run([*command["killed"], "--resume_from_checkpoint", "True"], tmp_path)
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     for name in ("eval_accuracy", "eval_loss", "test_accuracy", "test_f1", "test_loss", "test_confusion_matrix"):
