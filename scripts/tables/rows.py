@@ -211,7 +211,7 @@ def check(model: ModelArguments, training: RecipeArguments) -> None:
 
 
 def choose_epochs_in_memory(training: RecipeArguments) -> None:
-    """Evaluate every epoch and write no checkpoint: `runs.KeepBest` keeps the best weights in memory."""
+    """Evaluate every epoch and write no checkpoint: `KeepBest` keeps the best weights in memory."""
     training.save_strategy = "no"
     training.load_best_model_at_end = True  # early stopping demands it; nothing is loaded without a checkpoint
     if training.eval_strategy == "no":

@@ -83,6 +83,13 @@ class RecipeArguments(TrainingArguments):
     early_stopping_patience: int = field(
         default=0, metadata={"help": "Stop after so many evaluations without improvement; 0: never."}
     )
+    average_checkpoints: int = field(
+        default=0,
+        metadata={
+            "help": "Average the weights of this many best evaluations, greedily by validation, at the end; 0 or 1: "
+            "keep the best. Their checkpoints and the last one stay on disk, whatever --save_total_limit says."
+        },
+    )
     augment: bool = field(default=False, metadata={"help": "Crop, flip and colour training images at random."})
     # TrainingArguments has this flag too, but demands a value for it.
     debug: str | None = field(

@@ -1,6 +1,7 @@
 """What a finished run leaves beside its weights: the plots, the model card, and the facts that the card states."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,15 @@ def complete_checkpoint(
     arguments: tuple[ModelArguments, DataArguments],
     seconds: float,
     resumed: bool = False,
+    averaged_steps: Sequence[int] = (),
 ) -> None:
     """Add the plots and the model card, and remove what is useful on this machine only."""
     folder, (model_arguments, data_arguments) = Path(trainer.args.output_dir), arguments
-    config, state, ended = trainer.model.config, trainer.state, how_it_ended(trainer.args, trainer.state)
+    config, state, ended = (
+        trainer.model.config,
+        trainer.state,
+        how_it_ended(trainer.args, trainer.state, averaged_steps),
+    )
     for split, scores in list(results.items())[-1:]:
         if "confusion_matrix" in scores:
             title, file = f"Confusion matrix of the {split} split", folder / CONFUSION_MATRIX_FILE
@@ -116,6 +122,7 @@ def recipe(arguments: RecipeArguments, model_arguments: ModelArguments, label_sm
         "frozen_backbones": ", ".join(frozen),
         "frozen_text_layers": f"embeddings and the first {layers}" if layers else "",
         "class_weights": model_arguments.class_weights.replace("none", ""),
+        "average_checkpoints": arguments.average_checkpoints if arguments.average_checkpoints > 1 else 0,
         "augment": arguments.augment,
         "label_smoothing": label_smoothing,
     }
