@@ -1,6 +1,7 @@
 """The Accelerate configs: what each one asks for, and two processes that train with them."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -91,7 +92,8 @@ def test_a_sharded_model_is_the_same_model(tiny_config: Callable[..., ClipCaCgCo
     """Two processes with gloo. The Accelerator shards on GPUs only; the function it calls works without one."""
     ClipCaCgForSequenceClassification(tiny_config()).save_pretrained(tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = subprocess.run([*torchrun, __file__, str(tmp_path)], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent / "tests")}
+    done = subprocess.run([*torchrun, __file__, str(tmp_path)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
