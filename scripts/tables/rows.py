@@ -68,7 +68,15 @@ ROWS |= {
 # Keys of a tuning grid; fields that can change the scores of a floor, and of another system.
 TUNED = {"learning_rate": RecipeArguments, "num_train_epochs": RecipeArguments, "dropout": ModelArguments}
 OF_FLOORS = ("text_model", "vision_model", "max_length", "cache_dtype")
-OF_SYSTEMS = (*OF_FLOORS, "dropout", "freeze_text", "freeze_text_layers", "freeze_vision", "class_weights")
+OF_SYSTEMS = (
+    *OF_FLOORS,
+    "dropout",
+    "freeze_text",
+    "freeze_text_layers",
+    "freeze_vision",
+    "freeze_vision_blocks",
+    "class_weights",
+)
 # Beginnings of the recipe's fields that cannot change a score.
 IRRELEVANT = (
     "output_dir", "overwrite_", "seed", "report_to", "disable_tqdm", "use_cpu", "resume_from", "log", "save_", "hub_",

@@ -45,6 +45,13 @@ class ModelArguments:
         default=0, metadata={"help": "Do not train the text encoder's embeddings and this many of its lower layers."}
     )
     freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision encoder."})
+    freeze_vision_blocks: int = field(
+        default=0,
+        metadata={
+            "help": "Do not train the vision encoder's stem and this many of its first stages, or of its blocks if "
+            "it has no stages."
+        },
+    )
     freeze_clip: bool = field(default=False, metadata={"help": "Do not train the CLIP towers."})
     class_weights: Literal["none", "balanced"] = field(
         default="none", metadata={"help": "balanced: weight classes by their inverse frequency."}
@@ -80,6 +87,10 @@ class RecipeArguments(TrainingArguments):
     adam: bool = field(default=False, metadata={"help": "Adam with coupled weight decay instead of --optim."})
     backbone_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the backbones; default: --learning_rate."}
+    )
+    layerwise_lr_decay: float = field(
+        default=1.0,
+        metadata={"help": "Multiply the backbones' learning rate by this per layer, from the top layer down."},
     )
     step_decay_epochs: int | None = field(
         default=None, metadata={"help": "Divide the learning rate by 10 every so many epochs; no --lr_scheduler_type."}
@@ -134,6 +145,8 @@ def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArgume
     parser.set_defaults(**defaults)
     with as_input_error("The flags cannot be used", ValueError):
         parsed = parser.parse_args_into_dataclasses(argv)
+    if not 0 < parsed[-1].layerwise_lr_decay <= 1:
+        raise InputError(f"--layerwise_lr_decay must be above 0 and at most 1, got {parsed[-1].layerwise_lr_decay}.")
     if parsed[-1].dataloader_drop_last:
         raise InputError("--dataloader_drop_last would drop posts of validation and test too: leave it out.")
     return parsed

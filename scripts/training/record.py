@@ -116,11 +116,14 @@ def recipe(arguments: RecipeArguments, model_arguments: ModelArguments, label_sm
         values["lr_scheduler_type"] = f"divided by 10 every {arguments.step_decay_epochs} epochs"
     frozen = [part for part in ("text", "vision", "clip") if getattr(model_arguments, f"freeze_{part}")]
     layers = 0 if "text" in frozen else model_arguments.freeze_text_layers
+    blocks = 0 if "vision" in frozen else model_arguments.freeze_vision_blocks
     ours = {
         "backbone_learning_rate": arguments.backbone_learning_rate,
         "early_stopping_patience": arguments.early_stopping_patience,
         "frozen_backbones": ", ".join(frozen),
         "frozen_text_layers": f"embeddings and the first {layers}" if layers else "",
+        "frozen_vision_blocks": f"stem and the first {blocks}" if blocks else "",
+        "layerwise_lr_decay": arguments.layerwise_lr_decay if arguments.layerwise_lr_decay != 1 else "",
         "class_weights": model_arguments.class_weights.replace("none", ""),
         "average_checkpoints": arguments.average_checkpoints if arguments.average_checkpoints > 1 else 0,
         "augment": arguments.augment,

@@ -112,7 +112,7 @@ def build(
                 **backbones, **arguments.config_fields(), **labels
             )
             processor = ClipCaCgProcessor.from_backbones(**backbones)
-    with as_input_error("--freeze_text_layers", ValueError):
+    with as_input_error("--freeze_text_layers or --freeze_vision_blocks", ValueError):
         limit_and_freeze(model, processor, arguments)
     return model, processor
 
@@ -136,7 +136,11 @@ def limit_and_freeze(model: PreTrainedModel, processor: ClipCaCgProcessor, argum
     if arguments.max_length:
         processor.tokenizer.model_max_length = min(arguments.max_length, processor.tokenizer.model_max_length)
     model.freeze_backbones(
-        arguments.freeze_text, arguments.freeze_vision, arguments.freeze_clip, arguments.freeze_text_layers
+        arguments.freeze_text,
+        arguments.freeze_vision,
+        arguments.freeze_clip,
+        arguments.freeze_text_layers,
+        arguments.freeze_vision_blocks,
     )
 
 
