@@ -843,27 +843,58 @@ def load_backbone(encoder: PreTrainedModel, source: str | Path) -> None:
     encoder.load_state_dict({key: value for key, value in pretrained.state_dict().items() if key in used})
 
 
-def freeze_layers(encoder: PreTrainedModel, number: int) -> None:
-    """Freeze the embeddings and the first layers of a text encoder.
+def layers_of_modules(encoder: nn.Module) -> dict[str, int]:
+    """Number the layers of any encoder: 0 for its embeddings or stem, then 1, 2, ... up to its top.
+
+    A layer is an outermost module of several modules whose name ends in a number: a Transformer layer (`layer.0`), or
+    a stage or block of a convolutional encoder (`stages.0`, `blocks.0`, `layer1`). A word with a number is a layer
+    only if a sibling has the same word, unlike ResNet-D's `conv1`. What follows a layer, such as the final norm,
+    belongs to it. Source: our choice. AutoGluon takes the first number in a parameter's name.
+
+    Returns:
+        Name of each module to its layer. Modules that hold layers are left out; a parameter of theirs counts as 0.
+    """
+    composite = [
+        name
+        for name, module in encoder.named_modules()
+        if name and any(next(c.parameters(), None) is not None for c in module.children())
+    ]
+    words = [name.rstrip("0123456789") for name in composite]
+    holders, numbered, found, layer = {""}, "", {}, 0
+    for name, word in zip(composite, words, strict=True):
+        is_layer = word != name and (word.endswith(".") or not word or words.count(word) > 1)
+        if is_layer and not (numbered and name.startswith(numbered)):
+            numbered = f"{name}."
+            holders |= {name[:end] for end, sign in enumerate(name) if sign == "."}
+            found[name] = 0
+    for name, _ in encoder.named_modules():
+        layer += name in found
+        if name not in holders:
+            found[name] = layer
+    return found
+
+
+def freeze_layers(encoder: PreTrainedModel, number: int, argument: str) -> None:
+    """Freeze an encoder's embeddings or stem, and its first layers.
 
     Args:
-        encoder: The text encoder.
+        encoder: The encoder.
         number: How many layers to freeze; at least 1, and at least one layer stays trainable.
+        argument: Name of the number, for the message.
 
     Raises:
         ValueError: If the number is out of range.
     """
-    layers: Any = layer_stack(encoder)[1]
-    if not 0 < number < len(layers):
+    layers = layers_of_modules(encoder)
+    depth = max(layers.values(), default=0)
+    if not 0 < number < depth:
         raise ValueError(
-            f"text_layers must be between 0 and {max(len(layers) - 1, 0)} for this {len(layers)}-layer "
-            f"{encoder.config.model_type} encoder, got {number}. To freeze all of it, freeze the whole text encoder."
+            f"{argument} must be between 0 and {max(depth - 1, 0)} for this {depth}-layer "
+            f"{encoder.config.model_type} encoder, got {number}. To freeze all of it, freeze the whole encoder."
         )
-    first_trained = next(layers[number].parameters())
-    for parameter in encoder.parameters():
-        if parameter is first_trained:
-            break
-        parameter.requires_grad_(False)
+    for name, parameter in encoder.named_parameters():
+        if layers.get(name.rpartition(".")[0], 0) <= number:
+            parameter.requires_grad_(False)
 
 
 class ClipCaCgPreTrainedModel(PreTrainedModel):
@@ -1014,7 +1045,12 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         return base.interaction.encode_image(inputs)
 
     def freeze_backbones(
-        self, text: bool = False, vision: bool = False, clip: bool = False, text_layers: int = 0
+        self,
+        text: bool = False,
+        vision: bool = False,
+        clip: bool = False,
+        text_layers: int = 0,
+        vision_blocks: int = 0,
     ) -> None:
         """Exclude backbones from training: their weights, their dropout and their BatchNorm statistics.
 
@@ -1022,16 +1058,21 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
             text, vision, clip: Which backbones to freeze. A name that the model does not have is ignored.
             text_layers: How many of the text encoder's first layers to freeze, together with its embeddings; 0 freezes
                 neither. Their dropout stays active.
+            vision_blocks: How many of the vision encoder's first blocks to freeze, together with its stem; 0 freezes
+                neither. `layers_of_modules` says what a block is. Their dropout and BatchNorm statistics are frozen
+                too.
 
         Raises:
-            ValueError: If the text encoder does not have that many layers.
+            ValueError: If an encoder does not have that many layers.
         """
         frozen = {name for name, freeze in (("text", text), ("vision", vision), ("clip", clip)) if freeze}
         for name, encoder in self.backbones().items():
             if name.partition(".")[0] in frozen:
                 encoder.requires_grad_(False)
             elif name == "text" and text_layers:
-                freeze_layers(encoder, text_layers)
+                freeze_layers(encoder, text_layers, "text_layers")
+            elif name == "vision" and vision_blocks:
+                freeze_layers(encoder, vision_blocks, "vision_blocks")
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ClipCaCgPreTrainedModel:
@@ -1040,13 +1081,17 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         Training mode would change a frozen ResNet's BatchNorm statistics, and adapters (LoRA) do not save them.
         """
         super().train(mode)
-        for encoder in self.backbones().values():
-            if not any(parameter.requires_grad for parameter in encoder.parameters()):
+        for encoder_name, encoder in self.backbones().items():
+            trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+            if not trained:
                 encoder.eval()
                 continue
-            for module in encoder.modules():
+            layers = layers_of_modules(encoder) if encoder_name == "vision" else {}
+            first_trained = min(layers.get(name.rpartition(".")[0], 0) for name in trained)
+            for name, module in encoder.named_modules():
                 weight = getattr(module, "weight", None)
-                if isinstance(module, _BatchNorm) and weight is not None and not weight.requires_grad:
+                is_frozen_norm = isinstance(module, _BatchNorm) and weight is not None and not weight.requires_grad
+                if is_frozen_norm or layers.get(name, first_trained) < first_trained:
                     module.eval()
         return self
 

@@ -70,9 +70,17 @@ ROWS |= {
 TUNED = {"learning_rate": RecipeArguments, "num_train_epochs": RecipeArguments, "dropout": ModelArguments}
 OF_FLOORS = ("text_model", "vision_model", "max_length", "cache_dtype")
 OF_SYSTEMS = (
-    *OF_FLOORS, "dropout", "freeze_text", "freeze_text_layers", "freeze_vision", "class_weights",
-    "use_modality_heads", "modality_loss_weight", "modality_combination",
-)  # fmt: skip
+    *OF_FLOORS,
+    "dropout",
+    "freeze_text",
+    "freeze_text_layers",
+    "freeze_vision",
+    "freeze_vision_blocks",
+    "class_weights",
+    "use_modality_heads",
+    "modality_loss_weight",
+    "modality_combination",
+)
 # Beginnings of the recipe's fields that cannot change a score.
 IRRELEVANT = (
     "output_dir", "overwrite_", "seed", "report_to", "disable_tqdm", "use_cpu", "resume_from", "log", "save_", "hub_",
@@ -217,7 +225,7 @@ def check(model: ModelArguments, training: RecipeArguments) -> None:
 
 
 def choose_epochs_in_memory(training: RecipeArguments) -> None:
-    """Evaluate every epoch and write no checkpoint: `runs.KeepBest` keeps the best weights in memory."""
+    """Evaluate every epoch and write no checkpoint: `KeepBest` keeps the best weights in memory."""
     training.save_strategy = "no"
     training.load_best_model_at_end = True  # early stopping demands it; nothing is loaded without a checkpoint
     if training.eval_strategy == "no":

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.baselines import SYSTEMS
@@ -30,6 +30,7 @@ from clipcacg.scripts.reporting.run_facts import hardware_name
 from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, append_line, read_lines
 from clipcacg.scripts.tables.rendering import write_tables
 from clipcacg.scripts.tables.rows import ROWS, WORD_VECTORS, ReproduceArguments, Settings, folds_of, short_hash
+from clipcacg.scripts.training.averaging import KeepBest, load_average
 from clipcacg.scripts.training.metrics import load_metric, score
 from clipcacg.scripts.training.record import data_kind, split_name, split_settings
 from clipcacg.scripts.training.run import (
@@ -128,26 +129,6 @@ def protocol(data: DataArguments, posts: datasets.DatasetDict) -> str:
     return ", ".join(parts)
 
 
-class KeepBest(TrainerCallback):
-    """Keep the trained weights of the best epoch in memory; the first epoch wins a tie."""
-
-    def __init__(self, metric: str, greater_is_better: bool) -> None:
-        self.metric, self.sign = f"eval_{metric.removeprefix('eval_')}", 1 if greater_is_better else -1
-        self.value, self.epoch, self.state = -np.inf, None, {}
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, model: PreTrainedModel, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
-        if self.sign * metrics[self.metric] > self.value:
-            self.value, self.epoch = self.sign * metrics[self.metric], state.epoch
-            frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-            kept = {name: value for name, value in model.state_dict().items() if name not in frozen}
-            self.state = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
-
-    def restore(self, model: PreTrainedModel) -> None:
-        model.load_state_dict(self.state, strict=False)
-
-
 def build_system(name: str, settings: Settings, names: list[str]) -> tuple[PreTrainedModel, ClipCaCgProcessor]:
     """Build one of the other systems and its processor, as `training.run.build` builds ours."""
     backbones = backbone_names(settings.model, settings.data.is_sample)
@@ -163,8 +144,8 @@ def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetD
     """Train a row and predict the posts of the other splits.
 
     Returns:
-        `logits`: split to (posts, labels); `parameters`: see `sizes`; `seconds` of training; `best_epoch`; and
-        `combination`, the model's `modality_combination`.
+        `logits`: split to (posts, labels); `parameters`: see `sizes`; `seconds` of training; `best_epoch`;
+        `combination`, the model's `modality_combination`; with `--average_checkpoints` what `load_average` returns.
     """
     training, system = settings.training, ROWS[name].system
     training.seed = seed
@@ -182,14 +163,15 @@ def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetD
     trainer.remove_callback(PrinterCallback)
     if isinstance(model, SentiBankSentiStrength):
         trainer.data_collator = LexiconCollator(trainer.data_collator)
-    best = KeepBest(training.metric_for_best_model, training.greater_is_better)
-    trainer.add_callback(best)
+    kept = KeepBest(max(1, training.average_checkpoints))
+    trainer.add_callback(kept)
     seconds = trainer.train().metrics["train_runtime"]
-    best.restore(model)
+    averaging = load_average(trainer, kept.best)
     choose_combination(trainer, posts, settings.model.modality_combination)
     logits = {split: trainer.predict(posts[split]).predictions for split in posts if split != "train"}
-    facts = {"seconds": seconds, "best_epoch": best.epoch, "combination": model.config.modality_combination}
-    return {"logits": logits, "parameters": sizes(model), **facts}
+    found = {"logits": logits, "parameters": sizes(model), "seconds": seconds, "best_epoch": kept.best[0].epoch}
+    found |= {"combination": model.config.modality_combination}
+    return found | (averaging if training.average_checkpoints > 1 else {})
 
 
 def sizes(model: PreTrainedModel) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What a finished run leaves beside its weights: the plots, the model card, and the facts that the card states."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,15 @@ def complete_checkpoint(
     arguments: tuple[ModelArguments, DataArguments],
     seconds: float,
     resumed: bool = False,
+    averaged_steps: Sequence[int] = (),
 ) -> None:
     """Add the plots and the model card, and remove what is useful on this machine only."""
     folder, (model_arguments, data_arguments) = Path(trainer.args.output_dir), arguments
-    config, state, ended = trainer.model.config, trainer.state, how_it_ended(trainer.args, trainer.state)
+    config, state, ended = (
+        trainer.model.config,
+        trainer.state,
+        how_it_ended(trainer.args, trainer.state, averaged_steps),
+    )
     for split, scores in list(results.items())[-1:]:
         if "confusion_matrix" in scores:
             title, file = f"Confusion matrix of the {split} split", folder / CONFUSION_MATRIX_FILE
@@ -118,13 +124,17 @@ def recipe(arguments: RecipeArguments, model_arguments: ModelArguments, label_sm
         values["lr_scheduler_type"] = f"divided by 10 every {arguments.step_decay_epochs} epochs"
     frozen = [part for part in ("text", "vision", "clip") if getattr(model_arguments, f"freeze_{part}")]
     layers = 0 if "text" in frozen else model_arguments.freeze_text_layers
+    blocks = 0 if "vision" in frozen else model_arguments.freeze_vision_blocks
     chosen = model_arguments.use_modality_heads and model_arguments.modality_combination == "auto"
     ours = {
         "backbone_learning_rate": arguments.backbone_learning_rate,
         "early_stopping_patience": arguments.early_stopping_patience,
         "frozen_backbones": ", ".join(frozen),
         "frozen_text_layers": f"embeddings and the first {layers}" if layers else "",
+        "frozen_vision_blocks": f"stem and the first {blocks}" if blocks else "",
+        "layerwise_lr_decay": arguments.layerwise_lr_decay if arguments.layerwise_lr_decay != 1 else "",
         "class_weights": model_arguments.class_weights.replace("none", ""),
+        "average_checkpoints": arguments.average_checkpoints if arguments.average_checkpoints > 1 else 0,
         "augment": arguments.augment,
         "modality_combination": "the better one on the validation split" * chosen,
         "label_smoothing": label_smoothing,

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2
-from transformers import AutoConfig, EarlyStoppingCallback, EvalPrediction, PreTrainedModel
+from transformers import AutoConfig, EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
 
 from clipcacg.configuration_clipcacg import MODALITY_COMBINATIONS, ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
@@ -29,6 +29,7 @@ from clipcacg.scripts.reporting.hub import check_repo_id, push_checkpoint
 from clipcacg.scripts.reporting.predictions import checkpoint_config, load_checkpoint, prediction_line, write_line
 from clipcacg.scripts.reporting.tables import results_table
 from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
+from clipcacg.scripts.training.averaging import KeepBestCheckpoints, best_checkpoints, load_average
 from clipcacg.scripts.training.metrics import load_metric, score
 from clipcacg.scripts.training.trainer import SentimentTrainer
 
@@ -66,7 +67,11 @@ def load_training_posts(
 
 
 def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modality: str) -> None:
-    """Settle the flags that depend on the data, such as the metric to choose a checkpoint by."""
+    """Settle the flags that depend on the data, such as the metric to choose a checkpoint by.
+
+    Raises:
+        InputError: If the flags do not fit together.
+    """
     arguments.remove_unused_columns = False  # the collator reads columns that the model does not know
     arguments.dataloader_pin_memory &= torch.cuda.is_available()
     arguments.restore_callback_states_from_checkpoint = True  # early stopping continues its count after a resume
@@ -77,7 +82,11 @@ def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modal
     if "validation" not in posts:
         logger.warning("There is no validation split: training runs without evaluation and keeps the last epoch.")
         arguments.eval_strategy, arguments.load_best_model_at_end = "no", False
-        arguments.early_stopping_patience = 0
+        arguments.early_stopping_patience = arguments.average_checkpoints = 0
+    if arguments.average_checkpoints > 1:
+        if not arguments.load_best_model_at_end:
+            raise InputError("--average_checkpoints needs --load_best_model_at_end True, to know the best.")
+        arguments.save_total_limit = None
 
 
 def build(
@@ -114,7 +123,7 @@ def build(
                 **backbones, **arguments.config_fields(), **labels
             )
             processor = ClipCaCgProcessor.from_backbones(**backbones)
-    with as_input_error("--freeze_text_layers", ValueError):
+    with as_input_error("--freeze_text_layers or --freeze_vision_blocks", ValueError):
         limit_and_freeze(model, processor, arguments)
     return model, processor
 
@@ -138,7 +147,11 @@ def limit_and_freeze(model: PreTrainedModel, processor: ClipCaCgProcessor, argum
     if arguments.max_length:
         processor.tokenizer.model_max_length = min(arguments.max_length, processor.tokenizer.model_max_length)
     model.freeze_backbones(
-        arguments.freeze_text, arguments.freeze_vision, arguments.freeze_clip, arguments.freeze_text_layers
+        arguments.freeze_text,
+        arguments.freeze_vision,
+        arguments.freeze_clip,
+        arguments.freeze_text_layers,
+        arguments.freeze_vision_blocks,
     )
 
 
@@ -225,12 +238,19 @@ def make_trainer(
     posts: datasets.DatasetDict,
     features: dict[str, FeatureStore] | None = None,
 ) -> SentimentTrainer:
-    """Make the Trainer; `features` come from `compute_features`. Conflicting posts train modality heads alone."""
+    """Make the Trainer; `features` come from `compute_features`. Conflicting posts train modality heads alone.
+
+    Raises:
+        InputError: If checkpoints are to be averaged whose weights are spread over several files.
+    """
     names = label_names(posts["train"])
     train = posts["train"] if model.config.use_modality_heads else labelled(posts["train"])
     collator = PostCollator(processor, model.config, features or {})
-    patience = arguments.early_stopping_patience
-    return SentimentTrainer(
+    patience, averaged = arguments.early_stopping_patience, arguments.average_checkpoints
+    callbacks: list[TrainerCallback] = [EarlyStoppingCallback(patience)] if patience else []
+    if averaged > 1:
+        callbacks.append(KeepBestCheckpoints(averaged))
+    trainer = SentimentTrainer(
         model=model,
         args=arguments,
         data_collator=collator,
@@ -238,8 +258,11 @@ def make_trainer(
         eval_dataset=posts.get("validation"),
         processing_class=processor,
         compute_metrics=partial(compute_metrics, metric=load_metric(names is None), names=names),
-        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
+        callbacks=callbacks,
     )
+    if averaged > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise InputError("--average_checkpoints does not work with FSDP and DeepSpeed: use one process or DDP.")
+    return trainer
 
 
 def prepare_training(
@@ -272,6 +295,22 @@ def compute_metrics(evaluated: EvalPrediction, metric: evaluate.Metric, names: l
     """The metric's scalar scores, which the Trainer logs and chooses a checkpoint by."""
     scores = score(np.asarray(evaluated.predictions), evaluated.label_ids, metric, names)
     return {name: value for name, value in scores.items() if isinstance(value, float)}
+
+
+def average_checkpoints(trainer: SentimentTrainer) -> list[int]:
+    """Load the greedy average of the run's best checkpoints, if asked for.
+
+    Writes it down in `all_results.json`; see `load_average`.
+
+    Returns:
+        The steps whose weights were averaged; none without `--average_checkpoints`.
+    """
+    best = best_checkpoints(trainer.args, trainer.state, trainer.args.average_checkpoints)
+    if trainer.args.average_checkpoints < 2 or not best:
+        return []
+    averaging = load_average(trainer, best)
+    trainer.save_metrics("averaging", averaging)
+    return averaging["averaged_steps"]
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from clipcacg.modeling_clipcacg import layers_of_modules
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.training.arguments import RecipeArguments
 
@@ -151,22 +152,30 @@ class SentimentTrainer(Trainer):
         return self.optimizer
 
     def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """Trainable parameters of the backbones and of the rest, each with and without weight decay.
+        """The trainable parameters by learning rate and weight decay, the highest rate first.
+
+        A backbone's top layer learns at its own rate, and each layer below at `layerwise_lr_decay` times the rate of
+        the one above.
 
         Only matrices decay, convolution kernels and embeddings among them: not the biases, normalization layers,
         temperature and lambda. Source: our choice, as is customary; the paper states the rate alone.
         """
-        encoders = self.accelerator.unwrap_model(model).backbones().values()
-        in_backbone = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
-        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        rates, own = {}, self.args.backbone_learning_rate
+        for encoder in self.accelerator.unwrap_model(model).backbones().values():
+            layers = layers_of_modules(encoder)
+            top = max(layers.values(), default=0)
+            for name, parameter in encoder.named_parameters():
+                below_top = top - layers.get(name.rpartition(".")[0], 0)
+                rate = self.args.learning_rate if own is None else own
+                rates[id(parameter)] = rate * self.args.layerwise_lr_decay**below_top
+        groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
         for parameter in model.parameters():
             if parameter.requires_grad:
-                groups.setdefault((id(parameter) in in_backbone, parameter.ndim >= 2), []).append(parameter)
-        own = self.args.backbone_learning_rate
-        rates = {True: self.args.learning_rate if own is None else own, False: self.args.learning_rate}
+                key = rates.get(id(parameter), self.args.learning_rate), parameter.ndim >= 2
+                groups.setdefault(key, []).append(parameter)
         return [
-            {"params": parameters, "lr": rates[backbone], "weight_decay": self.args.weight_decay if decay else 0.0}
-            for (backbone, decay), parameters in groups.items()
+            {"params": groups[rate, decay], "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
+            for rate, decay in sorted(groups, reverse=True)  # the Trainer logs the first group's rate
         ]
 
     def create_scheduler(

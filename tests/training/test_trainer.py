@@ -65,6 +65,31 @@ def test_weight_decay_reaches_matrices_alone(optimizer: list[str], make: Make) -
     assert len(others) == 2 and not decayed & set(others)
 
 
+@pytest.mark.parametrize("own", [[], ["--backbone_learning_rate", "0.0004"]])
+def test_the_learning_rate_falls_per_layer_of_each_backbone(own: list[str], make: Make) -> None:
+    trainer = make(*own, "--layerwise_lr_decay", "0.5", "--weight_decay", "0.01", "--freeze_vision_blocks", "1")
+    groups = trainer.create_optimizer().param_groups
+    assert [group["lr"] for group in groups] == sorted([group["lr"] for group in groups], reverse=True)
+    in_group = {id(parameter): group for group in groups for parameter in group["params"]}
+    top = 0.0004 if own else 0.001
+    below_top = {
+        "text": {"embeddings.": 2, "layer.0.": 1, "layer.1.": 0},
+        "vision": {"stages.1.": 1, "stages.2.": 0},
+        "clip.text": {"embeddings.": 2, "layers.0.": 1, "layers.1.": 0, "final_layer_norm.": 0, "text_projection": 0},
+        "clip.vision": {"embeddings.": 2, "pre_layrnorm.": 2, "layers.0.": 1, "layers.1.": 0, "post_layernorm.": 0},
+    }
+    for name, encoder in trainer.model.backbones().items():
+        for part, depth in below_top[name].items():
+            found = [(n, p) for n, p in encoder.named_parameters() if part in n and id(p) in in_group]
+            assert found, (name, part)
+            for _, parameter in found:
+                group = in_group[id(parameter)]
+                assert group["lr"] == pytest.approx(top * 0.5**depth)
+                assert group["weight_decay"] == (0.01 if parameter.ndim >= 2 else 0)
+    assert in_group[id(trainer.model.classifier.weight)]["lr"] == 0.001
+    assert in_group.keys() == {id(p) for p in trainer.model.parameters() if p.requires_grad}
+
+
 def test_smoothing_and_class_weights_reach_the_models_own_loss(make: Make) -> None:
     trainer = make("--label_smoothing_factor", "0.1", "--class_weights", "balanced")
     assert trainer.label_smoother is None and trainer.model.config.label_smoothing == 0.1
@@ -154,7 +179,9 @@ def test_the_combination_is_the_better_one_on_validation(make: Make, asked: str,
         ("--hidden_size 30", "The model cannot be built: .*hidden_size"),
         ("--use_conflicting_posts", "--use_conflicting_posts trains modality heads alone: add --use_modality_heads"),
         ("--use_modality_heads --modality text", "The model cannot be built: use_modality_heads=True needs"),
-        ("--freeze_text_layers 9", "--freeze_text_layers: .*9"),
+        ("--freeze_text_layers 9", "--freeze_text_layers or .*text_layers must be between 0 and 1 .*9"),
+        ("--freeze_vision_blocks 4", "--freeze_vision_blocks: vision_blocks must be between 0 and 2 .*4"),
+        ("--layerwise_lr_decay 1.5", "--layerwise_lr_decay must be above 0 and at most 1, got 1.5"),
         ("--model_name_or_path nowhere/nothing", "The checkpoint nowhere/nothing cannot be loaded: "),
         ("--model_name_or_path {backbones}/text", "cannot be loaded: its model type is 'roberta', not 'clipcacg'"),
         ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere is not a folder"),
