@@ -179,23 +179,16 @@ class Plan:
         """Log how many runs the command makes."""
         folds, seeds, terms = len({fold["fold"] for _, fold in self.cells}), len(self.seeds), Counter[str]()
         for name, _ in self.cells[: len(self.cells) // folds]:
-            trials = len(self.trials[name])
+            parts = [plural(len(self.trials[name]), "trial"), plural(seeds - 1, "more seed")]
             if ROWS[name].floor:
                 terms["1 run"] += 1
-            elif trials > 1:
-                terms[
-                    f"({trials} trials + {seeds - 1} more seed{'s' * (seeds > 2)})"
-                    if seeds > 1
-                    else f"{trials} trials"
-                ] += 1
+            elif len(self.trials[name]) == 1:
+                terms[plural(seeds, "seed")] += 1
             else:
-                terms[f"{seeds} seed{'s' * (seeds > 1)}"] += 1
-        shown = " + ".join(
-            f"{count} row{'s' * (count > 1)} x {folds} fold{'s' * (folds > 1)} x {term}"
-            for term, count in terms.items()
-        )
+                terms[f"({' + '.join(parts)})" if seeds > 1 else parts[0]] += 1
+        shown = [f"{plural(count, 'row')} x {plural(folds, 'fold')} x {term}" for term, count in terms.items()]
         total, left = sum(self.runs_per_fold(name) for name, _ in self.cells), self.left().total()
-        logger.info("%s = %d runs: %d done, %d left", shown, total, total - left, left)
+        logger.info("%s = %d runs: %d done, %d left", " + ".join(shown), total, total - left, left)
 
     def time_left(self) -> str:
         """Estimate the time that the runs left will take, from the mean of each row's runs, or of all runs."""
@@ -205,6 +198,10 @@ class Plan:
         means = {name: np.mean(self.seconds[name]) if self.seconds.get(name) else every for name in counts}
         seconds = sum(count * means[name] for name, count in counts.items()) / self.own.jobs
         return f"runs left: {counts.total()}, about {timedelta(seconds=round(seconds))}"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
 def commit() -> str | None:
