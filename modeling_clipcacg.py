@@ -46,6 +46,7 @@ Where the paper is silent, our reading:
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,17 +246,13 @@ class TextBranch(nn.Module):
         Args:
             input_ids: (batch, text_len), token ids; not read with `text_features`.
             mask: (batch, text_len), bool.
-            text_features: (batch, text_len, width), an earlier result of `encode`.
+            text_features: (batch, text_len, width), an earlier result of `frozen_states`.
 
         Returns:
             (batch, text_len, hidden).
         """
-        states = self.encode(input_ids, mask) if text_features is None else text_features
+        states = token_states(self.backbone, input_ids, mask, text_features)
         return self.norm(self.bi_gru(states.to(self.norm.weight.dtype), mask))
-
-    def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Equation 1: token ids (batch, text_len) to the encoder's last hidden state (batch, text_len, width)."""
-        return self.backbone(input_ids=input_ids, attention_mask=encoder_mask(mask)).last_hidden_state
 
 
 class ImageBranch(nn.Module):
@@ -287,6 +284,77 @@ class ImageBranch(nn.Module):
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return the encoder's last feature map (batch, width, rows, columns)."""
         return self.backbone(pixel_values.to(self.backbone.dtype)).last_hidden_state
+
+
+def layer_stack(encoder: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the name and the layers of a text encoder's stack; no layers if it has none."""
+    depth = getattr(encoder.config, "num_hidden_layers", 0)
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return name, module
+    return "", nn.ModuleList()
+
+
+def frozen_layers(encoder: PreTrainedModel) -> int:
+    """Return how many of a text encoder's first layers are frozen, together with its embeddings.
+
+    Returns:
+        0 if the embeddings or the first layer train, and also if nothing trains.
+    """
+    first_trained = next((parameter for parameter in encoder.parameters() if parameter.requires_grad), None)
+    for index, layer in enumerate(layer_stack(encoder)[1]):
+        if any(parameter is first_trained for parameter in layer.parameters()):
+            return index
+    return 0
+
+
+def frozen_states(encoder: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Compute what `token_states` accepts in place of token ids: the output of a text encoder's frozen part.
+
+    Args:
+        encoder: The text encoder.
+        input_ids: (batch, text_len), token ids.
+        mask: (batch, text_len), bool.
+
+    Returns:
+        (batch, text_len, width): the output of the last frozen layer if only the first layers are frozen, otherwise
+        the last hidden state.
+    """
+    number = frozen_layers(encoder)
+    outputs = encoder(input_ids=input_ids, attention_mask=encoder_mask(mask), output_hidden_states=number > 0)
+    return outputs.hidden_states[number] if number else outputs.last_hidden_state
+
+
+def token_states(encoder: PreTrainedModel, input_ids: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
+    """Equation 1: the last hidden state of a text encoder.
+
+    With `features`, only the layers above the frozen ones run. The encoder's own `forward` runs them, because it alone
+    knows which masks and positions they need. During this call, a module that returns the features replaces each
+    frozen layer.
+
+    Args:
+        encoder: The text encoder.
+        input_ids: (batch, text_len), token ids; not read with `features`.
+        mask: (batch, text_len), bool.
+        features: (batch, text_len, width), an earlier result of `frozen_states`.
+
+    Returns:
+        (batch, text_len, width).
+    """
+    if features is None:
+        return encoder(input_ids=input_ids, attention_mask=encoder_mask(mask)).last_hidden_state
+    features, number = features.to(encoder.dtype), frozen_layers(encoder)
+    if not number:
+        return features
+    name, layers = layer_stack(encoder)
+    stand_in: Any = copy.copy(layers[0])  # an encoder may read attributes of its layers
+    stand_in.forward = lambda *args, **kwargs: features
+    encoder.set_submodule(name, nn.ModuleList([stand_in] * number + [*layers[number:]]))
+    try:
+        any_ids = torch.zeros_like(mask, dtype=torch.long)
+        return encoder(input_ids=any_ids, attention_mask=encoder_mask(mask)).last_hidden_state
+    finally:
+        encoder.set_submodule(name, layers)
 
 
 def drop_pooler(encoder: PreTrainedModel) -> None:
@@ -684,9 +752,7 @@ def freeze_layers(encoder: PreTrainedModel, number: int) -> None:
     Raises:
         ValueError: If the number is out of range.
     """
-    depth = getattr(encoder.config, "num_hidden_layers", 0)
-    stacks = (module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
-    layers: Any = next(stacks, [])
+    layers: Any = layer_stack(encoder)[1]
     if not 0 < number < len(layers):
         raise ValueError(
             f"text_layers must be between 0 and {max(len(layers) - 1, 0)} for this {len(layers)}-layer "
@@ -819,7 +885,9 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
     def encode(self, backbone: str, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Compute the output of one backbone, which `forward` accepts in place of the raw input.
 
-        A frozen backbone returns the same for the same input, so training can compute it once and store it.
+        A frozen backbone returns the same for the same input, so training can compute it once and store it. Of a text
+        encoder with frozen first layers (`freeze_backbones(text_layers=...)`) this is the output of the last of these
+        layers, and `forward` runs the layers above it. So encode after freezing, not before.
 
         Args:
             backbone: One of the names of `backbones()`.
@@ -836,7 +904,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
             raise ValueError(f"This model has no backbone {backbone!r}. It has: {', '.join(self.backbones())}.")
         base: Any = self.base_model
         if backbone == "text":
-            return base.text_branch.encode(inputs, as_mask(attention_mask, inputs))
+            return frozen_states(base.text_branch.backbone, inputs, as_mask(attention_mask, inputs))
         if backbone == "vision":
             return base.image_branch.encode(inputs)
         if backbone == "clip.text":

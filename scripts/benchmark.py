@@ -7,8 +7,8 @@
 
 Random weights do, because speed does not depend on their values. The command runs on the GPU if there is one. It
 prints a table and writes a JSON file, `benchmark_<card or cpu>.json` by default, with one number per key, its spread
-over the rounds, and the machine. The section `growth` writes a plot beside it. The docstrings of the functions in
-`clipcacg.scripts.bench` say what each section measures.
+over the rounds, and the machine. The docstrings of the functions in `clipcacg.scripts.bench` say what each section
+measures.
 """
 
 import sys
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 from transformers import HfArgumentParser
 
 from clipcacg.scripts.bench import SECTIONS, Setting
@@ -41,18 +40,17 @@ class BenchmarkArguments:
     checkpoint: str | None = field(default=None, metadata={"help": "prediction: this model, not a random one."})
     data_dir: str | None = field(default=None, metadata={"help": "prediction: the posts of this MVSA folder."})
     output: str | None = field(
-        default=None, metadata={"help": "JSON file, `benchmark_<card or cpu>.json` by default; a plot: .png."}
+        default=None, metadata={"help": "JSON file, `benchmark_<card or cpu>.json` by default."}
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    matplotlib.use("Agg")
     parser = HfArgumentParser(BenchmarkArguments, description=__doc__.split("\n")[0])
     add_debug_flag(parser)
     values = vars(parser.parse_args_into_dataclasses(argv)[0])
     names, output = values.pop("only") or list(SECTIONS), Path(values.pop("output") or f"benchmark_{card()}.json")
     with one_sentence(argv), tempfile.TemporaryDirectory() as folder:
-        setting = Setting(folder=Path(folder), plot=output.with_suffix(".png"), **values)
+        setting = Setting(folder=Path(folder), **values)
         figures, failed = run_sections(names, setting, output)
     print(table(figures))
     print(f"written to {output}")

@@ -18,7 +18,7 @@ A push is one commit, so an interrupted push leaves the earlier revision as it w
     confusion_matrix.png        if it was drawn
     training_curves.png         if it was drawn
 
-and no other file of the folder. A file that contains a path of this machine, its user's name or a token is refused.
+and no other file of the folder. A file that contains an access token is refused.
 
 `--space` also creates a Space of the same name, with the page of `demo.py` for this model. The Space of a private
 model needs a token as its secret HF_TOKEN.

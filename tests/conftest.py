@@ -1,7 +1,12 @@
 """Fixtures that every test file may use: a tiny model of each mode, its inputs, and the sample."""
 
 import os
+import tempfile
 
+# xdist's workers inherit the environment of the process that starts them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    HOME = tempfile.TemporaryDirectory(prefix="hf_home_")
+    os.environ["HF_HOME"] = HOME.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -27,11 +32,14 @@ torch.set_num_threads(1)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run the tests in two processes where pytest-xdist is installed, unless -n or --pdb says otherwise.
 
-    The worker processes call this hook too, and must not start workers of their own.
+    The tests of a file share a process, and so its fixtures. The worker processes call this hook too, and must not
+    start workers of their own.
     """
     is_worker = hasattr(config, "workerinput")
     if getattr(config.option, "numprocesses", 0) is None and not is_worker and not config.option.usepdb:
         config.option.numprocesses = 2
+    if getattr(config.option, "dist", "") == "no":
+        config.option.dist = "loadfile"
 
 
 @pytest.fixture(autouse=True)

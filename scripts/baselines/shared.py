@@ -30,7 +30,7 @@ from clipcacg.modeling_clipcacg import (
     as_mask,
     drop_pooler,
     dry_run,
-    encoder_mask,
+    token_states,
 )
 from clipcacg.scripts.baselines import word_vectors  # noqa: F401  registers the word-vector encoder with the Auto classes
 
@@ -96,16 +96,11 @@ class TextEncoder(nn.Module):
         self, input_ids: Tensor | None, attention_mask: Tensor | None, text_features: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return the states (batch, text_len, width) and the bool mask (batch, text_len)."""
-        if text_features is not None:
-            return text_features.to(self.backbone.dtype), as_mask(attention_mask, text_features[..., 0])
-        if input_ids is None:
+        tokens: Any = input_ids if text_features is None else text_features
+        if tokens is None:
             raise ValueError("This system reads text: give input_ids or text_features.")
-        mask = as_mask(attention_mask, input_ids)
-        return self.encode(input_ids, mask), mask
-
-    def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the encoder's last hidden state (batch, text_len, width), which may be cached."""
-        return self.backbone(input_ids=input_ids, attention_mask=encoder_mask(mask)).last_hidden_state
+        mask = as_mask(attention_mask, tokens)
+        return token_states(self.backbone, tokens, mask, text_features), mask
 
 
 class ImageEncoder(nn.Module):

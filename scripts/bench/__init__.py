@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 
 from clipcacg.scripts.bench.data import cache, images, prediction
-from clipcacg.scripts.bench.growth import growth, memory_of_prediction, processes
 from clipcacg.scripts.bench.model import fusion, memory, modes, onnx, padding
 from clipcacg.scripts.bench.setting import Figure, Setting
 
@@ -18,7 +17,4 @@ SECTIONS: dict[str, Callable[[Setting], dict[str, Figure]]] = {
     "prediction": prediction,
     "modes": modes,
     "onnx": onnx,
-    "growth": growth,
-    "memory_of_prediction": memory_of_prediction,
-    "processes": processes,
 }

@@ -54,12 +54,10 @@ class Setting:
 
     Args:
         folder: Temporary folder for posts and models.
-        plot: PNG file of the section `growth`.
         size, repeats, batch_size, num_posts, checkpoint, data_dir: The flags of `benchmark.py`.
     """
 
     folder: Path
-    plot: Path
     size: str
     repeats: int
     batch_size: int

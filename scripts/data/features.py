@@ -2,7 +2,8 @@
 
     accelerate launch scripts/train.py --freeze_text --freeze_vision --freeze_clip --cache_features
 
-A frozen encoder gives the same output for the same post in every epoch, with every seed and in every ablation. The
+A frozen encoder gives the same output for the same post in every epoch, with every seed and in every ablation. So do
+the frozen first layers of a text encoder (`--freeze_text_layers`): training then runs only the layers above. The
 outputs are kept in safetensors files, which are memory-mapped, in one folder per encoder. The name of the folder is a
 digest of everything the outputs depend on: weights, settings of the tokenizer or image processor, code and library
 versions. The name of an output is a digest of its text or of the bytes of its image. So a changed input never gets an
@@ -32,8 +33,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from clipcacg.modeling_clipcacg import ClipCaCgPreTrainedModel
+from clipcacg.modeling_clipcacg import ClipCaCgPreTrainedModel, frozen_layers, frozen_states, token_states
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.images import image_bytes, image_source
@@ -136,7 +138,8 @@ def cache_features(
     frozen = frozen_backbones(model)
     if not frozen:
         raise InputError(
-            "--cache_features needs frozen encoders: add --freeze_text, --freeze_vision or --freeze_clip."
+            "--cache_features needs frozen encoders: add --freeze_text, --freeze_text_layers, --freeze_vision or "
+            "--freeze_clip."
         )
     for column in sorted({FEATURES[name].column for name in frozen}):
         posts = datasets.DatasetDict({split: add_digests(dataset, column) for split, dataset in posts.items()})
@@ -156,9 +159,42 @@ def cache_features(
 
 
 def frozen_backbones(model: ClipCaCgPreTrainedModel) -> list[str]:
-    """Return the names of the encoders without a trainable parameter."""
-    encoders = model.backbones().items()
-    return [name for name, encoder in encoders if not any(weight.requires_grad for weight in encoder.parameters())]
+    """Return the names of the encoders that are frozen, or whose first layers are and can be left out of training."""
+    names = []
+    for name, encoder in model.backbones().items():
+        if not any(weight.requires_grad for weight in encoder.parameters()):
+            names.append(name)
+        elif name == "text" and frozen_layers(encoder):
+            if _continues_from_features(encoder):
+                names.append(name)
+            else:
+                logger.warning(
+                    "The frozen layers run in every step: a %s encoder cannot continue from their stored output.",
+                    encoder.config.model_type,
+                )
+    return names
+
+
+def _continues_from_features(encoder: PreTrainedModel) -> bool:
+    """Whether the upper layers compute the same from the frozen layers' output as from token ids.
+
+    No attribute tells it for every family, so this function compares the two on a few tokens. The output must not
+    depend on trainable parameters either, as MPNet's does: all its layers share the weights of its relative positions.
+    """
+    input_ids = torch.arange(8, device=encoder.device).view(2, 4)
+    mask = input_ids < 7
+    training = encoder.training
+    encoder.eval()
+    try:
+        features = frozen_states(encoder, input_ids, mask)
+        continued = token_states(encoder, input_ids, mask, features)
+        changes = features.requires_grad
+        return not changes and torch.allclose(continued, token_states(encoder, input_ids, mask), rtol=0, atol=1e-4)
+    except Exception:  # whatever such a family's own code raises when its layers are replaced
+        logger.debug("no continuation from stored states", exc_info=True)
+        return False
+    finally:
+        encoder.train(training)
 
 
 def add_digests(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
@@ -179,9 +215,8 @@ def key(model: ClipCaCgPreTrainedModel, processor: ClipCaCgProcessor, encoder_na
     config = encoder.config.to_dict() | {"_name_or_path": ""}
     versions = {name: _installed_version(name) for name in LIBRARIES}
     code = [_code(source) for source in (type(encoder), ClipCaCgPreTrainedModel, ClipCaCgProcessor, image_source, key)]
-    digest = hashlib.sha256(
-        json.dumps([encoder_name, dtype, config, settings, versions, code], default=str, sort_keys=True).encode()
-    )
+    facts = [encoder_name, dtype, frozen_layers(encoder), config, settings, versions, code]
+    digest = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

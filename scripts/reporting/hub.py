@@ -7,16 +7,14 @@ A Space has a copy of the package in a folder beside its app.py, because the pro
 installs requirements.txt before it has any other file.
 """
 
-import getpass
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import requires
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi, get_token
@@ -38,9 +36,6 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_ma
 # Files of an earlier push that would still be read if a later push did not replace them.
 STALE = ["model*.safetensors", INDEX, "*_clipcacg.py", "*tokenizer*", "vocab.*", "merges.txt", *PLOTS]
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
-URL = re.compile(r"https?://[^\s\"')]*")
-ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|([\W_])|[nrt])")
-ABSOLUTE_PATH = re.compile(r"(?<![\w.~<>/\\-])(?:/|[A-Za-z]:[\\/])[^\s\"'`<>()\[\],;|]+")
 # What the Hub's client and its HTTP library raise for a bad answer or none, and RuntimeError, hf_xet's only class.
 HUB_ERRORS = (httpx.HTTPError, httpx.InvalidURL, json.JSONDecodeError, OSError, RuntimeError)
 
@@ -85,7 +80,7 @@ def push_checkpoint(
         The hash of the commit, to load with `revision=`.
 
     Raises:
-        InputError: If a part of the checkpoint is missing, a file contains a token or a path of this machine, or the
+        InputError: If a part of the checkpoint is missing, a file contains a token, or the
             Hub cannot be reached or refuses. The earlier revision is unchanged in that case.
     """
     check_repo_id(repo_id)
@@ -228,7 +223,7 @@ def is_for_page(requirement: Requirement) -> bool:
 
 
 def check_secrets(folder: Path, files: Iterable[str], token: str | None) -> None:
-    """Check that no file contains a token or a path of this machine. Weights, which are numbers, are not read.
+    """Check that no file contains an access token. Weights, which are numbers, are not read.
 
     Raises:
         InputError: If one does.
@@ -239,29 +234,6 @@ def check_secrets(folder: Path, files: Iterable[str], token: str | None) -> None
         text = (folder / name).read_text(encoding="utf-8", errors="replace")
         if TOKEN.search(text) or (token and token in text):
             raise InputError(f"{name} contains an access token, so nothing is pushed.")
-        if path := next(filter(is_of_this_machine, ABSOLUTE_PATH.findall(URL.sub("", unescape(text)))), None):
-            raise InputError(f"{name} contains {path}, a path of this machine, so nothing is pushed.")
-
-
-def unescape(text: str) -> str:
-    """Resolve the backslash escapes of JSON and Markdown; a line break becomes a space."""
-    return ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else found[2] or " ", text)
-
-
-def is_of_this_machine(path: str) -> bool:
-    """Whether an absolute path exists here, is in the user's home folder or contains the user's name."""
-    pure = PurePosixPath(path) if path.startswith("/") else PureWindowsPath(path)
-    home = Path.home()
-    in_home = home != Path(home.anchor) and home in (Path(path), *Path(path).parents)
-    return in_home or machine_user() in pure.parts or (len(pure.parts) > 2 and os.path.exists(path))
-
-
-def machine_user() -> str | None:
-    """Name of the current user; None in a container whose user has no name."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return None
 
 
 @contextmanager

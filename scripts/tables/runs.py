@@ -18,7 +18,7 @@ from clipcacg.scripts.baselines.logistic_regression import fit, majority, pooled
 from clipcacg.scripts.baselines.sentibank_sentistrength import LexiconCollator, SentiBankSentiStrength
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.data.features import add_digests, cache_features
+from clipcacg.scripts.data.features import add_digests, cache_features, frozen_backbones
 from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts
 from clipcacg.scripts.data.splitting import duplicate_keys
 from clipcacg.scripts.reporting.model_card import DATA_TITLES
@@ -165,7 +165,7 @@ def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetD
         model, processor = build(settings.model, settings.data.is_sample, label_names(posts["train"]))
     set_loss(model, training, settings.model, posts["train"])
     features = None
-    if not all(sizes(encoder)["trainable"] for encoder in model.backbones().values()):
+    if frozen_backbones(model):
         posts, features = compute_features(training, settings.model, model, processor, posts)
     trainer = make_trainer(training, model, processor, posts, features)
     trainer.remove_callback(PrinterCallback)

@@ -50,7 +50,11 @@ class ModelArguments:
         default="none", metadata={"help": "balanced: weight classes by their inverse frequency."}
     )
     cache_features: bool = field(
-        default=False, metadata={"help": "Store the frozen encoders' outputs on disk, so later runs only read them."}
+        default=False,
+        metadata={
+            "help": "Store the outputs of frozen encoders and text layers on disk, so later runs only read them. The "
+            "stored text layers have no dropout."
+        },
     )
     cache_dtype: Literal["float32", "float16"] = field(
         default="float32", metadata={"help": "Type of the stored outputs; float16 takes half the space."}

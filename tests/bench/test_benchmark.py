@@ -1,7 +1,6 @@
 """The arithmetic of the benchmark and a smoke test of its sections; no test compares times."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 
 from clipcacg.scripts import benchmark
 from clipcacg.scripts.bench import SECTIONS
-from clipcacg.scripts.bench.growth import exponent
 from clipcacg.scripts.bench.setting import Figure, Setting, in_turn, make_posts, make_processor, ratio, text_lengths
 
 KEYS = {
@@ -28,7 +26,7 @@ KEYS = {
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Setting:
-    return Setting(tmp_path, tmp_path / "plot.png", "tiny", 1, 4, 8)
+    return Setting(tmp_path, "tiny", 1, 4, 8)
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:
@@ -40,10 +38,6 @@ def test_cases_run_in_turn_and_the_first_round_is_not_counted() -> None:
     ran: list[str] = []
     times = in_turn(2, a=lambda: ran.append("a"), b=lambda: ran.append("b"))
     assert ran == ["a", "b"] * 3 and [len(rounds) for rounds in times.values()] == [2, 2]
-
-
-def test_growth_of_a_square_has_the_exponent_two() -> None:
-    assert exponent([1, 10, 100], [1.0, 7.0, 10000.0]) == pytest.approx(2)
 
 
 def test_texts_have_the_lengths_of_mvsa(setting: Setting) -> None:
@@ -60,6 +54,7 @@ def run(output: Path, *sections: str) -> dict[str, Any]:
     return json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_a_smoke_run_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     figures = run(tmp_path / "bench.json", "fusion", "fusion_bf16", "padding", "cache", "images", "prediction")
     assert figures.keys() >= KEYS
@@ -89,14 +84,9 @@ def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.slow
-def test_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, sizes in (("POSTS", [4, 8]), ("BATCHES", [1, 2]), ("LENGTHS", [8, 16])):
-        monkeypatch.setattr(sys.modules[exponent.__module__], name, sizes)
-    others = ("memory", "onnx", "growth", "memory_of_prediction", "processes")
-    figures = run(tmp_path / "bench.json", *others)
-    assert {"peak_memory_ratio", "growth_batch", "predict_memory_growth", "two_process_speedup"} <= figures.keys()
-    assert figures.get("onnx_difference", 0) < 1e-4
-    assert (tmp_path / "bench.png").stat().st_size > 1000
+def test_the_other_sections(tmp_path: Path) -> None:
+    figures = run(tmp_path / "bench.json", "memory", "onnx")
+    assert figures["peak_memory_ratio"] > 0 and figures.get("onnx_difference", 0) < 1e-4
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import inspect
 import json
 import multiprocessing
+import pickle
+import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -10,10 +12,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from inputs import flags, results
 from PIL import Image
-from transformers import BertweetTokenizer
+from transformers import BertweetTokenizer, MPNetConfig, MPNetModel, RobertaConfig
 
-import clipcacg.scripts
 from clipcacg import processing_clipcacg
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
@@ -24,6 +26,7 @@ from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES, cache_features, key
 from clipcacg.scripts.data.loading import DataArguments
+from clipcacg.scripts.reporting.predictions import load_checkpoint
 
 MODES = {
     "encoder": {},
@@ -64,18 +67,26 @@ def build(backbones: Path) -> Callable[..., tuple[ClipCaCgForSequenceClassificat
     return make
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 5e-3)])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "dtype", "tolerance"), [*((mode, "float32", 1e-5) for mode in MODES), ("encoder", "float16", 5e-3)]
+)
 def test_logits_from_the_cache_are_those_of_the_posts(
-    mode: str, dtype: str, tolerance: float, build: Callable, posts: datasets.DatasetDict, tmp_path: Path
+    mode: str,
+    dtype: str,
+    tolerance: float,
+    build: Callable,
+    posts: datasets.DatasetDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, processor = build(**MODES[mode])
     cached, stores = cache_features(model, processor, posts, dtype, tmp_path)
     assert set(stores) == NEEDED[mode]
-    with torch.inference_mode():
-        direct = model(**PostCollator(processor, model.config)(list(posts["train"])))
-        batch = PostCollator(processor, model.config, stores)(list(cached["train"]))
-        from_cache = model(**batch)
+    direct = model(**PostCollator(processor, model.config)(list(posts["train"])))
+    monkeypatch.setattr(reading, "image_source", lambda value: pytest.fail("an image was read"))
+    collator = pickle.loads(pickle.dumps(PostCollator(processor, model.config, stores)))  # as for a worker process
+    batch = collator(list(cached["train"]))
+    from_cache = model(**batch)
     assert not {FEATURES[name].input for name in stores} & set(batch)
     torch.testing.assert_close(from_cache.logits, direct.logits, atol=tolerance, rtol=0)
     torch.testing.assert_close(from_cache.loss, direct.loss, atol=tolerance, rtol=0)
@@ -90,6 +101,34 @@ def test_only_what_is_frozen_is_cached(build: Callable, posts: datasets.DatasetD
     cached, stores = cache_features(model, processor, posts, folder=tmp_path)
     batch = PostCollator(processor, model.config, stores)(list(cached["test"]))
     assert set(batch) == {"input_ids", "attention_mask", "image_features", "labels"}
+
+
+def test_the_output_of_frozen_text_layers_is_stored(
+    build: Callable, posts: datasets.DatasetDict, tmp_path: Path
+) -> None:
+    model, processor = build(modality="text")
+    keys = {key(model, processor, "text", "float32")}
+    for number in (0, 1):
+        model.requires_grad_(True)
+        model.freeze_backbones(text_layers=number)
+        keys.add(key(model, processor, "text", "float32"))
+    assert len(keys) == 2, "one for a whole encoder, one for its first layer"
+    cached, stores = cache_features(model, processor, posts, folder=tmp_path)
+    batch = PostCollator(processor, model.config, stores)(list(cached["train"]))
+    assert "input_ids" not in batch
+    direct = model(**PostCollator(processor, model.config)(list(posts["train"])))
+    torch.testing.assert_close(model(**batch).logits, direct.logits, atol=1e-5, rtol=0)
+
+
+def test_frozen_layers_run_where_an_encoder_cannot_continue_from_their_output(
+    build: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = build(clip_mode="none")
+    config = MPNetConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    model.model.text_branch.backbone = MPNetModel(config)
+    model.freeze_backbones(text_layers=1)
+    assert feature_cache.frozen_backbones(model) == ["vision"]
+    assert "a mpnet encoder cannot continue" in caplog.text
 
 
 def test_each_text_and_image_is_computed_once(
@@ -144,7 +183,7 @@ def test_the_key_changes_with_everything_the_outputs_depend_on(
             patch.setattr(
                 feature_cache, "version", lambda name, changed=library: "0" if name == changed else version(name)
             )
-            assert not set(keys.values()) & {key(model, processor, name, "float32") for name in FEATURES}, library
+            assert key(model, processor, "text", "float32") != keys["text"], library
     with monkeypatch.context() as patch:
         changed, original = tmp_path / "code.py", inspect.getfile
         source = Path(processing_clipcacg.__file__).read_text()
@@ -154,9 +193,9 @@ def test_the_key_changes_with_everything_the_outputs_depend_on(
             lambda thing: str(changed) if thing is ClipCaCgProcessor else original(thing),
         )
         changed.write_text("# A comment.\n" + source.replace('"""', '"""Reworded: ', 1))
-        assert keys == {name: key(model, processor, name, "float32") for name in FEATURES}
+        assert key(model, processor, "vision", "float32") == keys["vision"]
         changed.write_text(source + "\nNO_LIMIT = 1\n")
-        assert not set(keys.values()) & {key(model, processor, name, "float32") for name in FEATURES}
+        assert key(model, processor, "vision", "float32") != keys["vision"]
 
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
@@ -243,43 +282,33 @@ def test_two_processes_at_a_time_share_the_work(backbones: Path, posts_folder: P
     assert not list(tmp_path.glob("*/tmp*"))
 
 
-def flags(posts: Path, backbones: Path, output: Path, *more: str) -> list[str]:
-    """A short run on a small sample with the tiny encoders."""
-    encoders = [word for part in ("text", "vision", "clip") for word in (f"--{part}_model", str(backbones / part))]
-    return [
-        str(Path(clipcacg.scripts.__path__[0]) / "configs/sample.yaml"), "--data_dir", str(posts),
-        "--output_dir", str(output), *encoders, "--num_train_epochs", "2", "--hidden_size", "32",
-        "--disable_tqdm", "True", *more,
-    ]  # fmt: skip
-
-
-def results(folder: Path) -> dict[str, float]:
-    return json.loads((folder / "all_results.json").read_text())
-
-
-def test_training_from_the_cache_gives_the_same_scores(
+def test_training_from_the_cache_gives_the_same_scores_and_a_whole_checkpoint(
     posts_folder: Path, backbones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_cache, "CACHE_FOLDER", tmp_path / "cache")
-    frozen = ["--freeze_text", "--freeze_vision", "--freeze_clip"]
-    for name, more in (("direct", []), ("cached", ["--cache_features", "--dataloader_num_workers", "1"])):
-        train.main(flags(posts_folder, backbones, tmp_path / name, *frozen, *more))
-    with monkeypatch.context() as patch:  # everything is stored: no image is read and no encoder runs
-        patch.setattr(ClipCaCgForSequenceClassification, "encode", lambda *_: pytest.fail("an encoder was run"))
-        patch.setattr(reading, "image_source", lambda value: pytest.fail("an image was read"))
-        train.main(flags(posts_folder, backbones, tmp_path / "again", *frozen, "--cache_features"))
-    assert results(tmp_path / "again")["eval_loss"] == pytest.approx(
-        results(tmp_path / "cached")["eval_loss"], abs=1e-6
+    text = tmp_path / "text"
+    shutil.copytree(backbones / "text", text)
+    # The stored layers have no dropout, so the others must have none for equal scores.
+    RobertaConfig.from_pretrained(text, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(
+        text
     )
+    few = {"max_train_samples": 32, "max_eval_samples": 16}
+    short = ["--text_model", str(text), "--num_train_epochs", "1", "--freeze_text_layers", "1", "--freeze_vision"]
+    short += [*(word for name, number in few.items() for word in (f"--{name}", str(number))), "--clip_mode", "none"]
+    for name, more in (("direct", []), ("cached", ["--cache_features"])):
+        train.main(flags(posts_folder, backbones, tmp_path / name, *short, *more))
     direct, cached = results(tmp_path / "direct"), results(tmp_path / "cached")
     for score in ("accuracy", "f1", "f1_macro", "loss"):
         assert cached[f"eval_{score}"] == pytest.approx(direct[f"eval_{score}"], abs=1e-4)
         assert cached[f"test_{score}"] == pytest.approx(direct[f"test_{score}"], abs=1e-4)
-    probabilities = [
-        [json.loads(line)["probabilities"]["positive"] for line in (tmp_path / name / "predictions.jsonl").open()]
-        for name in ("direct", "cached")
-    ]
-    assert probabilities[1] == pytest.approx(probabilities[0], abs=1e-3)
+
+    lines = [json.loads(line) for line in (tmp_path / "cached/predictions.jsonl").open()]
+    model, processor = load_checkpoint(tmp_path / "cached")
+    posts = load_posts(DataArguments(data_dir=str(posts_folder), **few))["test"]
+    probabilities = model(**PostCollator(processor, model.config)(list(posts))).logits.softmax(dim=-1)
+    assert [line["probabilities"]["positive"] for line in lines] == pytest.approx(
+        probabilities[:, 2].tolist(), abs=1e-3
+    )
 
 
 def test_images_that_change_or_are_remote_are_refused(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:

@@ -2,12 +2,11 @@
 
 import json
 import multiprocessing
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from random import Random
 
+import commands
 import pytest
 import torch
 from PIL import Image
@@ -138,8 +137,7 @@ def test_two_processes_at_once(tmp_path: Path):
 
 def test_a_fresh_process_makes_the_same_sample_and_loads_it_without_a_warning(backbones: Path, tmp_path: Path):
     script = Path(module.__file__).parents[1] / "make_sample.py"
-    command = [sys.executable, "-c", FRESH_PROCESS, str(script), str(tmp_path / "new")]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = commands.run(["-c", FRESH_PROCESS, script, tmp_path / "new"], tmp_path)
     assert content(tmp_path / "new/backbones") == content(backbones)
     assert len(label_pairs(tmp_path / "new/posts")) == 3
     names = ["RobertaTokenizer", "ConvNextImageProcessor", "CLIPTokenizer", "CLIPImageProcessor"]

@@ -2,12 +2,10 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import datasets
 import pytest
 import torch
@@ -47,9 +45,7 @@ def test_it_gives_the_numbers_of_predict(checkpoint: Path, posts_folder: Path, t
         "json.dump(sentiment(json.loads(sys.argv[2])), open('found.json', 'w'))\n"
     )
     (tmp_path / "empty").mkdir()
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", code, str(checkpoint), json.dumps(posts)]
-    subprocess.run(command, check=True, cwd=tmp_path / "empty", env=environment, capture_output=True)
+    commands.run(["-c", code, checkpoint, json.dumps(posts)], tmp_path / "empty")
     for found, scores in zip(json.loads((tmp_path / "empty/found.json").read_text()), expected, strict=True):
         assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(scores, abs=1e-5)
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,12 @@ AUTO_MAP = {
     "AutoProcessor": "processing_clipcacg.ClipCaCgProcessor",
 }
 HEAD = ["classifier.bias", "classifier.weight"]
-NOT_INSTALLED = "sys.modules['clipcacg'] = None  # whoever imports it gets a ModuleNotFoundError"
 # Runs calls one after the other, each forked from a process that has loaded torch and transformers and no code of
 # ours, each with an empty cache of remote code. That is a new process for each call, without a new process's seconds.
 SCRIPT = """
 from __future__ import annotations
 import sys
-{prelude}
+sys.modules['clipcacg'] = None  # whoever imports it gets a ModuleNotFoundError
 import importlib.util, json, os, shutil, traceback
 import torch
 import transformers as hf
@@ -68,20 +66,19 @@ for name, arguments, answer in json.loads(sys.argv[1]):
 """
 
 
-def fresh(workdir: Path, calls: dict[str, tuple], prelude: str = NOT_INSTALLED) -> dict[str, Any]:
+def fresh(workdir: Path, calls: dict[str, tuple]) -> dict[str, Any]:
     """Call functions of this file, each in a fresh process in an empty folder, without the project and its caches.
 
     Args:
         workdir: For the caches and the results.
         calls: Name of the result to the function and its arguments. An exception's result is its traceback.
-        prelude: Code that runs first.
     """
     (workdir / "empty").mkdir(parents=True)
     functions = "\n".join({inspect.getsource(function): None for function, *_ in calls.values()})
     tasks = [(c[0].__name__, c[1:], str(workdir / f"{i}.json")) for i, c in enumerate(calls.values())]
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     env |= {"HF_HOME": str(workdir / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    script = SCRIPT.format(prelude=prelude, functions=functions)
+    script = SCRIPT.format(functions=functions)
     command = [sys.executable, "-I", "-c", script, json.dumps(tasks, default=str)]
     process = subprocess.run(command, cwd=workdir / "empty", env=env, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-5000:]
@@ -262,24 +259,3 @@ def test_a_subclass_in_remote_code_that_initialises_in_place_reloads_every_weigh
     config["auto_map"]["AutoModelForSequenceClassification"] = "modeling_clipcacg.InPlaceInit"
     (folder / "config.json").write_text(json.dumps(config))
     assert fresh(tmp_path / "work", {"changed": (changed_weights, folder)})["changed"] == []
-
-
-@pytest.mark.slow
-def test_the_wheel_does_it_too(backbones: Path, posts: dict, tmp_path: Path):
-    ignore = shutil.ignore_patterns(".*", "build", "outputs", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignore)  # building leaves files in it
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    options = ["--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "wheel", *options, "-w", "..", "."], cwd=tmp_path / "checkout", check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert {f"clipcacg/{name}" for name in CODE} <= set(zipfile.ZipFile(wheel).namelist())
-    shutil.rmtree(tmp_path / "checkout")
-    site = tmp_path / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", site, wheel], check=True)
-
-    prelude = f"sys.path.insert(0, {str(site)!r})"
-    built = fresh(tmp_path / "a", {"built": (build, backbones, tmp_path / "first", posts)}, prelude)["built"]
-    assert Path(built["file"]).parent == site / "clipcacg"
-    folder = tmp_path / "first/classifier"
-    loaded = fresh(tmp_path / "b", {"loaded": (load, folder, folder, posts)})["loaded"]
-    assert max_difference(loaded["logits"], built["logits"]) < 1e-5

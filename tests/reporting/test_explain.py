@@ -3,12 +3,11 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -263,9 +262,7 @@ def test_on_the_command_line(make: Callable, image: Image.Image, tmp_path: Path)
     processor.save_pretrained(tmp_path / "checkpoint")
     image.save(tmp_path / "post.png")
     arguments = [str(tmp_path / "checkpoint"), "--text", TEXT, "--image"]
-    command = [sys.executable, "-I", str(SCRIPT), *arguments, "post.png", "-o", "out.png"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = commands.run([SCRIPT, *arguments, "post.png", "-o", "out.png"], tmp_path)
     assert done.stdout.strip() == summary(explain(model, processor, image, TEXT))
     assert Image.open(tmp_path / "out.png").width > 1500
     with pytest.raises(SystemExit, match="There is no image 'nothing.png'."):

@@ -1,12 +1,10 @@
 """The model card as the Hub parses it, as a reader sees it, and its code as Python runs it."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -299,8 +297,7 @@ def test_usage_of_variants(
 
 def test_usage_in_a_fresh_process(tmp_path: Path, backbones: Path) -> None:
     code = "".join(usage(checkpoint(tmp_path / "model", backbones)))
-    command, environment = [sys.executable, "-c", code], {**os.environ, "HF_HOME": str(tmp_path / "cache")}
-    output = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    output = commands.run(["-c", code], tmp_path).stdout
     labelled, answer = map(ast.literal_eval, output.splitlines())
     assert answer["label"] == labelled[0]["label"]
     assert list(answer["scores"]) == ["negative", "neutral", "positive"]

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 from PIL import Image
@@ -32,8 +31,7 @@ def probabilities(checkpoint: Path, image: Path, text: str) -> dict[str, float]:
 
 def test_one_post_on_the_command_line(checkpoint: Path, posts_folder: Path, tmp_path: Path) -> None:
     image, text = posts_folder / "data/1.jpg", "so happy today"
-    command = [sys.executable, str(SCRIPTS / "predict.py"), str(checkpoint), "--image", str(image), "--text", text]
-    done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
+    done = commands.run([SCRIPTS / "predict.py", checkpoint, "--image", image, "--text", text], tmp_path)
     line, expected = json.loads(done.stdout), probabilities(checkpoint, image, text)
     assert line["probabilities"] == pytest.approx(expected, abs=1e-5)
     assert line["label"] == max(expected, key=expected.get)

@@ -415,44 +415,13 @@ def test_a_space_shows_the_model_from_the_hub(hub: HubServer, space: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "sentence"),
-    [
-        ("config.json", '{"_name_or_path": "%HERE%"', "config.json contains %HERE%, a path"),
-        (
-            "tokenizer_config.json",
-            '{"name_or_path": "/gone/machine-user/run"',
-            "contains /gone/machine-user/run, a path",
-        ),
-        ("README.md", "from C:\\Users\\machine-user\\Data", "README.md contains C:.Users.machine-user.Data, a path"),
-        ("config.json", r'"see\n/gone/machine-user/run"', "config.json contains /gone/machine-user/run, a path"),
-        ("tokenizer_config.json", r'"/home/j\u00fcrgen/run"', "contains /home/jürgen/run, a path"),
-        ("README.md", "read %HOME%/run.", "README.md contains %HOME%/run"),
-        ("README.md", f"with {TOKEN}", "README.md contains an access token"),
-        ("processor_config.json", '"hf_' + "x" * 34, "processor_config.json contains an access token"),
-        ("clip_tokenizer/tokenizer.json", '"%HERE%"', "clip_tokenizer/tokenizer.json contains %HERE%, a path"),
-    ],
+    ("file", "text"), [("README.md", f"with {TOKEN}"), ("processor_config.json", '"hf_' + "x" * 34)]
 )
-def test_a_file_with_a_path_of_this_machine_or_a_token_is_refused(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, text: str, sentence: str
-) -> None:
-    monkeypatch.setenv("LOGNAME", "jürgen" if "u00fc" in text else MACHINE_USER)
-    text, sentence = (t.replace("%HERE%", str(tmp_path)).replace("%HOME%", str(Path.home())) for t in (text, sentence))
-    with pytest.raises(InputError, match=sentence) as error:
-        check_secrets(written(tmp_path / "pushed", file, text), [file], TOKEN)
+def test_a_file_with_a_token_is_refused(tmp_path: Path, file: str, text: str) -> None:
+    (tmp_path / file).write_text(text)
+    with pytest.raises(InputError, match=f"^{file} contains an access token") as error:
+        check_secrets(tmp_path, [file], TOKEN)
     assert TOKEN not in str(error.value)
-
-
-def test_names_that_are_not_paths_are_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LOGNAME", "user")
-    text = 'user/first https://huggingface.co/user/first `post.jpg` and/or 1/2 "/" "user": "/gone/else" a user ~/x'
-    check_secrets(written(tmp_path, "README.md", text), ["README.md"], TOKEN)
-
-
-def written(folder: Path, file: str, text: str) -> Path:
-    """The folder, with a file in it."""
-    (folder / file).parent.mkdir(parents=True, exist_ok=True)
-    (folder / file).write_text(text, encoding="utf-8")
-    return folder
 
 
 @pytest.mark.parametrize(

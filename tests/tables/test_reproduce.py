@@ -1,8 +1,6 @@
 """`reproduce.py`: rows, configs, runs that are killed, fail or are selected, and its smoke test."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import commands
 import datasets
 import pytest
 import torch
@@ -148,21 +147,19 @@ def test_config_values_that_the_grid_replaces_do_not_matter(tmp_path: Path) -> N
 def test_a_killed_command_continues_without_repeating_a_run(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, str(SCRIPT), *flags, *"--rows majority text_only --seeds 3 --table 3 4".split()]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    arguments = [*flags, *"--rows majority text_only --seeds 3 --table 3 4".split()]
+    process = commands.start([SCRIPT, *arguments], tmp_path)
     while len(lines(tmp_path)) < 2:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     path = tmp_path / "results" / RUNS_FILE
     with path.open("ab") as file:
         file.write(b'{"run": "broken o')  # as if the kill came during a write
     before, known = path.read_bytes(), {line["run"] for line in lines(tmp_path)}
     assert len(known) < 4 and not (tmp_path / "results/table4.md").exists()
-    reproduce.main(command[2:])
+    reproduce.main(arguments)
     after = lines(tmp_path)
     assert path.read_bytes().startswith(before) and known < {line["run"] for line in after}
     assert sorted((line["row"], line["seed"] or 0) for line in after) == [

@@ -23,7 +23,7 @@ CLIP = ["clip_input_ids", "clip_attention_mask", "clip_pixel_values"]
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
-        pytest.param({}, BOTH + CLIP, id="encoder"),
+        pytest.param({}, BOTH + CLIP, id="encoder", marks=pytest.mark.slow),
         pytest.param({"clip_mode": "feature"}, BOTH, id="feature", marks=pytest.mark.slow),
         pytest.param({"clip_mode": "none"}, BOTH, id="none", marks=pytest.mark.slow),
         pytest.param({"modality": "text"}, BOTH[:2], id="text", marks=pytest.mark.slow),

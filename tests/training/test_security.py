@@ -1,6 +1,8 @@
-"""No untrusted code runs, no untrusted text becomes markup, and no token is revealed."""
+"""No untrusted code runs, no untrusted text becomes markup, and no token is revealed.
 
-import ast
+ruff's rules S301, S307, S506 and S602 find calls that would run what they read; torch.load refuses by default.
+"""
+
 import json
 import os
 import pickle
@@ -19,55 +21,7 @@ from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCa
 from clipcacg.scripts import evaluate_checkpoint, predict, train
 from clipcacg.scripts.reporting.tables import escape_markdown, markdown_table
 
-ROOT = Path(__file__).parents[2]
-SHIPPED = sorted([*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py")])
-PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 MARKUP = "<script>alert(1)</script> | a `b` **c** [d](javascript:alert(2)) <img src=x onerror=alert(3)> &lt;"
-
-
-def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
-    """Every call with the name of its function, such as "torch.load"."""
-    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-
-
-def unsafe(source: str) -> list[str]:
-    """Calls and imports of a file that may execute the data it reads."""
-    tree, found = ast.parse(source), []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            found += [f"imports {name}" for name in names if name.partition(".")[0] in PICKLES]
-            if isinstance(node, ast.ImportFrom) and node.module in ("torch", "yaml"):
-                found += [f"imports {a.name} of {node.module}" for a in node.names if "load" in a.name]
-    for name, call in calls(tree):
-        keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-        told = {key: getattr(value, "value", None) for key, value in keywords.items()}
-        if name in ("torch.load", "torch.package.PackageImporter", "accelerate.utils.load"):
-            found += [] if told.get("weights_only") is True else [f"calls {name}"]
-        if name.startswith("yaml.") and "load" in name and name not in ("yaml.safe_load", "yaml.safe_load_all"):
-            found.append(f"calls {name}")
-        if told.get("allow_pickle") is True or told.get("weights_only") is False:
-            found.append(f"allows a pickle in {name}")
-        if name in ("eval", "exec", "os.system", "pd.read_pickle", "pandas.read_pickle") or told.get("shell") is True:
-            found.append(f"calls {name}")
-    return found
-
-
-def test_no_shipped_code_runs_what_it_reads() -> None:
-    assert len(SHIPPED) > 20
-    assert not {str(path): found for path in SHIPPED if (found := unsafe(path.read_text(encoding="utf-8")))}
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import pickle", "from joblib import load", "from torch import load", "torch.load(f)",
-        "torch.load(f, weights_only=False)", "np.load(f, allow_pickle=True)", "yaml.load(f)", "yaml.unsafe_load(f)",
-        "from yaml import full_load", "yaml.load(f, Loader=yaml.SafeLoader)", "eval('1')", "run('a', shell=True)",
-    ],
-)  # fmt: skip
-def test_the_search_finds_what_it_looks_for(line: str) -> None:
-    assert unsafe(line) and not unsafe("torch.load(f, weights_only=True)\nyaml.safe_load(f)\nnp.load(f)")
 
 
 class Trap:

@@ -1,12 +1,10 @@
 """The metric's scores against values computed by hand, and two processes that use it at once."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
+import commands
 import evaluate
 import pytest
 
@@ -130,11 +128,11 @@ for keep_in_memory in (True, False):
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
-    folder, cache = tmp_path / "working_folder", tmp_path / "cache"
+    folder = tmp_path / "working_folder"
     folder.mkdir()
-    command, environment = [sys.executable, "-c", SCRIPT], {**os.environ, "HF_HOME": str(cache)}
-    both = [subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
-    for process in both:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0 and output.split() == [b"0.6"] * 10
+    files = [tmp_path / name for name in ("one", "other")]
+    both = [commands.start(["-c", SCRIPT], folder, output) for output in files]
+    for process, output in zip(both, files, strict=True):
+        process.join()
+        assert process.exitcode == 0 and output.read_text().split() == ["0.6"] * 10
     assert list(folder.iterdir()) == []

@@ -1,16 +1,15 @@
 """Training, from the command line to the files of a finished run."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import commands
 import datasets
 import pytest
 import torch
@@ -111,8 +110,7 @@ def test_each_prediction_has_the_id_of_its_post(trained: Path, posts_folder: Pat
 
 def test_evaluation_of_the_checkpoint_repeats_the_test_scores(trained: Path, posts_folder: Path) -> None:
     arguments = [str(trained), "--data_dir", str(posts_folder), "--splits", "random", "--output", "scores/found.json"]
-    command = [sys.executable, str(SCRIPTS / "evaluate_checkpoint.py"), *arguments]
-    done = subprocess.run(command, check=True, cwd=trained.parent, capture_output=True, text=True)
+    done = commands.run([SCRIPTS / "evaluate_checkpoint.py", *arguments], trained.parent)
     found = json.loads((trained.parent / "scores/found.json").read_text())
     expected = results(trained)
     for name in ("accuracy", "f1", "f1_macro", "confusion_matrix"):
@@ -132,20 +130,17 @@ def test_a_killed_run_continues_to_the_same_result(posts_folder: Path, backbones
     command = {}
     for name in ("whole", "killed"):
         arguments = flags(posts_folder, backbones, tmp_path / name, *steps, "--save_total_limit", "9")
-        command[name] = [*ACCELERATE, str(SCRIPTS / "train.py"), *arguments]
-    subprocess.run(command["whole"], check=True, cwd=tmp_path, capture_output=True)
-    process = subprocess.Popen(
-        command["killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+        command[name] = [SCRIPTS / "train.py", *arguments]
+    commands.run(command["whole"], tmp_path)
+    process = commands.start(command["killed"], tmp_path)
     # The Trainer writes trainer_state.json last.
     while not (tmp_path / "killed/checkpoint-3/trainer_state.json").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "killed/all_results.json").exists()
-    resumed = [*command["killed"], "--resume_from_checkpoint", "True"]
-    subprocess.run(resumed, check=True, cwd=tmp_path, capture_output=True)
+    commands.run([*command["killed"], "--resume_from_checkpoint", "True"], tmp_path)
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     for name in ("eval_accuracy", "eval_loss", "test_accuracy", "test_f1", "test_loss", "test_confusion_matrix"):
