@@ -223,9 +223,10 @@ def reproduce(own: ReproduceArguments, settings: Settings) -> tuple[list[Path], 
     Raises:
         InputError: If the posts cannot be loaded or have no classes, or the folds do not exist.
     """
-    plan = Plan(own, settings, [load_fold(number, settings).facts for number in folds_of(own, settings.data)])
+    folds = [load_fold(number, settings) for number in folds_of(own, settings.data)]
+    plan = Plan(own, settings, [fold.facts for fold in folds])
     plan.announce()
-    with closing(make_runs(plan.next_line, settings, own.jobs)) as results:
+    with closing(make_runs(plan.next_line, settings, folds[0], own.jobs)) as results:
         for line, outcome in results:
             plan.record(line, outcome)
     return plan.write_tables(), len(plan.failed)

@@ -40,11 +40,10 @@ class Outcome(NamedTuple):
 
 
 class RunMaker:
-    """Makes runs one after the other, and keeps the posts of the last fold."""
+    """Makes runs one after the other, and keeps the posts of one fold."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.fold: Fold | None = None
+    def __init__(self, settings: Settings, fold: Fold | None = None) -> None:
+        self.settings, self.fold = settings, fold
 
     def __call__(self, line: dict[str, Any]) -> Outcome:
         """Make the run that a line describes."""
@@ -97,17 +96,18 @@ class Worker:
 
 
 def make_runs(
-    next_line: Callable[[], dict[str, Any] | None], settings: Settings, jobs: int = 1
+    next_line: Callable[[], dict[str, Any] | None], settings: Settings, fold: Fold, jobs: int = 1
 ) -> Iterator[tuple[dict[str, Any], Outcome]]:
     """Make runs as long as there are any, and yield each when it ends.
 
     Args:
         next_line: Returns a line that describes the next run, or None if there is none before another run ends.
         settings: The config of all rows.
+        fold: The first fold, which is loaded already.
         jobs: Number of runs at the same time. One run needs no further process.
     """
     if jobs == 1:
-        make = RunMaker(settings)
+        make = RunMaker(settings, fold)
         while line := next_line():
             yield line, make(line)
         return
