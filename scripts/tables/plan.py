@@ -15,7 +15,7 @@ from clipcacg.scripts.baselines.logistic_regression import MODALITIES
 from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, append_line, read_lines, read_predictions
 from clipcacg.scripts.tables.rendering import write_tables
 from clipcacg.scripts.tables.rows import ROWS, WORD_VECTORS, ReproduceArguments, Settings, folds_of, short_hash
-from clipcacg.scripts.tables.runs import load_fold
+from clipcacg.scripts.tables.runs import Fold, load_fold
 from clipcacg.scripts.tables.workers import Outcome, make_runs
 from clipcacg.scripts.training.metrics import load_metric, score
 
@@ -35,17 +35,23 @@ class Plan:
     Args:
         own: Which runs to make.
         settings: The config of all rows.
-        facts: `Fold.facts` of every fold.
+        folds: The posts of every fold. Their `facts` identify them below.
     """
 
-    def __init__(self, own: ReproduceArguments, settings: Settings, facts: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, own: ReproduceArguments, settings: Settings, folds: Sequence[Fold]) -> None:
         self.folder, self.settings, self.own, self.seeds = Path(settings.training.output_dir), settings, own, own.seeds
         self.configs = {name: settings.describe(name) for name in ROWS}
         self.hashes = {name: short_hash(config) for name, config in self.configs.items()}
         self.trials = {name: settings.trials(name) for name in ROWS}
         self.trial_counts = {name: len(trials) for name, trials in self.trials.items()}
         self.trial_counts |= {f"regression_{modality}": len(settings.choices_of_c()) for modality in MODALITIES}
-        self.cells = [(name, fold) for fold in facts for name in own.row_names()]  # those that may lack a run
+        names = own.row_names()
+        if "text_label" not in folds[0].posts["train"].column_names:
+            with_heads = [name for name in names if settings.for_row(name).model.use_modality_heads]
+            names = [name for name in names if name not in with_heads]
+            for name in with_heads:
+                logger.warning("%s is skipped: the posts have no labels of text and image alone", name)
+        self.cells = [(name, fold.facts) for fold in folds for name in names]  # those that may lack a run
         self.commit, self.failed = commit(), set[str]()
         self.in_progress = set[str]()
         self.seconds: dict[str, list[float]] = defaultdict(list)  # row to what its runs took
@@ -224,7 +230,7 @@ def reproduce(own: ReproduceArguments, settings: Settings) -> tuple[list[Path], 
         InputError: If the posts cannot be loaded or have no classes, or the folds do not exist.
     """
     folds = [load_fold(number, settings) for number in folds_of(own, settings.data)]
-    plan = Plan(own, settings, [fold.facts for fold in folds])
+    plan = Plan(own, settings, folds)
     plan.announce()
     with closing(make_runs(plan.next_line, settings, folds[0], own.jobs)) as results:
         for line, outcome in results:

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.baselines import SYSTEMS
@@ -20,16 +20,19 @@ from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import add_digests, cache_features, frozen_backbones
 from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts
+from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.splitting import duplicate_keys
 from clipcacg.scripts.reporting.model_card import DATA_TITLES
 from clipcacg.scripts.reporting.run_facts import hardware_name
 from clipcacg.scripts.tables.rows import ROWS, Settings
+from clipcacg.scripts.training.averaging import KeepBest, load_average
 from clipcacg.scripts.training.metrics import load_metric, score
 from clipcacg.scripts.training.record import data_kind, split_name, split_settings
 from clipcacg.scripts.training.run import (
     adapt_to_data,
     backbone_names,
     build,
+    choose_combination,
     compute_features,
     label_fields,
     limit_and_freeze,
@@ -80,8 +83,9 @@ class Fold:
         model, processor = build_system("concatenation", settings, label_names(self.posts["train"]))
         model.freeze_backbones(True, True, True)
         device, workers = settings.training.device, settings.training.dataloader_num_workers
+        posts = datasets.DatasetDict({split: labelled(dataset) for split, dataset in self.posts.items()})
         posts, stores = cache_features(
-            model, processor, self.posts, settings.model.cache_dtype, device=device, num_workers=workers
+            model, processor, posts, settings.model.cache_dtype, device=device, num_workers=workers
         )
         collate, pooled = PostCollator(processor, model.config, stores), {}
         for split, dataset in posts.items():
@@ -119,30 +123,11 @@ def protocol(data: DataArguments, posts: datasets.DatasetDict) -> str:
     return ", ".join(parts)
 
 
-class KeepBest(TrainerCallback):
-    """Keep the trained weights of the best epoch in memory; the first epoch wins a tie."""
-
-    def __init__(self, metric: str, greater_is_better: bool) -> None:
-        self.metric, self.sign = f"eval_{metric.removeprefix('eval_')}", 1 if greater_is_better else -1
-        self.value, self.epoch, self.state = -np.inf, None, {}
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, model: PreTrainedModel, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
-        if self.sign * metrics[self.metric] > self.value:
-            self.value, self.epoch = self.sign * metrics[self.metric], state.epoch
-            frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-            kept = {name: value for name, value in model.state_dict().items() if name not in frozen}
-            self.state = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
-
-    def restore(self, model: PreTrainedModel) -> None:
-        model.load_state_dict(self.state, strict=False)
-
-
 def build_system(name: str, settings: Settings, names: list[str]) -> tuple[PreTrainedModel, ClipCaCgProcessor]:
     """Build one of the other systems and its processor, as `training.run.build` builds ours."""
     backbones = backbone_names(settings.model, settings.data.is_sample)
-    fields = {**settings.systems.get(name, {}), **label_fields(names), "dropout": settings.model.dropout}
+    fields = {**settings.systems.get(name, {}), **label_fields(names), **settings.model.head_fields()}
+    fields["dropout"] = settings.model.dropout
     model = SYSTEMS[name].from_backbones(**backbones, **fields)
     processor = ClipCaCgProcessor.from_backbones(**backbones)
     limit_and_freeze(model, processor, settings.model)
@@ -153,7 +138,8 @@ def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetD
     """Train a row and predict the posts of the other splits.
 
     Returns:
-        `logits`: split to (posts, labels); `parameters`: see `sizes`; `seconds` of training; `best_epoch`.
+        `logits`: split to (posts, labels); `parameters`: see `sizes`; `seconds` of training; `best_epoch`;
+        `combination`, the model's `modality_combination`; with `--average_checkpoints` what `load_average` returns.
     """
     training, system = settings.training, ROWS[name].system
     training.seed = seed
@@ -171,12 +157,15 @@ def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetD
     trainer.remove_callback(PrinterCallback)
     if isinstance(model, SentiBankSentiStrength):
         trainer.data_collator = LexiconCollator(trainer.data_collator)
-    best = KeepBest(training.metric_for_best_model, training.greater_is_better)
-    trainer.add_callback(best)
+    kept = KeepBest(max(1, training.average_checkpoints))
+    trainer.add_callback(kept)
     seconds = trainer.train().metrics["train_runtime"]
-    best.restore(model)
+    averaging = load_average(trainer, kept.best)
+    choose_combination(trainer, posts, settings.model.modality_combination)
     logits = {split: trainer.predict(posts[split]).predictions for split in posts if split != "train"}
-    return {"logits": logits, "parameters": sizes(model), "seconds": seconds, "best_epoch": best.epoch}
+    found = {"logits": logits, "parameters": sizes(model), "seconds": seconds, "best_epoch": kept.best[0].epoch}
+    found |= {"combination": model.config.modality_combination}
+    return found | (averaging if training.average_checkpoints > 1 else {})
 
 
 def sizes(model: PreTrainedModel) -> dict[str, int]:
@@ -188,7 +177,7 @@ def sizes(model: PreTrainedModel) -> dict[str, int]:
 def fit_floor(name: str, fold: Fold) -> dict[str, Any]:
     """Fit a simple baseline and return what `train_row` returns; the logits are one-hot."""
     posts, floor = fold.posts, ROWS[name].floor
-    labels = {split: np.asarray(dataset["label"]) for split, dataset in posts.items()}
+    labels = {split: np.asarray(labelled(dataset)["label"]) for split, dataset in posts.items()}
     others, parameters, start = [split for split in posts if split != "train"], 0, time.perf_counter()
     if floor == "majority":
         answers, encoders = {split: majority(labels["train"], len(posts[split])) for split in others}, 0

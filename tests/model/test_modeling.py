@@ -17,7 +17,12 @@ from torch.testing import assert_close
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForSequenceClassification, CLIPModel
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
-from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel, encoder_mask
+from clipcacg.modeling_clipcacg import (
+    ClipCaCgForSequenceClassification,
+    ClipCaCgModel,
+    encoder_mask,
+    layers_of_modules,
+)
 
 Inputs = dict[str, Tensor]
 Build = Callable[..., ClipCaCgForSequenceClassification]
@@ -204,6 +209,54 @@ def test_lower_layers_of_the_text_encoder_are_frozen(build: Build, inputs: Input
     assert any(name.startswith("model.image_branch.backbone.") for name in trained)
 
 
+@pytest.mark.parametrize("family", VISION_ENCODERS)
+def test_the_first_blocks_of_the_vision_encoder_are_frozen(build: Build, inputs: Inputs, family: str) -> None:
+    if family == "timm_wrapper":
+        pytest.importorskip("timm")
+    model = build("feature", vision_config={**VISION_ENCODERS[family], "model_type": family})
+    model.freeze_backbones(vision_blocks=1)
+    encoder = model.backbones()["vision"]
+    (first, second) = [
+        next(name for name in ("stages.1.", "layer.1.") if any(name in n for n, _ in encoder.named_parameters()))
+        .replace("1", str(index)) for index in (0, 1)
+    ]  # fmt: skip
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    trained = {name for name, gradient in gradients(model, inputs).items() if gradient is not None}
+    trained = {name.split("image_branch.backbone.")[1] for name in trained if "image_branch.backbone." in name}
+    names = [name for name, _ in encoder.named_parameters()]
+    start = next(index for index, name in enumerate(names) if second in name)
+    assert trained == set(names[start:]) and any(first in name for name in names[:start])
+    moved = {name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])}
+    assert not any(first in name for name in moved)  # BatchNorm statistics stay
+    assert all(name.rpartition(".")[0] in {n.rpartition(".")[0] for n in names[start:]} for name in moved)
+    for name, module in encoder.named_modules():
+        if first in f"{name}." or second in f"{name}.":
+            assert module.training == (second in f"{name}."), name  # dropout too
+
+
+@pytest.mark.parametrize("number", [-1, 2, 9])
+def test_an_encoder_has_so_many_blocks_to_freeze(build: Build, number: int) -> None:
+    with pytest.raises(ValueError, match=f"vision_blocks must be between 0 and 1 for this 2-layer resnet .*{number}"):
+        build("feature").freeze_backbones(vision_blocks=number)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "depth"),
+    [
+        ("efficientnet_lite0", 7),
+        ("resnet50", 4),
+        ("resnet50d", 4),
+        ("regnety_004", 4),
+        ("convnext_atto", 4),
+        ("vgg11", 0),
+    ],
+)
+def test_layers_of_timms_families(architecture: str, depth: int) -> None:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        assert max(layers_of_modules(timm.create_model(architecture)).values()) == depth
+
+
 @pytest.mark.parametrize("family", [*TEXT_ENCODERS, "clip_text_model"])
 def test_training_continues_from_the_frozen_layers_output(build: Build, inputs: Inputs, family: str) -> None:
     sizes = TEXT_ENCODERS.get(family, TEXT_ENCODERS["bert"])
@@ -323,7 +376,8 @@ def test_attentions_hidden_states_and_their_gradients(build: Build, inputs: Inpu
 
 def test_compiled_without_a_break_once_dynamo_admits_grus(build: Build, inputs: Inputs) -> None:
     torch._dynamo.reset()
-    model = build("feature", text_config={"model_type": "distilbert", **TEXT_ENCODERS["distilbert"]})
+    heads = {"use_modality_heads": True, "modality_combination": "average"}
+    model = build("feature", text_config={"model_type": "distilbert", **TEXT_ENCODERS["distilbert"]}, **heads)
     with torch._dynamo.config.patch(allow_rnn=True):
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert_close(compiled(**inputs).logits, model(**inputs).logits)

@@ -14,9 +14,9 @@ from typing import Any
 import commands
 import datasets
 import pytest
-import torch
 import transformers
 import yaml
+from inputs import table_of_images
 
 from clipcacg.scripts import reproduce
 from clipcacg.scripts.baselines import SYSTEMS
@@ -62,11 +62,13 @@ def with_config(folder: Path, **keys: Any) -> list[str]:
 def test_the_rows_are_those_of_the_tables() -> None:
     table3 = [name for name, row in ROWS.items() if 3 in row.tables]
     table4 = [row.label for row in ROWS.values() if 4 in row.tables]
-    assert table4 == ["V only", "T only", "w/o Clip", "w/o CA", "w/o CG", "CLIP-CA-CG"]
-    *floors, concatenation = table3[:5]
+    ours = ["CLIP-CA-CG", "CLIP-CA-CG, modality heads"]
+    assert table4 == ["V only", "T only", "w/o Clip", "w/o CA", "w/o CG", *ours]
+    *floors, concatenation, with_heads = table3[:6]
     assert floors == ["majority", "regression_text", "regression_image", "regression_both"]
-    assert concatenation == "concatenation" and table3[5:-1] == list(SYSTEMS)[:-1] and table3[-1] == "full"
-    for name in table3[5:-1]:
+    assert (concatenation, with_heads) == ("concatenation", "concatenation_heads")
+    assert table3[6:-2] == list(SYSTEMS)[:-1] and table3[-2:] == ["full", "full_heads"]
+    for name in table3[6:-2]:
         assert (ROWS[name].fidelity, ROWS[name].published) == (SYSTEMS[name].fidelity, SYSTEMS[name].published)
         assert ROWS[name].substitutions
 
@@ -83,6 +85,7 @@ def test_an_ablation_is_one_field_of_the_full_model() -> None:
     changes = {
         "image_only": ("modality", "image"), "text_only": ("modality", "text"), "no_clip": ("clip_mode", "none"),
         "no_cross_attention": ("use_cross_attention", False), "no_gating": ("use_gating", False),
+        "full_heads": ("use_modality_heads", True),
     }  # fmt: skip
     for name, (key, value) in changes.items():
         assert vars(settings.for_row(name).model) == {**vars(full), key: value}
@@ -143,7 +146,7 @@ def test_flags_that_change_a_rows_hash() -> None:
     assert len(set(plain.values())) == len(ROWS)
     assert not changed("--output_dir", "x", "--seed", "7", "--logging_steps", "3", "--use_cpu", "False")
     assert changed("--learning_rate", "0.3") == ROWS.keys() - floors
-    assert changed("--hidden_size", "32") == {name for name, row in ROWS.items() if row.fields}
+    assert changed("--hidden_size", "32") == {name for name, row in ROWS.items() if row.fields and not row.system}
     assert changed("--text_model", "x") == ROWS.keys() - {"majority"}
     assert changed("--word_vectors", "x") == set(WORD_VECTORS)
 
@@ -336,22 +339,6 @@ def test_the_best_epoch_is_measured(flags: list[str], monkeypatch: pytest.Monkey
     assert line["parameters"]["trainable"] < line["parameters"]["total"]
 
 
-def test_the_kept_weights_are_copies_and_come_back() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    model[0].bias.requires_grad_(False)
-    best, state = runs.KeepBest("loss", greater_is_better=False), type("State", (), {"epoch": 1.0})
-    kept = {name: value.clone() for name, value in model.state_dict().items()}
-    for epoch, loss in ((1.0, 0.5), (2.0, 0.5), (3.0, 0.7)):
-        state.epoch = epoch
-        best.on_evaluate(None, state, None, model=model, metrics={"eval_loss": loss})
-        with torch.no_grad():
-            model[0].weight += 1
-            model[1].running_mean += 1
-    best.restore(model)
-    assert best.epoch == 1.0 and best.state.keys() == kept.keys() - {"0.bias"}
-    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
-
-
 def test_folds_are_runs_of_one_section(
     flags: list[str], posts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +376,33 @@ def test_a_system_of_two_inputs_on_cached_features(flags: list[str], tmp_path: P
     reproduce.main([*flags, *frozen])
     assert [set(line["metrics"]) for line in lines(tmp_path)] == [{"validation", "test"}] * 2
     assert all(line["parameters"]["trainable"] < line["parameters"]["total"] for line in lines(tmp_path))
+
+
+def test_rows_with_heads_see_conflicting_posts_and_other_rows_do_not(flags: list[str], tmp_path: Path) -> None:
+    more = [
+        "--freeze_text",
+        "--freeze_vision",
+        "--freeze_clip",
+        "--max_train_samples",
+        "200",
+        "--modality_combination",
+    ]
+    rows = ["concatenation", "concatenation_heads", "regression_both"]
+    reproduce.main([*flags, *more, "average", "--use_conflicting_posts", "--rows", *rows])
+    found = {line["row"]: line for line in lines(tmp_path)}
+    assert sorted(found) == sorted(rows) and not any("error" in line for line in found.values())
+    assert [found[row].get("combination") for row in rows] == ["classifier", "average", None]
+
+
+def test_rows_with_heads_are_skipped_without_labels_of_text_and_image(
+    flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = ["--image_column", "photo", "--text_column", "tweet", "--label_column", "mood"]
+    datasets.Dataset.from_list(table_of_images(tmp_path, int)).to_csv(tmp_path / "posts.csv")
+    flags[1:3] = ["--dataset_name", str(tmp_path / "posts.csv"), *own]
+    reproduce.main([*flags, "--rows", "majority", "concatenation_heads"])
+    assert [line["row"] for line in lines(tmp_path)] == ["majority"]
+    assert "concatenation_heads is skipped" in caplog.text
 
 
 @pytest.mark.slow
