@@ -43,9 +43,8 @@ def flags(posts_folder: Path, backbones: Path, tmp_path: Path) -> list[str]:
     """Flags of a smoke test on fewer posts."""
     names = [word for part in ("text", "vision", "clip") for word in (f"--{part}_model", str(backbones / part))]
     caps = ["--max_train_samples", "48", "--max_eval_samples", "12", "--num_train_epochs", "1"]
-    output = ["--output_dir", str(tmp_path / "results")]
-    seed = ["--seeds", "42"]
-    return ["--smoke", *seed, "--data_dir", str(posts_folder), *names, *caps, *output]
+    output = ["--output_dir", str(tmp_path / "results"), "--seeds", "42"]
+    return ["--smoke", "--data_dir", str(posts_folder), *names, *caps, *output]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
