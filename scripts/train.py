@@ -20,6 +20,7 @@ from clipcacg.scripts.training.record import complete_checkpoint
 from clipcacg.scripts.training.run import (
     average_checkpoints,
     build,
+    choose_combination,
     compute_features,
     evaluate_splits,
     load_training_posts,
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer = make_trainer(arguments, model, processor, posts, features)
             trained = trainer.train(resume_from_checkpoint=checkpoint)
             averaged = average_checkpoints(trainer)
+            choose_combination(trainer, posts, model_arguments.modality_combination)
             trainer.save_model()
             trainer.save_state()
             trainer.save_metrics("train", trained.metrics)

@@ -77,11 +77,13 @@ class Scores(NamedTuple):
         logits: (batch, labels).
         fused: (batch, width), input of the classifier.
         branches: Logits (batch, labels) of single branches, for systems that train them separately.
+        modalities: Logits (batch, labels) of the text's and of the image's own label, with `use_modality_heads`.
     """
 
     logits: Tensor
     fused: Tensor
     branches: tuple[Tensor, ...] = ()
+    modalities: tuple[Tensor, Tensor] | None = None
 
 
 class TextEncoder(nn.Module):
@@ -152,6 +154,8 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
     substitutions: tuple[str, ...] = ()
     published: dict[str, tuple[float, float]] = {}
 
+    answer = ClipCaCgForSequenceClassification.answer
+    modality_loss = ClipCaCgForSequenceClassification.modality_loss
     task_loss = ClipCaCgForSequenceClassification.task_loss
 
     def __init__(self, config: BaselineConfig) -> None:
@@ -206,10 +210,11 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
                 `pixel_values`.
             labels: (batch,), class indices.
             return_dict: False returns a tuple of the fields that are not None.
-            **extras: Inputs of single systems, documented at their `score`; other systems ignore them.
+            **extras: Inputs of single systems, documented at their `score`, and the labels that
+                `ClipCaCgForSequenceClassification.modality_loss` documents; other systems ignore them.
 
         Returns:
-            `ClipCaCgClassifierOutput` with `loss`, `logits` and `fused_embeds`.
+            `ClipCaCgClassifierOutput` with `loss`, `logits`, `fused_embeds` and what `use_modality_heads` adds.
 
         Raises:
             ValueError: If an input that the system reads is missing.
@@ -219,8 +224,22 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
         )
         feature_map = None if self.image_branch is None else self.image_branch(pixel_values, image_features)
         scores = self.score(words, mask, feature_map, **extras)
+        text_logits, image_logits, modality_loss = None, None, None
+        if scores.modalities is not None:
+            text_logits, image_logits = scores.modalities
+            scores = scores._replace(logits=self.answer(scores.logits, text_logits, image_logits))
         loss = None if labels is None else self.training_loss(scores, labels)
-        output = ClipCaCgClassifierOutput(loss=loss, logits=scores.logits, fused_embeds=scores.fused)
+        if scores.modalities is not None and self.training and loss is not None:
+            modality_loss = self.modality_loss(text_logits, image_logits, **extras)
+            loss = loss + self.config.modality_loss_weight * modality_loss
+        output = ClipCaCgClassifierOutput(
+            loss=loss,
+            logits=scores.logits,
+            fused_embeds=scores.fused,
+            text_logits=text_logits,
+            image_logits=image_logits,
+            modality_loss=modality_loss,
+        )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def score(self, words: Tensor | None, mask: Tensor | None, feature_map: Tensor | None, **extras: Any) -> Scores:

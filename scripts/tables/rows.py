@@ -18,17 +18,18 @@ from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.training.arguments import CONFIGS, OF_TABLES, ModelArguments, RecipeArguments, read_config
 
 WORD_VECTORS = ("cnn_multi", "dnn_lr", "co_memory", "mvan")  # the systems before BERT
-WHOLE = {"modality": "both", "use_cross_attention": True, "use_gating": True}
+WHOLE = {"modality": "both", "use_cross_attention": True, "use_gating": True, "use_modality_heads": False}
+HEADS = {**WHOLE, "use_modality_heads": True}
 PAPER = {"mvsa_single": (75.38, 75.21), "mvsa_multiple": (73.95, 73.83)}
 
 
 class Row(NamedTuple):
-    """A row of a table. One of `fields`, `system` and `floor` says what is trained.
+    """A row of a table. `system`, `floor` or else `fields` says what is trained.
 
     Args:
         label: Name in the table.
         tables: Numbers of the tables that have this row.
-        fields: Fields of `ModelArguments`, for CLIP-CA-CG and its ablations.
+        fields: Fields of `ModelArguments`, for CLIP-CA-CG, its ablations, and another system with modality heads.
         system: Key of `baselines.SYSTEMS`, for another system.
         floor: "majority", or the modality that a logistic regression reads.
         fidelity: A, B or C; see `baselines/shared.py`.
@@ -49,13 +50,12 @@ class Row(NamedTuple):
 # In the order of the tables.
 ROWS: dict[str, Row] = {"majority": Row(MAJORITY_LABEL, (3,), floor="majority")}
 ROWS |= {f"regression_{modality}": Row(LABELS[modality], (3,), floor=modality) for modality in MODALITIES}
-ROWS |= {
-    name: Row(
-        system.label, (3,), system=name, fidelity=system.fidelity if system.published else "",
-        substitutions=system.substitutions, published=system.published,
-    )
-    for name, system in sorted(SYSTEMS.items(), key=lambda item: bool(item[1].published))
-}  # fmt: skip
+for name, system in sorted(SYSTEMS.items(), key=lambda item: bool(item[1].published)):
+    fidelity = system.fidelity if system.published else ""
+    ROWS[name] = Row(system.label, (3,), None, name, None, fidelity, system.substitutions, system.published)
+    if name == "concatenation":
+        fields_of_heads = {**HEADS, "clip_mode": "none"}
+        ROWS["concatenation_heads"] = Row("Concatenation, modality heads", (3,), fields_of_heads, system=name)
 ROWS |= {
     "image_only": Row("V only", (4,), {**WHOLE, "modality": "image"}),
     "text_only": Row("T only", (4,), {**WHOLE, "modality": "text"}),
@@ -63,6 +63,7 @@ ROWS |= {
     "no_cross_attention": Row("w/o CA", (4,), {**WHOLE, "use_cross_attention": False}),
     "no_gating": Row("w/o CG", (4,), {**WHOLE, "use_gating": False}),
     "full": Row("CLIP-CA-CG", (3, 4), WHOLE, published=PAPER),
+    "full_heads": Row("CLIP-CA-CG, modality heads", (3, 4), HEADS),
 }
 
 # Keys of a tuning grid; fields that can change the scores of a floor, and of another system.
@@ -76,6 +77,9 @@ OF_SYSTEMS = (
     "freeze_vision",
     "freeze_vision_blocks",
     "class_weights",
+    "use_modality_heads",
+    "modality_loss_weight",
+    "modality_combination",
 )
 # Beginnings of the recipe's fields that cannot change a score.
 IRRELEVANT = (
@@ -142,6 +146,8 @@ class Settings:
         """Return a copy with the row's own fields and the given values of the tuning grid."""
         row, training = ROWS[name], copy.deepcopy(self.training)
         model = replace(self.model, **(row.fields or {**WHOLE, "clip_mode": "none"}))
+        if not model.use_modality_heads:
+            model.modality_loss_weight, model.modality_combination = 1.0, "auto"
         if name in WORD_VECTORS and self.word_vectors:
             model.text_model, model.freeze_text_layers = self.word_vectors, 0
         for key, value in (values or {}).items():

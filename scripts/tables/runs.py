@@ -24,6 +24,7 @@ from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import add_digests, cache_features, frozen_backbones
 from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts
+from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.reporting.model_card import DATA_TITLES
 from clipcacg.scripts.reporting.run_facts import hardware_name
 from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, append_line, read_lines
@@ -36,6 +37,7 @@ from clipcacg.scripts.training.run import (
     adapt_to_data,
     backbone_names,
     build,
+    choose_combination,
     compute_features,
     label_fields,
     limit_and_freeze,
@@ -87,8 +89,9 @@ class Fold:
         model, processor = build_system("concatenation", settings, label_names(self.posts["train"]))
         model.freeze_backbones(True, True, True)
         device, workers = settings.training.device, settings.training.dataloader_num_workers
+        posts = datasets.DatasetDict({split: labelled(dataset) for split, dataset in self.posts.items()})
         posts, stores = cache_features(
-            model, processor, self.posts, settings.model.cache_dtype, device=device, num_workers=workers
+            model, processor, posts, settings.model.cache_dtype, device=device, num_workers=workers
         )
         collate, pooled = PostCollator(processor, model.config, stores), {}
         for split, dataset in posts.items():
@@ -129,7 +132,8 @@ def protocol(data: DataArguments, posts: datasets.DatasetDict) -> str:
 def build_system(name: str, settings: Settings, names: list[str]) -> tuple[PreTrainedModel, ClipCaCgProcessor]:
     """Build one of the other systems and its processor, as `training.run.build` builds ours."""
     backbones = backbone_names(settings.model, settings.data.is_sample)
-    fields = {**settings.systems.get(name, {}), **label_fields(names), "dropout": settings.model.dropout}
+    fields = {**settings.systems.get(name, {}), **label_fields(names), **settings.model.head_fields()}
+    fields["dropout"] = settings.model.dropout
     model = SYSTEMS[name].from_backbones(**backbones, **fields)
     processor = ClipCaCgProcessor.from_backbones(**backbones)
     limit_and_freeze(model, processor, settings.model)
@@ -140,8 +144,8 @@ def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetD
     """Train a row and predict the posts of the other splits.
 
     Returns:
-        `logits`: split to (posts, labels); `parameters`: see `sizes`; `seconds` of training; `best_epoch`; with
-        `--average_checkpoints` what `load_average` returns.
+        `logits`: split to (posts, labels); `parameters`: see `sizes`; `seconds` of training; `best_epoch`;
+        `combination`, the model's `modality_combination`; with `--average_checkpoints` what `load_average` returns.
     """
     training, system = settings.training, ROWS[name].system
     training.seed = seed
@@ -163,8 +167,10 @@ def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetD
     trainer.add_callback(kept)
     seconds = trainer.train().metrics["train_runtime"]
     averaging = load_average(trainer, kept.best)
+    choose_combination(trainer, posts, settings.model.modality_combination)
     logits = {split: trainer.predict(posts[split]).predictions for split in posts if split != "train"}
     found = {"logits": logits, "parameters": sizes(model), "seconds": seconds, "best_epoch": kept.best[0].epoch}
+    found |= {"combination": model.config.modality_combination}
     return found | (averaging if training.average_checkpoints > 1 else {})
 
 
@@ -177,7 +183,7 @@ def sizes(model: PreTrainedModel) -> dict[str, int]:
 def fit_floor(name: str, fold: Fold) -> dict[str, Any]:
     """Fit a floor and return what `train_row` returns; the logits are one-hot."""
     posts, floor = fold.posts, ROWS[name].floor
-    labels = {split: np.asarray(dataset["label"]) for split, dataset in posts.items()}
+    labels = {split: np.asarray(labelled(dataset)["label"]) for split, dataset in posts.items()}
     others, parameters, start = [split for split in posts if split != "train"], 0, time.perf_counter()
     if floor == "majority":
         answers, encoders = {split: majority(labels["train"], len(posts[split])) for split in others}, 0
@@ -230,6 +236,10 @@ class Runner:
     def row(self, name: str, fold: Fold) -> None:
         """Make all runs of a row on a fold, after its trials on the first one."""
         floor = ROWS[name].floor
+        columns = fold.posts["train"].column_names
+        if self.settings.for_row(name).model.use_modality_heads and "text_label" not in columns:
+            logger.warning("%s is skipped: the posts have no labels of text and image alone", name)
+            return
         if name not in self.chosen:
             self.chosen[name] = {} if floor else self.choose(name, fold)
         if self.chosen[name] is not None:

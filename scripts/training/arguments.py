@@ -40,6 +40,17 @@ class ModelArguments:
     projection_dim: int = field(default=512, metadata={"help": "Width of the shared space of --clip_mode feature."})
     dropout: float = field(default=0.3, metadata={"help": "Dropout of the fusion."})
     contrastive_loss_weight: float = field(default=0.1, metadata={"help": "For --clip_mode feature."})
+    use_modality_heads: bool = field(
+        default=False, metadata={"help": "Learn the labels of the text alone and of the image alone, too."}
+    )
+    modality_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the two heads' losses."})
+    modality_combination: Literal["auto", "classifier", "average"] = field(
+        default="auto",
+        metadata={
+            "help": "Predict with the classifier, or with its average with the two heads; auto: what is better on the "
+            "validation split after training."
+        },
+    )
     freeze_text: bool = field(default=False, metadata={"help": "Do not train the text encoder."})
     freeze_text_layers: int = field(
         default=0, metadata={"help": "Do not train the text encoder's embeddings and this many of its lower layers."}
@@ -73,7 +84,18 @@ class ModelArguments:
     def config_fields(self) -> dict[str, Any]:
         """The fields of `ClipCaCgConfig` among the flags."""
         names = "clip_mode modality use_cross_attention use_gating hidden_size num_attention_heads projection_dim"
-        return {name: getattr(self, name) for name in f"{names} dropout contrastive_loss_weight".split()}
+        fields = {name: getattr(self, name) for name in f"{names} dropout contrastive_loss_weight".split()}
+        return fields | self.head_fields()
+
+    def head_fields(self) -> dict[str, Any]:
+        """Those of them that add modality heads, to a checkpoint and to the concatenation baseline, too.
+
+        With "auto" training evaluates the classifier; `run.choose_combination` chooses after it.
+        """
+        fields: dict[str, Any] = {"modality_combination": self.modality_combination.replace("auto", "classifier")}
+        if self.use_modality_heads:
+            fields |= {"use_modality_heads": True, "modality_loss_weight": self.modality_loss_weight}
+        return fields
 
 
 @dataclass

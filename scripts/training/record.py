@@ -10,6 +10,7 @@ import datasets
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import NO_LIMIT
 from clipcacg.scripts.data.loading import SPLIT_NAMES, DataArguments, label_names
+from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import MARKER
 from clipcacg.scripts.reporting.model_card import write_model_card
 from clipcacg.scripts.reporting.plots import (
@@ -69,7 +70,7 @@ def complete_checkpoint(
         data_kind=data_kind(data_arguments, posts),
         dataset_name=data_arguments.dataset_name or data_arguments.data_dir or "the drawn sample",
         splits=split_name(data_arguments, posts),
-        num_posts={split: len(dataset) for split, dataset in posts.items()},
+        num_posts=num_posts(posts),
         split_settings=split_settings(data_arguments),
         base_models=base_models(model_arguments, trainer.model),
         hub_model_id=trainer.args.hub_model_id,
@@ -86,6 +87,13 @@ def complete_checkpoint(
     )
     write_model_card(folder, facts)
     logger.info("The checkpoint, the results and the model card are in %s", folder)
+
+
+def num_posts(posts: datasets.DatasetDict) -> dict[str, int]:
+    """Number of posts of each split; the conflicting posts, which only the heads see, are counted by themselves."""
+    counts = {split: len(labelled(dataset)) for split, dataset in posts.items()}
+    conflicting = len(posts["train"]) - counts["train"]
+    return counts | ({"train, modality heads only": conflicting} if conflicting else {})
 
 
 def split_name(arguments: DataArguments, posts: datasets.DatasetDict) -> str:
@@ -117,6 +125,7 @@ def recipe(arguments: RecipeArguments, model_arguments: ModelArguments, label_sm
     frozen = [part for part in ("text", "vision", "clip") if getattr(model_arguments, f"freeze_{part}")]
     layers = 0 if "text" in frozen else model_arguments.freeze_text_layers
     blocks = 0 if "vision" in frozen else model_arguments.freeze_vision_blocks
+    chosen = model_arguments.use_modality_heads and model_arguments.modality_combination == "auto"
     ours = {
         "backbone_learning_rate": arguments.backbone_learning_rate,
         "early_stopping_patience": arguments.early_stopping_patience,
@@ -127,6 +136,7 @@ def recipe(arguments: RecipeArguments, model_arguments: ModelArguments, label_sm
         "class_weights": model_arguments.class_weights.replace("none", ""),
         "average_checkpoints": arguments.average_checkpoints if arguments.average_checkpoints > 1 else 0,
         "augment": arguments.augment,
+        "modality_combination": "the better one on the validation split" * chosen,
         "label_smoothing": label_smoothing,
     }
     return values | {name: value for name, value in ours.items() if value}

@@ -16,13 +16,14 @@ from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2
 from transformers import AutoConfig, EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
 
-from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.configuration_clipcacg import MODALITY_COMBINATIONS, ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.features import FEATURES, FeatureStore, cache_features, frozen_backbones
 from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, label_names, load_posts
+from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import make_tiny_backbones
 from clipcacg.scripts.reporting.hub import check_repo_id, push_checkpoint
 from clipcacg.scripts.reporting.predictions import checkpoint_config, load_checkpoint, prediction_line, write_line
@@ -41,10 +42,14 @@ def load_training_posts(
     """Load the posts, in the main process first, and settle the flags that depend on them.
 
     Raises:
-        InputError: If there is no training split.
+        InputError: If there is no training split, or the modality heads lack labels.
     """
+    has_heads = model_arguments.use_modality_heads
     if model_arguments.model_name_or_path:
-        model_arguments.modality = checkpoint_config(model_arguments.model_name_or_path).modality
+        config = checkpoint_config(model_arguments.model_name_or_path)
+        model_arguments.modality, has_heads = config.modality, has_heads or config.use_modality_heads
+    if data_arguments.use_conflicting_posts and not has_heads:
+        raise InputError("--use_conflicting_posts trains modality heads alone: add --use_modality_heads.")
     with arguments.main_process_first(desc="loading the posts"):
         posts = load_posts(data_arguments, model_arguments.modality)
     if "train" not in posts:
@@ -52,6 +57,11 @@ def load_training_posts(
         if data_arguments.splits not in (None, "random"):
             source += f" with --splits {data_arguments.splits}"
         raise InputError(f"There is no training split: the split train is missing in {source}.")
+    if model_arguments.use_modality_heads and not {"text_label", "image_label"} <= set(posts["train"].column_names):
+        raise InputError(
+            "--use_modality_heads needs labels of text and image alone: name their columns with --text_label_column "
+            "and --image_label_column."
+        )
     adapt_to_data(arguments, posts, model_arguments.modality)
     return posts
 
@@ -100,6 +110,7 @@ def build(
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             class_weights=None,
+            **arguments.head_fields(),
             **labels,
         )
     else:
@@ -179,7 +190,7 @@ def set_loss(
     model.config.label_smoothing, arguments.label_smoothing_factor = arguments.label_smoothing_factor, 0.0
     model.config.class_weights = None
     if model_arguments.class_weights == "balanced":
-        model.config.class_weights = balanced_weights(train)
+        model.config.class_weights = balanced_weights(labelled(train))
 
 
 def balanced_weights(dataset: datasets.Dataset) -> list[float]:
@@ -227,12 +238,13 @@ def make_trainer(
     posts: datasets.DatasetDict,
     features: dict[str, FeatureStore] | None = None,
 ) -> SentimentTrainer:
-    """Make the Trainer; `features` come from `compute_features`.
+    """Make the Trainer; `features` come from `compute_features`. Conflicting posts train modality heads alone.
 
     Raises:
         InputError: If checkpoints are to be averaged whose weights are spread over several files.
     """
     names = label_names(posts["train"])
+    train = posts["train"] if model.config.use_modality_heads else labelled(posts["train"])
     collator = PostCollator(processor, model.config, features or {})
     patience, averaged = arguments.early_stopping_patience, arguments.average_checkpoints
     callbacks: list[TrainerCallback] = [EarlyStoppingCallback(patience)] if patience else []
@@ -242,7 +254,7 @@ def make_trainer(
         model=model,
         args=arguments,
         data_collator=collator,
-        train_dataset=prepare_training(posts["train"], processor, collator, arguments.augment),
+        train_dataset=prepare_training(train, processor, collator, arguments.augment),
         eval_dataset=posts.get("validation"),
         processing_class=processor,
         compute_metrics=partial(compute_metrics, metric=load_metric(names is None), names=names),
@@ -370,6 +382,29 @@ def evaluate_splits(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> d
                     write_line(file, prediction_line(post_id, logits, trainer.model.config))
             logger.info("\n%s, %d posts\n%s\n", split, len(posts[split]), results_table(results[split], names))
     return results
+
+
+def choose_combination(trainer: SentimentTrainer, posts: datasets.DatasetDict, asked: str) -> None:
+    """Set `modality_combination` of a trained model with heads to what is better on the validation split.
+
+    The score is `--metric_for_best_model`. The classifier wins a tie. It also stays without a validation split, and
+    with labels other than negative, neutral and positive, which the average needs.
+
+    Args:
+        trainer: Its model and arguments.
+        posts: Splits.
+        asked: `--modality_combination`; anything but "auto" stands.
+    """
+    config, arguments = trainer.model.config, trainer.args
+    if asked != "auto" or not (config.use_modality_heads and config.has_sentiment_labels and "validation" in posts):
+        return
+    metric, scores = (arguments.metric_for_best_model or "accuracy").removeprefix("eval_"), {}
+    for name in MODALITY_COMBINATIONS:
+        config.modality_combination = name
+        metrics = trainer.predict(posts["validation"], metric_key_prefix="eval").metrics
+        scores[name] = -metrics["eval_loss"] if metric == "loss" else metrics[f"eval_{metric}"]
+    config.modality_combination = max(scores, key=scores.__getitem__)
+    logger.info("modality_combination: %s, by the validation %s of %s", config.modality_combination, metric, scores)
 
 
 def take_over_push(arguments: RecipeArguments) -> tuple[bool, str | None]:

@@ -3,6 +3,7 @@
 import errno
 import math
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -82,31 +83,32 @@ def first_line(error: Exception) -> str:
 class SentimentTrainer(Trainer):
     """The Trainer with the paper's optimizer and schedule, and a separate learning rate for the backbones.
 
-    Logs the model's contrastive loss as `contrastive_loss`, averaged over the steps since the last log as `loss` is.
+    Logs the model's `contrastive_loss` and `modality_loss`, averaged over the steps since the last log as `loss` is.
     """
 
     args: RecipeArguments
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.contrastive_sum: torch.Tensor | float = 0.0
-        self.contrastive_steps = 0
+        self.part_sums: dict[str, torch.Tensor] = {}
+        self.part_steps: Counter[str] = Counter()
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        contrastive = getattr(outputs, "contrastive_loss", None)
-        if model.training and contrastive is not None:
-            self.contrastive_sum = self.contrastive_sum + contrastive.detach().float().mean()
-            self.contrastive_steps += 1
+        for name in ("contrastive_loss", "modality_loss"):
+            part = getattr(outputs, name, None)
+            if model.training and part is not None:
+                self.part_sums[name] = self.part_sums.get(name, 0) + part.detach().float().mean()
+                self.part_steps[name] += 1
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.contrastive_steps:
-            mean = self.contrastive_sum / self.contrastive_steps
-            logs["contrastive_loss"] = self.accelerator.gather(mean).mean().item()
-            self.contrastive_sum, self.contrastive_steps = 0.0, 0
+        if "loss" in logs:
+            for name, total in self.part_sums.items():
+                logs[name] = self.accelerator.gather(total / self.part_steps[name]).mean().item()
+            self.part_sums, self.part_steps = {}, Counter()
         super().log(logs, start_time)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

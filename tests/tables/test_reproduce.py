@@ -13,6 +13,7 @@ import datasets
 import pytest
 import transformers
 import yaml
+from inputs import table_of_images
 
 from clipcacg.scripts import reproduce
 from clipcacg.scripts.baselines import SYSTEMS
@@ -56,11 +57,13 @@ def with_config(folder: Path, **keys: Any) -> list[str]:
 def test_the_rows_are_those_of_the_tables() -> None:
     table3 = [name for name, row in ROWS.items() if 3 in row.tables]
     table4 = [row.label for row in ROWS.values() if 4 in row.tables]
-    assert table4 == ["V only", "T only", "w/o Clip", "w/o CA", "w/o CG", "CLIP-CA-CG"]
-    *floors, concatenation = table3[:5]
+    ours = ["CLIP-CA-CG", "CLIP-CA-CG, modality heads"]
+    assert table4 == ["V only", "T only", "w/o Clip", "w/o CA", "w/o CG", *ours]
+    *floors, concatenation, with_heads = table3[:6]
     assert floors == ["majority", "regression_text", "regression_image", "regression_both"]
-    assert concatenation == "concatenation" and table3[5:-1] == list(SYSTEMS)[:-1] and table3[-1] == "full"
-    for name in table3[5:-1]:
+    assert (concatenation, with_heads) == ("concatenation", "concatenation_heads")
+    assert table3[6:-2] == list(SYSTEMS)[:-1] and table3[-2:] == ["full", "full_heads"]
+    for name in table3[6:-2]:
         assert (ROWS[name].fidelity, ROWS[name].published) == (SYSTEMS[name].fidelity, SYSTEMS[name].published)
         assert ROWS[name].substitutions
 
@@ -77,6 +80,7 @@ def test_an_ablation_is_one_field_of_the_full_model() -> None:
     changes = {
         "image_only": ("modality", "image"), "text_only": ("modality", "text"), "no_clip": ("clip_mode", "none"),
         "no_cross_attention": ("use_cross_attention", False), "no_gating": ("use_gating", False),
+        "full_heads": ("use_modality_heads", True),
     }  # fmt: skip
     for name, (key, value) in changes.items():
         assert vars(settings.for_row(name).model) == {**vars(full), key: value}
@@ -129,7 +133,7 @@ def test_flags_that_change_a_rows_hash() -> None:
     assert len(set(plain.values())) == len(ROWS)
     assert not changed("--output_dir", "x", "--seed", "7", "--logging_steps", "3", "--use_cpu", "False")
     assert changed("--learning_rate", "0.3") == ROWS.keys() - floors
-    assert changed("--hidden_size", "32") == {name for name, row in ROWS.items() if row.fields}
+    assert changed("--hidden_size", "32") == {name for name, row in ROWS.items() if row.fields and not row.system}
     assert changed("--text_model", "x") == ROWS.keys() - {"majority"}
     assert changed("--word_vectors", "x") == set(WORD_VECTORS)
 
@@ -274,6 +278,33 @@ def test_a_system_of_two_inputs_on_cached_features(flags: list[str], tmp_path: P
     reproduce.main([*flags, *frozen])
     assert [set(line["metrics"]) for line in lines(tmp_path)] == [{"validation", "test"}] * 2
     assert all(line["parameters"]["trainable"] < line["parameters"]["total"] for line in lines(tmp_path))
+
+
+def test_rows_with_heads_see_conflicting_posts_and_other_rows_do_not(flags: list[str], tmp_path: Path) -> None:
+    more = [
+        "--freeze_text",
+        "--freeze_vision",
+        "--freeze_clip",
+        "--max_train_samples",
+        "200",
+        "--modality_combination",
+    ]
+    rows = ["concatenation", "concatenation_heads", "regression_both"]
+    reproduce.main([*flags, *more, "average", "--use_conflicting_posts", "--rows", *rows])
+    found = {line["row"]: line for line in lines(tmp_path)}
+    assert sorted(found) == sorted(rows) and not any("error" in line for line in found.values())
+    assert [found[row].get("combination") for row in rows] == ["classifier", "average", None]
+
+
+def test_rows_with_heads_are_skipped_without_labels_of_text_and_image(
+    flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = ["--image_column", "photo", "--text_column", "tweet", "--label_column", "mood"]
+    datasets.Dataset.from_list(table_of_images(tmp_path, int)).to_csv(tmp_path / "posts.csv")
+    flags[1:3] = ["--dataset_name", str(tmp_path / "posts.csv"), *own]
+    reproduce.main([*flags, "--rows", "majority", "concatenation_heads"])
+    assert [line["row"] for line in lines(tmp_path)] == ["majority"]
+    assert "concatenation_heads is skipped" in caplog.text
 
 
 @pytest.mark.slow
