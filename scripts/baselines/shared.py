@@ -4,7 +4,7 @@ A system is a subclass of `BaselineForSequenceClassification` that turns the enc
 attributes are shown in the tables:
 
     label           name of the row
-    fidelity        A: follows official code; B: known structure, assumed sizes; C: a proxy
+    fidelity        A: follows official code; B: known structure, assumed sizes and initial weights; C: a proxy
     substitutions   what differs from the original
     published       accuracy and F1 of the paper's Table III in percent, from mixed splits and mixed kinds of F1
 
@@ -128,6 +128,19 @@ class ImageEncoder(nn.Module):
         return self.backbone(pixel_values.to(self.backbone.dtype)).last_hidden_state
 
 
+class XavierLinear(nn.Linear):
+    """A Linear that starts with uniform weights of the Xavier bound sqrt(6 / fans), and with zero biases.
+
+    Args:
+        input_size, output_size, bias: As for `nn.Linear`.
+        fans: Sum of the two widths that the bound is computed from; by default those of the layer.
+    """
+
+    def __init__(self, input_size: int, output_size: int, bias: bool = True, fans: int | None = None) -> None:
+        self.bound = (6 / (fans or input_size + output_size)) ** 0.5
+        super().__init__(input_size, output_size, bias=bias)
+
+
 class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
     """Base class of the systems: text encoder, vision encoder, the subclass's `score`, and our own model's loss."""
 
@@ -159,16 +172,21 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        """Start every layer as PyTorch does, which is what the authors' own code does where it is public."""
+        if isinstance(module, XavierLinear):
+            init.uniform_(module.weight, -module.bound, module.bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            bound = module.weight[0].numel() ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             for parameter in module.parameters():
                 init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            init.kaiming_normal_(module.weight, nonlinearity="relu")
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.MultiheadAttention):
-            init.xavier_uniform_(module.in_proj_weight)
-            init.zeros_(module.in_proj_bias)
+        else:
+            super()._init_weights(module)
 
     def forward(
         self,
