@@ -34,7 +34,7 @@ class Concatenation(BaselineForSequenceClassification):
     """
 
     config_class = ConcatenationConfig
-    label = "Concatenation (our floor)"
+    label = "Concatenation (simple baseline)"
     fidelity = "A"
 
     def __init__(self, config: ConcatenationConfig) -> None:

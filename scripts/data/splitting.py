@@ -10,7 +10,7 @@ import logging
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -239,16 +239,18 @@ def duplicate_groups(*parts: datasets.Dataset) -> list[int]:
     Returns:
         `list[int]`: the group of each row, one part after the other.
     """
+    return linked_groups([keys for part in parts for keys in duplicate_keys(part)])
+
+
+def linked_groups(rows: Sequence[Sequence[str]]) -> list[int]:
+    """Number the groups of rows that are linked, directly or through others, by a common key."""
     first_row: dict[str, int] = {}
-    links: list[tuple[int, int]] = []
-    rows = [keys for part in parts for keys in _keys(part)]
-    for row, keys in enumerate(rows):
-        links += [(row, first_row.setdefault(key, row)) for key in keys]
+    links = [(row, first_row.setdefault(key, row)) for row, keys in enumerate(rows) for key in keys]
     graph = coo_array((np.ones(len(links)), np.array(links, dtype=int).reshape(-1, 2).T), shape=(len(rows),) * 2)
     return connected_components(graph, directed=False)[1].tolist()
 
 
-def _keys(dataset: datasets.Dataset) -> Iterator[list[str]]:
+def duplicate_keys(dataset: datasets.Dataset) -> Iterator[list[str]]:
     """What each post shares with its duplicates: its text without user names, links, case and spacing; its image."""
     texts, images = [None] * len(dataset), [None] * len(dataset)
     if "text" in dataset.column_names:

@@ -202,10 +202,10 @@ def read_config(file: Path, parser: argparse.ArgumentParser, other_keys: Sequenc
         close = difflib.get_close_matches(unknown[0], [*flags, *other_keys], n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise InputError(f"Unknown key {', '.join(unknown)} in {file}. Allowed: the flags that --help lists.{hint}")
-    return {key: value if key in other_keys else _checked(file, flags[key], value) for key, value in values.items()}
+    return {key: value if key in other_keys else checked(file, flags[key], value) for key, value in values.items()}
 
 
-def _checked(file: Path, action: argparse.Action, value: Any) -> Any:
+def checked(file: Path, action: argparse.Action, value: Any) -> Any:
     """Convert one value of a YAML file.
 
     Raises:
