@@ -288,8 +288,12 @@ def check(model: ModelArguments, training: RecipeArguments) -> None:
         raise InputError("--model_name_or_path is not allowed: every row starts from the same backbones.")
     if model.clip_mode == "none":
         raise InputError("--clip_mode none is a row of Table IV: choose encoder or feature for the full model.")
-    if training.augment:
-        raise InputError("--augment is not allowed: the outputs of frozen backbones are always cached.")
+    frozen = ["freeze_text", "freeze_text_layers", "freeze_vision", *["freeze_clip"] * (model.clip_mode == "encoder")]
+    if training.augment and any(getattr(model, flag) for flag in frozen):
+        raise InputError(
+            f"--augment needs encoders that train, because outputs of frozen ones are cached: leave out "
+            f"{', '.join(f'--{flag}' for flag in frozen if getattr(model, flag))}."
+        )
     if training.world_size > 1:
         raise InputError(
             "Start reproduce.py with python, without a launcher of several processes: --jobs trains several rows at "

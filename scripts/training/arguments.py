@@ -127,7 +127,10 @@ class RecipeArguments(TrainingArguments):
             "keep the best. Their checkpoints and the last one stay on disk, whatever --save_total_limit says."
         },
     )
-    augment: bool = field(default=False, metadata={"help": "Crop, flip and colour training images at random."})
+    augment: bool = field(
+        default=False,
+        metadata={"help": "Change training images (TrivialAugment) and texts (words deleted and swapped) at random."},
+    )
     # TrainingArguments has this flag too, but demands a value for it.
     debug: str | None = field(
         default="",

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from sklearn.utils.class_weight import compute_class_weight
-from torchvision.transforms import v2
 from transformers import AutoConfig, EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
 
 from clipcacg.configuration_clipcacg import MODALITY_COMBINATIONS, ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.data.augmentation import Augmentation
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
-from clipcacg.scripts.data.features import FEATURES, FeatureStore, cache_features, frozen_backbones
+from clipcacg.scripts.data.features import FeatureStore, cache_features
 from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, label_names, load_posts
 from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import make_tiny_backbones
@@ -217,10 +217,10 @@ def compute_features(
     """Store the frozen backbones' outputs; see `cache_features`.
 
     Raises:
-        InputError: If images are augmented too.
+        InputError: If posts are augmented too.
     """
-    if arguments.augment and any(FEATURES[name].column == "image" for name in frozen_backbones(model)):
-        raise InputError("--augment changes every image in every epoch, --cache_features stores it: choose one.")
+    if arguments.augment:
+        raise InputError("--augment changes every post in every epoch, --cache_features stores it: choose one.")
     return cache_features(
         model,
         processor,
@@ -268,27 +268,14 @@ def make_trainer(
 def prepare_training(
     dataset: datasets.Dataset, processor: ClipCaCgProcessor, collator: PostCollator, augment: bool
 ) -> datasets.Dataset:
-    """Add the number of tokens, to group batches by, and augmentation of the images if asked for."""
+    """Add the number of tokens, to group batches by, and augmentation if asked for."""
     if "text" in collator.config.modalities:
         encoded = processor.tokenizer([text or "" for text in dataset["text"]], truncation=True)
         dataset = dataset.add_column("length", [len(ids) for ids in encoded["input_ids"]])
-    if augment and "image" in collator.config.modalities:
-        dataset = dataset.cast_column("image", datasets.Image())
-        dataset = dataset.with_transform(augment_images, columns=["image"], output_all_columns=True)
+    if augment:
+        columns = list(collator.config.modalities)
+        dataset = dataset.with_transform(Augmentation(processor), columns=columns, output_all_columns=True)
     return dataset
-
-
-def augment_images(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Crop, flip and colour each image at random. Source: our choice, weak enough to keep the sentiment."""
-    change = v2.Compose(
-        [
-            v2.RGB(),
-            v2.RandomResizedCrop(256, scale=(0.7, 1.0), ratio=(0.8, 1.25), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-        ]
-    )
-    return {"image": [change(image) for image in columns["image"]]}
 
 
 def compute_metrics(evaluated: EvalPrediction, metric: evaluate.Metric, names: list[str] | None) -> dict[str, float]:
