@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 LABELS = ("negative", "neutral", "positive")
 CLIP_MODES = ("encoder", "feature", "none")
 MODALITIES = ("both", "image", "text")
+MODALITY_COMBINATIONS = ("classifier", "average")
 
 # Every checkpoint names all four classes, whichever of them wrote it; see `ClipCaCgConfig.save_pretrained`.
 AUTO_MAP = {
@@ -67,6 +68,12 @@ class ClipCaCgConfig(PreTrainedConfig):
         logit_scale_init_value: Logarithm of the inverse temperature of that loss at the start; CLIP's ln(1 / 0.07).
         class_weights: Weight of each class in the cross-entropy, one number for each label, or None for equal weights.
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
+        use_modality_heads: Add two Linear heads that predict the text's own label and the image's own label. Our
+            addition, for a classifier with `modality="both"`.
+        modality_loss_weight: Weight of the heads' cross-entropies in the training loss. Our choice: 1.
+        modality_combination: What `logits` are in evaluation mode. `"classifier"`: equation 16, as in the paper;
+            `"average"`: the mean of the classifier's probabilities and of those that MVSA's label rule makes of the
+            two heads. The rule needs the labels negative, neutral and positive, in any order.
         **kwargs: What every transformers config takes: `num_labels`, `id2label`, `problem_type`, `dtype`, ...
             Three labels without names are 0 negative, 1 neutral, 2 positive, and that is also the default.
 
@@ -88,6 +95,9 @@ class ClipCaCgConfig(PreTrainedConfig):
         "text_embeds",
         "gate",
         "contrastive_loss",
+        "text_logits",
+        "image_logits",
+        "modality_loss",
         "image_attentions",
         "text_attentions",
         "image_hidden_states",
@@ -111,6 +121,9 @@ class ClipCaCgConfig(PreTrainedConfig):
         logit_scale_init_value: float = 2.6592,
         class_weights: list[float] | None = None,
         label_smoothing: float = 0.0,
+        use_modality_heads: bool = False,
+        modality_loss_weight: float = 1.0,
+        modality_combination: str = "classifier",
         **kwargs: Any,
     ) -> None:
         self.text_config = _sub_config(text_config or ROBERTA_BASE, "roberta")
@@ -128,6 +141,9 @@ class ClipCaCgConfig(PreTrainedConfig):
         self.logit_scale_init_value = logit_scale_init_value
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
+        self.use_modality_heads = use_modality_heads
+        self.modality_loss_weight = modality_loss_weight
+        self.modality_combination = modality_combination
         if kwargs.get("id2label") is None and kwargs.get("label2id"):
             kwargs["id2label"] = {index: label for label, index in kwargs["label2id"].items()}
         if kwargs.get("id2label") is None and kwargs.get("num_labels") in (None, len(LABELS)):
@@ -144,7 +160,12 @@ class ClipCaCgConfig(PreTrainedConfig):
         Raises:
             ValueError: If a mode is unknown, a number is out of its range, or two values contradict each other.
         """
-        for name, choices in (("clip_mode", CLIP_MODES), ("modality", MODALITIES)):
+        choices_of = {
+            "clip_mode": CLIP_MODES,
+            "modality": MODALITIES,
+            "modality_combination": MODALITY_COMBINATIONS,
+        }
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
         if self.modality == "both" and self.clip_mode == "encoder" and self.clip_config is None:
@@ -174,6 +195,19 @@ class ClipCaCgConfig(PreTrainedConfig):
                 f"class_weights needs one number for each label: {self.num_labels} numbers, not "
                 f"{len(self.class_weights)}."
             )
+        if self.use_modality_heads and (self.modality != "both" or self.task != "single_label_classification"):
+            raise ValueError(
+                "use_modality_heads=True needs modality='both' and one of several labels for each example, not "
+                f"modality={self.modality!r} and {self.num_labels} label(s) with problem_type={self.problem_type!r}."
+            )
+        if self.modality_combination == "average":
+            if not self.use_modality_heads:
+                raise ValueError("modality_combination='average' needs use_modality_heads=True.")
+            if not self.has_sentiment_labels:
+                raise ValueError(
+                    f"modality_combination='average' needs the labels {', '.join(LABELS)}, not "
+                    f"{', '.join(self.label_names)}: its rule combines these three alone."
+                )
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -201,6 +235,17 @@ class ClipCaCgConfig(PreTrainedConfig):
     def task(self) -> str:
         """`problem_type`, or transformers' rule where it is None: one label is a regression, several are classes."""
         return self.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the labels, in the order of their indices."""
+        names: Any = self.id2label
+        return [names[index] for index in range(len(names))]
+
+    @property
+    def has_sentiment_labels(self) -> bool:
+        """Whether the labels are negative, neutral and positive, in any order."""
+        return sorted(self.label_names) == sorted(LABELS)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what `config.json` holds.

@@ -15,6 +15,7 @@ Source: Lu, Ni and Ding, "Cross-Modal Sentiment Analysis Based on CLIP Image-Tex
     16            classifier                             ClipCaCgForSequenceClassification
     Table IV      w/o Clip, w/o CG                       NoClipInteraction, ConcatFusion
                   V only, T only                         ClipCaCgModel, `config.modality`
+    ours          labels of text and image alone         ModalityHeads
 
 Axis names: batch, text_len (tokens of the text encoder), regions (of the image), joint_len (positions of F_IT),
 hidden (d), projection (c), heads, labels. A mask is 1 or True for a real token and 0 or False for padding.
@@ -28,6 +29,8 @@ Departures from the paper:
 - With `clip_mode="encoder"`, CLIP's towers read the raw image and text. The paper writes CLIP(F_I) and CLIP(F_T), but
   CLIP cannot read another encoder's states. `clip_mode="feature"` is the literal reading, without CLIP's weights.
 - RoBERTa's tokenizer adds `<s>` and `</s>`, and both stay. The paper says that it adds no special tokens.
+- `use_modality_heads` is our addition: two heads learn the labels that annotators gave to the text alone and to the
+  image alone. `modality_combination="average"` lets them take part in the prediction. Both are off by default.
 
 Where the paper is silent, our reading:
 - Equation 12 as a formula. The paper prints only sigma(Concat, Norm).
@@ -100,8 +103,13 @@ class ClipCaCgClassifierOutput(ModelOutput):
     """Output of `ClipCaCgForSequenceClassification`.
 
     Args:
-        loss: Scalar, if `labels` were given: the task loss and, in training mode, the weighted contrastive loss.
+        loss: Scalar, if `labels` were given: the task loss and, in training mode, the weighted contrastive loss and
+            `modality_loss`.
         logits: (batch, labels), scores before the softmax of equation 16, or the predicted values of a regression.
+            With `modality_combination="average"` in evaluation mode: the logarithms of the averaged probabilities.
+        text_logits: (batch, labels), scores of the text's own label, with `use_modality_heads`.
+        image_logits: (batch, labels), scores of the image's own label, with `use_modality_heads`.
+        modality_loss: Scalar, the sum of the two heads' cross-entropies; in training mode, if `labels` were given.
         fused_embeds, image_embeds, text_embeds, gate, contrastive_loss, image_attentions, text_attentions,
             image_hidden_states, text_hidden_states: As in `ClipCaCgModelOutput`.
     """
@@ -113,6 +121,9 @@ class ClipCaCgClassifierOutput(ModelOutput):
     text_embeds: Tensor | None = None
     gate: Tensor | None = None
     contrastive_loss: Tensor | None = None
+    text_logits: Tensor | None = None
+    image_logits: Tensor | None = None
+    modality_loss: Tensor | None = None
     image_attentions: Tensor | None = None
     text_attentions: Tensor | None = None
     image_hidden_states: tuple[Tensor, ...] | None = None
@@ -714,6 +725,96 @@ class ConcatFusion(nn.Module):
         return self.mlp(torch.cat([x, F_I.mean(dim=1), masked_mean(F_T, text_mask)], dim=-1))
 
 
+class ModalityHeads(nn.Module):
+    """Two Linear heads: the text's own label from the mean of F_T, the image's own label from the mean of F_I.
+
+    Source: our choice. MVSA labels text and image separately, and the post's label follows from the two.
+
+    Args:
+        text_size: Width of the text states.
+        image_size: Width of the image regions.
+        config: Its `dropout` and number of labels.
+    """
+
+    def __init__(self, text_size: int, image_size: int, config: ClipCaCgConfig) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.text = nn.Linear(text_size, len(config.label_names))
+        self.image = nn.Linear(image_size, len(config.label_names))
+
+    def forward(self, F_T: Tensor, text_mask: Tensor, F_I: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the logits of both modalities.
+
+        Args:
+            F_T: (batch, text_len, text_size).
+            text_mask: (batch, text_len), bool.
+            F_I: (batch, regions, image_size).
+
+        Returns:
+            The text's and the image's logits, each (batch, labels).
+        """
+        text, image = masked_mean(F_T, text_mask), F_I.mean(dim=1)
+        return self.text(self.dropout(text)), self.image(self.dropout(image))
+
+
+def combine_probabilities(text: Tensor, image: Tensor, neutral: int = 1) -> Tensor:
+    """Apply MVSA's label rule to the probabilities of the text's and the image's own labels.
+
+    Equal labels stand, and a neutral label gives way to the other one. Positive against negative has no label, so this
+    part of the probability is dropped and the rest is scaled to a sum of 1.
+
+    Args:
+        text, image: (batch, 3), probabilities of negative, neutral and positive, in any order.
+        neutral: Index of neutral in that order.
+
+    Returns:
+        (batch, 3), probabilities in the same order; zeros where positive against negative is certain.
+
+    Source: the paper's labelling rule; on probabilities, as if the two labels were independent, it is our choice.
+    """
+    text_neutral, image_neutral = text[:, neutral, None], image[:, neutral, None]  # (batch, 1)
+    is_polar = torch.arange(text.shape[-1], device=text.device) != neutral
+    joint = text * image + is_polar * (text * image_neutral + text_neutral * image)
+    return joint / joint.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).tiny)
+
+
+def average_with_rule(logits: Tensor, text_logits: Tensor, image_logits: Tensor, neutral: int = 1) -> Tensor:
+    """Average the classifier's probabilities with those that the label rule makes of the two heads.
+
+    Args:
+        logits, text_logits, image_logits: (batch, 3), of the classifier and of the two heads.
+        neutral: Index of the label neutral.
+
+    Returns:
+        (batch, 3), logarithms of the mean: their softmax is the mean.
+    """
+    # A device map may have put the heads elsewhere than the classifier.
+    device, together = logits.device, (logits, text_logits, image_logits)
+    classifier, text, image = (scores.to(device, torch.float32).softmax(dim=-1) for scores in together)
+    mean = (classifier + combine_probabilities(text, image, neutral)) / 2
+    return mean.clamp(min=torch.finfo(mean.dtype).tiny).log().to(logits.dtype)
+
+
+def known_cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Compute the mean cross-entropy over the examples whose label is known.
+
+    Args:
+        logits: (batch, labels).
+        labels: (batch,) class indices; -100 where unknown.
+        weights: (labels,), weight of each class, or None for equal weights.
+        label_smoothing: In [0, 1).
+
+    Returns:
+        Scalar, float32. Without any known label it is 0, and so are its gradients; PyTorch's own mean is NaN.
+    """
+    total = functional.cross_entropy(logits.float(), labels, weights, reduction="sum", label_smoothing=label_smoothing)
+    known = (labels != -100).float()
+    count = (known if weights is None else known * weights[labels.clamp(min=0)]).sum()
+    return total / torch.where(count > 0, count, 1.0)
+
+
 def load_backbone(encoder: PreTrainedModel, source: str | Path) -> None:
     """Copy pretrained weights into an encoder, and warn about weights that the source lacks.
 
@@ -742,27 +843,58 @@ def load_backbone(encoder: PreTrainedModel, source: str | Path) -> None:
     encoder.load_state_dict({key: value for key, value in pretrained.state_dict().items() if key in used})
 
 
-def freeze_layers(encoder: PreTrainedModel, number: int) -> None:
-    """Freeze the embeddings and the first layers of a text encoder.
+def layers_of_modules(encoder: nn.Module) -> dict[str, int]:
+    """Number the layers of any encoder: 0 for its embeddings or stem, then 1, 2, ... up to its top.
+
+    A layer is an outermost module of several modules whose name ends in a number: a Transformer layer (`layer.0`), or
+    a stage or block of a convolutional encoder (`stages.0`, `blocks.0`, `layer1`). A word with a number is a layer
+    only if a sibling has the same word, unlike ResNet-D's `conv1`. What follows a layer, such as the final norm,
+    belongs to it. Source: our choice. AutoGluon takes the first number in a parameter's name.
+
+    Returns:
+        Name of each module to its layer. Modules that hold layers are left out; a parameter of theirs counts as 0.
+    """
+    composite = [
+        name
+        for name, module in encoder.named_modules()
+        if name and any(next(c.parameters(), None) is not None for c in module.children())
+    ]
+    words = [name.rstrip("0123456789") for name in composite]
+    holders, numbered, found, layer = {""}, "", {}, 0
+    for name, word in zip(composite, words, strict=True):
+        is_layer = word != name and (word.endswith(".") or not word or words.count(word) > 1)
+        if is_layer and not (numbered and name.startswith(numbered)):
+            numbered = f"{name}."
+            holders |= {name[:end] for end, sign in enumerate(name) if sign == "."}
+            found[name] = 0
+    for name, _ in encoder.named_modules():
+        layer += name in found
+        if name not in holders:
+            found[name] = layer
+    return found
+
+
+def freeze_layers(encoder: PreTrainedModel, number: int, argument: str) -> None:
+    """Freeze an encoder's embeddings or stem, and its first layers.
 
     Args:
-        encoder: The text encoder.
+        encoder: The encoder.
         number: How many layers to freeze; at least 1, and at least one layer stays trainable.
+        argument: Name of the number, for the message.
 
     Raises:
         ValueError: If the number is out of range.
     """
-    layers: Any = layer_stack(encoder)[1]
-    if not 0 < number < len(layers):
+    layers = layers_of_modules(encoder)
+    depth = max(layers.values(), default=0)
+    if not 0 < number < depth:
         raise ValueError(
-            f"text_layers must be between 0 and {max(len(layers) - 1, 0)} for this {len(layers)}-layer "
-            f"{encoder.config.model_type} encoder, got {number}. To freeze all of it, freeze the whole text encoder."
+            f"{argument} must be between 0 and {max(depth - 1, 0)} for this {depth}-layer "
+            f"{encoder.config.model_type} encoder, got {number}. To freeze all of it, freeze the whole encoder."
         )
-    first_trained = next(layers[number].parameters())
-    for parameter in encoder.parameters():
-        if parameter is first_trained:
-            break
-        parameter.requires_grad_(False)
+    for name, parameter in encoder.named_parameters():
+        if layers.get(name.rpartition(".")[0], 0) <= number:
+            parameter.requires_grad_(False)
 
 
 class ClipCaCgPreTrainedModel(PreTrainedModel):
@@ -783,6 +915,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         "CrossModalGate",
         "GatedFusion",
         "ConcatFusion",
+        "ModalityHeads",
     ]
 
     def __init__(self, config: ClipCaCgConfig) -> None:
@@ -912,7 +1045,12 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         return base.interaction.encode_image(inputs)
 
     def freeze_backbones(
-        self, text: bool = False, vision: bool = False, clip: bool = False, text_layers: int = 0
+        self,
+        text: bool = False,
+        vision: bool = False,
+        clip: bool = False,
+        text_layers: int = 0,
+        vision_blocks: int = 0,
     ) -> None:
         """Exclude backbones from training: their weights, their dropout and their BatchNorm statistics.
 
@@ -920,16 +1058,21 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
             text, vision, clip: Which backbones to freeze. A name that the model does not have is ignored.
             text_layers: How many of the text encoder's first layers to freeze, together with its embeddings; 0 freezes
                 neither. Their dropout stays active.
+            vision_blocks: How many of the vision encoder's first blocks to freeze, together with its stem; 0 freezes
+                neither. `layers_of_modules` says what a block is. Their dropout and BatchNorm statistics are frozen
+                too.
 
         Raises:
-            ValueError: If the text encoder does not have that many layers.
+            ValueError: If an encoder does not have that many layers.
         """
         frozen = {name for name, freeze in (("text", text), ("vision", vision), ("clip", clip)) if freeze}
         for name, encoder in self.backbones().items():
             if name.partition(".")[0] in frozen:
                 encoder.requires_grad_(False)
             elif name == "text" and text_layers:
-                freeze_layers(encoder, text_layers)
+                freeze_layers(encoder, text_layers, "text_layers")
+            elif name == "vision" and vision_blocks:
+                freeze_layers(encoder, vision_blocks, "vision_blocks")
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ClipCaCgPreTrainedModel:
@@ -938,13 +1081,17 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         Training mode would change a frozen ResNet's BatchNorm statistics, and adapters (LoRA) do not save them.
         """
         super().train(mode)
-        for encoder in self.backbones().values():
-            if not any(parameter.requires_grad for parameter in encoder.parameters()):
+        for encoder_name, encoder in self.backbones().items():
+            trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+            if not trained:
                 encoder.eval()
                 continue
-            for module in encoder.modules():
+            layers = layers_of_modules(encoder) if encoder_name == "vision" else {}
+            first_trained = min(layers.get(name.rpartition(".")[0], 0) for name in trained)
+            for name, module in encoder.named_modules():
                 weight = getattr(module, "weight", None)
-                if isinstance(module, _BatchNorm) and weight is not None and not weight.requires_grad:
+                is_frozen_norm = isinstance(module, _BatchNorm) and weight is not None and not weight.requires_grad
+                if is_frozen_norm or layers.get(name, first_trained) < first_trained:
                     module.eval()
         return self
 
@@ -983,8 +1130,8 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
         ValueError: If the config contradicts itself; see `ClipCaCgConfig`.
     """
 
-    # Do not report the head of a classifier's checkpoint as unexpected.
-    _keys_to_ignore_on_load_unexpected = {r"^classifier\."}
+    # Do not report the heads of a classifier's checkpoint as unexpected.
+    _keys_to_ignore_on_load_unexpected = {r"^classifier\.", r"^modality_heads\."}
 
     def __init__(self, config: ClipCaCgConfig) -> None:
         super().__init__(config)
@@ -1128,7 +1275,8 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
     """All of section III: `ClipCaCgModel` and the classifier of equation 16.
 
     Args:
-        config: Its `num_labels` and `problem_type` choose the head and the loss.
+        config: Its `num_labels` and `problem_type` choose the head and the loss; its `use_modality_heads` adds
+            `ModalityHeads`.
 
     Raises:
         ValueError: If the config contradicts itself; see `ClipCaCgConfig`.
@@ -1154,7 +1302,10 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = ClipCaCgModel(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.hidden_size, len(config.id2label or {}))
+        self.classifier = nn.Linear(config.hidden_size, len(config.label_names))
+        self.modality_heads: ModalityHeads | None = None
+        if config.use_modality_heads:
+            self.modality_heads = ModalityHeads(config.hidden_size, config.hidden_size, config)
         self.post_init()
 
     @can_return_tuple
@@ -1178,8 +1329,10 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
         """Classify examples, or predict a value for each.
 
         Args:
-            labels: (batch,) class indices; (batch, labels) of 0.0 and 1.0 for several labels per example; or (batch,)
-                values of a regression.
+            labels: (batch,) class indices, -100 where unknown; (batch, labels) of 0.0 and 1.0 for several labels per
+                example; or (batch,) values of a regression.
+            **kwargs: With `use_modality_heads`, `text_labels` and `image_labels`: (batch,) class indices of the text
+                alone and of the image alone, -100 where unknown. Only a training step with `labels` reads them.
             **kwargs and all others: As in `ClipCaCgModel.forward`.
 
         Returns:
@@ -1188,6 +1341,8 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
         Raises:
             ValueError: As in `ClipCaCgModel.forward`.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1200,16 +1355,67 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
             clip_text_features=clip_text_features,
             clip_image_features=clip_image_features,
             output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            output_hidden_states=output_hidden_states or self.modality_heads is not None,
             return_dict=True,
         )
         logits = self.classifier(self.dropout(outputs.fused_embeds))  # (batch, labels), eq. 16
-        loss = None
+        text_logits: Any = None
+        image_logits: Any = None
+        modality_loss, loss = None, None
+        if self.modality_heads is not None:
+            F_T, F_I = outputs.text_hidden_states[0], outputs.image_hidden_states[0]
+            text_logits, image_logits = self.modality_heads(F_T, as_mask(attention_mask, F_T), F_I)
+            logits = self.answer(logits, text_logits, image_logits)
         if labels is not None:
             loss = self.task_loss(logits, labels)
             if outputs.contrastive_loss is not None:
                 loss = loss + self.config.contrastive_loss_weight * outputs.contrastive_loss
-        return ClipCaCgClassifierOutput(loss=loss, logits=logits, **outputs)
+            if self.modality_heads is not None and self.training:
+                modality_loss = self.modality_loss(text_logits, image_logits, **kwargs)
+                loss = loss + self.config.modality_loss_weight * modality_loss
+        asked = {name: value for name, value in outputs.items() if output_hidden_states or "hidden_states" not in name}
+        return ClipCaCgClassifierOutput(
+            loss=loss,
+            logits=logits,
+            text_logits=text_logits,
+            image_logits=image_logits,
+            modality_loss=modality_loss,
+            **asked,
+        )
+
+    def answer(self, logits: Tensor, text_logits: Tensor, image_logits: Tensor) -> Tensor:
+        """Return the logits that `modality_combination` asks for; in training mode always the classifier's.
+
+        Args:
+            logits, text_logits, image_logits: (batch, labels), of the classifier and of the two heads.
+        """
+        if self.training or self.config.modality_combination == "classifier":
+            return logits
+        return average_with_rule(logits, text_logits, image_logits, self.config.label_names.index("neutral"))
+
+    def modality_loss(
+        self,
+        text_logits: Tensor,
+        image_logits: Tensor,
+        text_labels: Tensor | None = None,
+        image_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Sum the cross-entropies of the two heads.
+
+        Args:
+            text_logits, image_logits: (batch, labels).
+            text_labels, image_labels: (batch,) class indices, -100 where unknown; None if all are unknown. They are
+                not in `forward`'s signature: the Trainer expects every argument with "label" in its name in every
+                batch, and computes no metric without it.
+            **kwargs: Ignored.
+
+        Returns:
+            Scalar, float32. Both heads always take part in it, since distributed training waits for their gradients.
+        """
+        unknown = torch.full_like(text_logits[:, 0], -100, dtype=torch.long)
+        text = known_cross_entropy(text_logits, unknown if text_labels is None else text_labels)
+        return text + known_cross_entropy(image_logits, unknown if image_labels is None else image_labels)
 
     def task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss that the paper names below equation 16: cross-entropy, or mean squared error.
@@ -1231,7 +1437,7 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
         if config.task == "multi_label_classification":
             return functional.binary_cross_entropy_with_logits(logits, labels.float())
         weights = None if config.class_weights is None else torch.tensor(config.class_weights, device=logits.device)
-        return functional.cross_entropy(logits, labels, weights, label_smoothing=config.label_smoothing)
+        return known_cross_entropy(logits, labels, weights, config.label_smoothing)
 
 
 __all__ = ["ClipCaCgForSequenceClassification", "ClipCaCgModel", "ClipCaCgPreTrainedModel"]

@@ -126,9 +126,9 @@ class ClipCaCgProcessor(ProcessorMixin):
             data |= self._tokenize(texts, {**text_kwargs, "return_tensors": return_tensors})
         if image_list:
             # Decoding and conversion happen once for both views.
-            needed = self._needed_edge(images_kwargs)
+            needed = self.needed_edge(images_kwargs)
             data_format = images_kwargs.get("input_data_format")
-            arrays = [_rgb_array(image, data_format, needed) for image in image_list]
+            arrays = [rgb_array(image, data_format, needed) for image in image_list]
             arrays = arrays if needed is None else [_middle(array) for array in arrays]
             images_kwargs |= {"return_tensors": return_tensors, "input_data_format": "channels_first"}
             data["pixel_values"] = _view(self.image_processor, arrays, images_kwargs)
@@ -190,7 +190,7 @@ class ClipCaCgProcessor(ProcessorMixin):
             raise TypeError(f"Unknown keyword {', '.join(sorted(unknown))}. Allowed: {allowed}.")
         return merged[0], merged[1]
 
-    def _needed_edge(self, kwargs: dict[str, Any]) -> int | None:
+    def needed_edge(self, kwargs: dict[str, Any]) -> int | None:
         """The longest edge that a view is resized to, or None if a view is not resized."""
         edges = []
         for part in self._image_processors():
@@ -316,7 +316,7 @@ def _as_images(images: Any) -> list[Any]:
     return image_list
 
 
-def _rgb_array(image: Any, data_format: str | None, needed_edge: int | None) -> np.ndarray:
+def rgb_array(image: Any, data_format: str | None, needed_edge: int | None) -> np.ndarray:
     """Convert any image to (3, height, width): bytes, except that an array keeps its dtype and range.
 
     The channels also come first in memory; both image processors would otherwise transpose it, and slowly.

@@ -18,7 +18,9 @@ from clipcacg.scripts.data.loading import label_names
 from clipcacg.scripts.training.arguments import parse_arguments
 from clipcacg.scripts.training.record import complete_checkpoint
 from clipcacg.scripts.training.run import (
+    average_checkpoints,
     build,
+    choose_combination,
     compute_features,
     evaluate_splits,
     load_training_posts,
@@ -50,13 +52,16 @@ def main(argv: list[str] | None = None) -> None:
 
             trainer = make_trainer(arguments, model, processor, posts, features)
             trained = trainer.train(resume_from_checkpoint=checkpoint)
+            averaged = average_checkpoints(trainer)
+            choose_combination(trainer, posts, model_arguments.modality_combination)
             trainer.save_model()
             trainer.save_state()
             trainer.save_metrics("train", trained.metrics)
             results = evaluate_splits(trainer, posts)
             if trainer.is_world_process_zero():
                 seconds, resumed = trained.metrics["train_runtime"], checkpoint is not None
-                complete_checkpoint(trainer, posts, results, (model_arguments, data_arguments), seconds, resumed)
+                flags = (model_arguments, data_arguments)
+                complete_checkpoint(trainer, posts, results, flags, seconds, resumed, averaged)
                 if pushes:
                     push(arguments, token)
 

@@ -3,15 +3,13 @@
 import os
 import tempfile
 
-# xdist's workers inherit the environment of the process that starts them.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    HOME = tempfile.TemporaryDirectory(prefix="hf_home_")
-    os.environ["HF_HOME"] = HOME.name
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")  # caches of this process alone
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,6 +38,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.numprocesses = 2
     if getattr(config.option, "dist", "") == "no":
         config.option.dist = "loadfile"
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

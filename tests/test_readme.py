@@ -199,7 +199,7 @@ def table_rows(page: str, columns: int) -> dict[str, list[str]]:
 
 
 def test_the_results_are_those_of_the_committed_tables() -> None:
-    shown = table_rows(RESULTS_PAGE, 6)
+    shown = {name.partition(": **withdrawn**")[0]: cells for name, cells in table_rows(RESULTS_PAGE, 6).items()}
     for table in (3, 4):
         with (ROOT / f"scripts/results/mvsa_single_offline/table{table}.csv").open(encoding="utf-8") as file:
             for row in csv.DictReader(file):

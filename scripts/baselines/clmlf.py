@@ -1,7 +1,7 @@
 """CLMLF: a Transformer over words and image cells, and two contrastive losses.
 
 Source: Li, Xu, Zhu and Zhao, "CLMLF: A Contrastive Learning and Multi-Layer Fusion Method for Multimodal Sentiment
-Detection", Findings of NAACL 2022. Architecture and losses follow the authors' public code [V].
+Detection", Findings of NAACL 2022. Architecture, losses and initial weights follow the authors' public code [V].
 
 The text encoder is trained and the ResNet-50 frozen. The image cells and the pooled image vector go through their own
 Transformer layers, then words and image go through the fusion layers, and attention pools the result. Training adds
@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertEncoder
 
 from clipcacg.modeling_clipcacg import ClipCaCgClassifierOutput
 from clipcacg.scripts.baselines.layers import masked_softmax, regions_of
@@ -100,19 +102,19 @@ def projection(size: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, size))
 
 
-class Layers(nn.Module):
-    """Post-norm Transformer layers as in BERT, without position embeddings."""
-
-    def __init__(self, config: ClmlfConfig, count: int) -> None:
-        super().__init__()
-        shape = {"dropout": config.dropout, "activation": "gelu", "batch_first": True}
-        size, heads = config.hidden_size, config.num_attention_heads
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(size, heads, 4 * size, **shape) for _ in range(count))
-
-    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
-        for layer in self.layers:
-            states = layer(states, src_key_padding_mask=None if mask is None else ~mask)
-        return states
+def bert_layers(config: ClmlfConfig, count: int) -> BertEncoder:
+    """BERT's layers, as in the authors' code: post-norm, three dropouts each, and a LayerNorm epsilon of 1e-12."""
+    return BertEncoder(
+        BertConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=4 * config.hidden_size,
+            num_hidden_layers=count,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
+            attn_implementation="sdpa",
+        )
+    )
 
 
 class Clmlf(BaselineForSequenceClassification):
@@ -129,7 +131,10 @@ class Clmlf(BaselineForSequenceClassification):
     fidelity = "A"
     substitutions = (
         "no back-translation: the second view is another draw of dropout, unless augmented inputs are given",
+        "no RandAugment, crop or flip of the two views: cached images are not augmented",
         "one stage: the text encoder is trained from the start, not from epoch 20 on",
+        "the recipe says which text layers train; the original trains all of them, and no weight of the ResNet",
+        "the frozen vision encoder's BatchNorm stays in evaluation mode; in the original its statistics move",
         "cells of the feature map cut with their axes turned, unless official_reshape is set",
         "loss not divided by the batch size once more, which Adam does not feel",
     )
@@ -141,8 +146,8 @@ class Clmlf(BaselineForSequenceClassification):
         self.text_projection = nn.Sequential(nn.Linear(config.text_config.hidden_size, size), nn.GELU())
         self.cell_projection = nn.Sequential(nn.Linear(channels, size), nn.GELU())
         self.pooled_projection = nn.Sequential(nn.Linear(channels, size), nn.GELU())
-        self.image_layers = Layers(config, config.image_layers)
-        self.fusion_layers = Layers(config, config.fusion_layers)
+        self.image_layers = bert_layers(config, config.image_layers)
+        self.fusion_layers = bert_layers(config, config.fusion_layers)
         # No bias in the last layer: softmax is invariant to it.
         self.pooling = nn.Sequential(nn.Linear(size, size // 2), nn.GELU(), nn.Linear(size // 2, 1, bias=False))
         self.classifier = nn.Sequential(
@@ -159,31 +164,48 @@ class Clmlf(BaselineForSequenceClassification):
         if self.config.official_reshape:
             cells = feature_map.reshape(cells.shape)
         pooled = self.pooled_projection(feature_map.mean(dim=(2, 3))).unsqueeze(1)
-        image = self.image_layers(torch.cat([pooled, self.cell_projection(cells)], dim=1))
+        image = self.image_layers(torch.cat([pooled, self.cell_projection(cells)], dim=1)).last_hidden_state
         mask = F.pad(mask, (0, image.shape[1]), value=True)
-        joint = self.fusion_layers(torch.cat([self.text_projection(words), image], dim=1), mask)
+        joint = torch.cat([self.text_projection(words), image], dim=1)  # (batch, text_len + 1 + cells, hidden)
+        bias = torch.zeros_like(mask, dtype=joint.dtype).masked_fill(~mask, torch.finfo(joint.dtype).min)
+        joint = self.fusion_layers(joint, bias[:, None, None, :]).last_hidden_state
         weights = masked_softmax(self.pooling(joint).squeeze(-1), mask)  # (batch, text_len + 1 + cells)
         fused = (weights.unsqueeze(1) @ joint).squeeze(1)
         return Scores(self.classifier(fused), fused)
 
     def forward(
-        self, *args: Any, labels: Tensor | None = None, return_dict: bool | None = None, **inputs: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        text_features: Tensor | None = None,
+        image_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
     ) -> ClipCaCgClassifierOutput | tuple[Any, ...]:
         """Classify posts as the base class does. In training mode the loss includes the contrastive losses."""
         second = {name.removesuffix(SUFFIX): value for name, value in inputs.items() if name.endswith(SUFFIX)}
         first = {name: value for name, value in inputs.items() if not name.endswith(SUFFIX)}
-        output = super().forward(*args, labels=labels, return_dict=True, **first)
-        if labels is not None and self.training:
-            views = self.second_views(args, first, second) if self.config.data_loss_weight else None
+        first |= {"input_ids": input_ids, "attention_mask": attention_mask, "text_features": text_features}
+        contrasts = labels is not None and self.training
+        if contrasts and not {"pixel_values", "image_features"} & second.keys():
+            # Both views have the same image, so its encoder runs once.
+            first["image_features"] = self.image_branch(pixel_values, image_features)
+        else:
+            first |= {"pixel_values": pixel_values, "image_features": image_features}
+        output = super().forward(**first, labels=labels, return_dict=True)
+        if contrasts:
+            views = self.second_views(first, second) if self.config.data_loss_weight else None
             output.loss = output.loss + self.contrastive_losses(output.fused_embeds, views, labels)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def second_views(self, args: tuple[Any, ...], first: dict[str, Any], second: dict[str, Any]) -> Tensor:
+    def second_views(self, first: dict[str, Any], second: dict[str, Any]) -> Tensor:
         """Fused vectors of the second views; inputs that `second` lacks are taken from `first`."""
         for raw, cached in (("input_ids", "text_features"), ("pixel_values", "image_features")):
             if raw in second or cached in second:
                 first = {name: value for name, value in first.items() if name not in (raw, cached)}
-        return super().forward(*args, return_dict=True, **{**first, **second}).fused_embeds
+        return super().forward(**{**first, **second}, return_dict=True).fused_embeds
 
     def contrastive_losses(self, fused: Tensor, second_fused: Tensor | None, labels: Tensor) -> Tensor:
         """Weighted sum of DBCL and LBCL."""

@@ -2,7 +2,7 @@
 
 One linear layer reads the masked mean of the text encoder's states and the mean of the vision encoder's feature map.
 It is not a row of Table III. With frozen encoders it is a linear probe, with trained encoders the simplest late
-fusion.
+fusion. With `use_modality_heads` it has the same two heads as CLIP-CA-CG, on the same two means.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipcacg.modeling_clipcacg import masked_mean
+from clipcacg.modeling_clipcacg import ModalityHeads, masked_mean
+from clipcacg.scripts.baselines.layers import regions_of
 from clipcacg.scripts.baselines.shared import BaselineConfig, BaselineForSequenceClassification, Scores
 
 
@@ -33,16 +34,20 @@ class Concatenation(BaselineForSequenceClassification):
     """
 
     config_class = ConcatenationConfig
-    label = "Concatenation (our floor)"
+    label = "Concatenation (simple baseline)"
     fidelity = "A"
 
     def __init__(self, config: ConcatenationConfig) -> None:
         super().__init__(config)
         self.dropout = nn.Dropout(config.dropout)
-        width = config.text_config.hidden_size + self.image_branch.channels
-        self.classifier = nn.Linear(width, config.num_labels)
+        widths = config.text_config.hidden_size, self.image_branch.channels
+        self.classifier = nn.Linear(sum(widths), config.num_labels)
+        self.modality_heads = ModalityHeads(*widths, config) if config.use_modality_heads else None
         self.post_init()
 
     def score(self, words: Tensor, mask: Tensor, feature_map: Tensor, **extras: Any) -> Scores:
         fused = torch.cat([masked_mean(words, mask), feature_map.mean(dim=(2, 3))], dim=-1)
-        return Scores(self.classifier(self.dropout(fused)), fused)
+        logits = self.classifier(self.dropout(fused))
+        if self.modality_heads is None:
+            return Scores(logits, fused)
+        return Scores(logits, fused, modalities=self.modality_heads(words, mask, regions_of(feature_map)))

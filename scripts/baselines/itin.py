@@ -6,6 +6,8 @@ Transactions on Multimedia, 2022. The forward pass follows the authors' public d
 - [V] Two-layer bidirectional GRUs with averaged directions, one for the words and one for the text context; regions of
   unit length; cross-modal attention and self-attention without biases and with unprojected values; a gate; four
   summarising attentions; a shared linear layer on 0.2 of the image branch and 0.8 of the text branch.
+- [V] Initial weights: the Xavier bound for the projection of the regions, for the keys of the cross-modal attention
+  and, with the bound of a square matrix, for the Linear after the gate. All other layers start as PyTorch does.
 - [V] The demo classifies from the region side alone and does not use the word side.
 - [A] Training with cross-entropy. `use_word_side` averages both sides.
 
@@ -22,7 +24,12 @@ from torch.nn import functional as F
 
 from clipcacg.modeling_clipcacg import masked_mean
 from clipcacg.scripts.baselines.layers import Recurrent, masked_softmax, regions_of
-from clipcacg.scripts.baselines.shared import BaselineConfig, BaselineForSequenceClassification, Scores
+from clipcacg.scripts.baselines.shared import (
+    BaselineConfig,
+    BaselineForSequenceClassification,
+    Scores,
+    XavierLinear,
+)
 
 CONTEXT_SIZE = 64  # width of the two branches before the shared linear layer
 SUMMARIES = 4
@@ -64,12 +71,17 @@ class ItinConfig(BaselineConfig):
 
 
 class Alignment(nn.Module):
-    """softmax(X W_q (Y W_k)' / sqrt(d)) Y."""
+    """softmax(X W_q (Y W_k)' / sqrt(d)) Y.
 
-    def __init__(self, size: int) -> None:
+    Args:
+        size: Width d.
+        key_class: Class of W_k, which says how it starts.
+    """
+
+    def __init__(self, size: int, key_class: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         self.query = nn.Linear(size, size, bias=False)
-        self.key = nn.Linear(size, size, bias=False)
+        self.key = key_class(size, size, bias=False)
 
     def forward(self, states: Tensor, others: Tensor, mask: Tensor) -> Tensor:
         """Attend from X (batch, queries, size) to Y (batch, keys, size) with mask (batch, keys); return X's shape."""
@@ -82,9 +94,9 @@ class Side(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.cross_attention = Alignment(size)
+        self.cross_attention = Alignment(size, XavierLinear)
         self.self_attention = Alignment(size)
-        self.fusion = nn.Linear(2 * size, size, bias=False)
+        self.fusion = XavierLinear(2 * size, size, bias=False, fans=2 * size)
         # No bias in the last layer: softmax is invariant to it.
         self.summary = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, SUMMARIES, bias=False))
 
@@ -125,6 +137,7 @@ class Itin(BaselineForSequenceClassification):
         "image context = the same encoder's pooled features, not a second ResNet-18",
         "width 384 instead of 1024 unless hidden_size is set",
         "training not published: cross-entropy",
+        "the original's text encoder is frozen; here its upper layers train unless the recipe freezes all of it",
         "padding masked",
     )
     published = {"mvsa_single": (75.19, 74.97), "mvsa_multiple": (73.52, 73.49)}
@@ -135,7 +148,7 @@ class Itin(BaselineForSequenceClassification):
         self.word_gru = ContextGru(config.text_config.hidden_size, config)
         if not config.share_gru:
             self.context_gru = ContextGru(config.text_config.hidden_size, config)
-        self.region_projection = nn.Linear(config.region_size or channels, size)
+        self.region_projection = XavierLinear(config.region_size or channels, size)
         self.region_side = Side(size)
         if config.use_word_side:
             self.word_side = Side(size)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -55,7 +54,7 @@ def fit(
     validation_labels: Sequence[int],
     choices: Sequence[float] = CHOICES,
 ) -> Pipeline:
-    """Fit one logistic regression per value of C, and return the one with the best weighted F1 on validation.
+    """Fit one logistic regression per value of C, and return the one with the best accuracy on validation.
 
     Args:
         train, validation: (posts, width).
@@ -68,5 +67,5 @@ def fit(
     fitted = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)) for c in choices]
     for pipeline in fitted:
         pipeline.fit(train, train_labels)
-    scores = [f1_score(validation_labels, pipeline.predict(validation), average="weighted") for pipeline in fitted]
+    scores = [pipeline.score(validation, validation_labels) for pipeline in fitted]
     return fitted[int(np.argmax(scores))]

@@ -4,7 +4,7 @@ A system is a subclass of `BaselineForSequenceClassification` that turns the enc
 attributes are shown in the tables:
 
     label           name of the row
-    fidelity        A: follows official code; B: known structure, assumed sizes; C: a proxy
+    fidelity        A: follows official code; B: known structure, assumed sizes and initial weights; C: a proxy
     substitutions   what differs from the original
     published       accuracy and F1 of the paper's Table III in percent, from mixed splits and mixed kinds of F1
 
@@ -77,11 +77,13 @@ class Scores(NamedTuple):
         logits: (batch, labels).
         fused: (batch, width), input of the classifier.
         branches: Logits (batch, labels) of single branches, for systems that train them separately.
+        modalities: Logits (batch, labels) of the text's and of the image's own label, with `use_modality_heads`.
     """
 
     logits: Tensor
     fused: Tensor
     branches: tuple[Tensor, ...] = ()
+    modalities: tuple[Tensor, Tensor] | None = None
 
 
 class TextEncoder(nn.Module):
@@ -126,6 +128,19 @@ class ImageEncoder(nn.Module):
         return self.backbone(pixel_values.to(self.backbone.dtype)).last_hidden_state
 
 
+class XavierLinear(nn.Linear):
+    """A Linear that starts with uniform weights of the Xavier bound sqrt(6 / fans), and with zero biases.
+
+    Args:
+        input_size, output_size, bias: As for `nn.Linear`.
+        fans: Sum of the two widths that the bound is computed from; by default those of the layer.
+    """
+
+    def __init__(self, input_size: int, output_size: int, bias: bool = True, fans: int | None = None) -> None:
+        self.bound = (6 / (fans or input_size + output_size)) ** 0.5
+        super().__init__(input_size, output_size, bias=bias)
+
+
 class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
     """Base class of the systems: text encoder, vision encoder, the subclass's `score`, and our own model's loss."""
 
@@ -139,6 +154,8 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
     substitutions: tuple[str, ...] = ()
     published: dict[str, tuple[float, float]] = {}
 
+    answer = ClipCaCgForSequenceClassification.answer
+    modality_loss = ClipCaCgForSequenceClassification.modality_loss
     task_loss = ClipCaCgForSequenceClassification.task_loss
 
     def __init__(self, config: BaselineConfig) -> None:
@@ -155,16 +172,21 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        """Start every layer as PyTorch does, which is what the authors' own code does where it is public."""
+        if isinstance(module, XavierLinear):
+            init.uniform_(module.weight, -module.bound, module.bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            bound = module.weight[0].numel() ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             for parameter in module.parameters():
                 init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            init.kaiming_normal_(module.weight, nonlinearity="relu")
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.MultiheadAttention):
-            init.xavier_uniform_(module.in_proj_weight)
-            init.zeros_(module.in_proj_bias)
+        else:
+            super()._init_weights(module)
 
     def forward(
         self,
@@ -188,10 +210,11 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
                 `pixel_values`.
             labels: (batch,), class indices.
             return_dict: False returns a tuple of the fields that are not None.
-            **extras: Inputs of single systems, documented at their `score`; other systems ignore them.
+            **extras: Inputs of single systems, documented at their `score`, and the labels that
+                `ClipCaCgForSequenceClassification.modality_loss` documents; other systems ignore them.
 
         Returns:
-            `ClipCaCgClassifierOutput` with `loss`, `logits` and `fused_embeds`.
+            `ClipCaCgClassifierOutput` with `loss`, `logits`, `fused_embeds` and what `use_modality_heads` adds.
 
         Raises:
             ValueError: If an input that the system reads is missing.
@@ -201,8 +224,22 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
         )
         feature_map = None if self.image_branch is None else self.image_branch(pixel_values, image_features)
         scores = self.score(words, mask, feature_map, **extras)
+        text_logits, image_logits, modality_loss = None, None, None
+        if scores.modalities is not None:
+            text_logits, image_logits = scores.modalities
+            scores = scores._replace(logits=self.answer(scores.logits, text_logits, image_logits))
         loss = None if labels is None else self.training_loss(scores, labels)
-        output = ClipCaCgClassifierOutput(loss=loss, logits=scores.logits, fused_embeds=scores.fused)
+        if scores.modalities is not None and self.training and loss is not None:
+            modality_loss = self.modality_loss(text_logits, image_logits, **extras)
+            loss = loss + self.config.modality_loss_weight * modality_loss
+        output = ClipCaCgClassifierOutput(
+            loss=loss,
+            logits=scores.logits,
+            fused_embeds=scores.fused,
+            text_logits=text_logits,
+            image_logits=image_logits,
+            modality_loss=modality_loss,
+        )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def score(self, words: Tensor | None, mask: Tensor | None, feature_map: Tensor | None, **extras: Any) -> Scores:

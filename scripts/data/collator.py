@@ -18,7 +18,8 @@ class PostCollator:
 
     Args:
         processor (`ClipCaCgProcessor`): makes the inputs.
-        config (`ClipCaCgConfig`): its `modalities` are the columns that are read.
+        config (`ClipCaCgConfig`): its `modalities` are the columns that are read; with its `use_modality_heads` also
+            text_label and image_label.
         features (`dict[str, FeatureStore]`): stored outputs of frozen encoders, which replace those encoders' inputs.
     """
 
@@ -27,7 +28,7 @@ class PostCollator:
     features: dict[str, FeatureStore] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate rows with text, image and, for training, label.
+        """Collate rows with text, image and, for training, label, text_label and image_label.
 
         Returns:
             `dict[str, torch.Tensor]`: the arguments of `ClipCaCgModel.forward`; the first axis is the batch.
@@ -39,8 +40,12 @@ class PostCollator:
         batch = read_posts(self.processor, rows, columns) | cached_inputs(rows, self.features)
         for encoder in self.features:
             batch.pop(FEATURES[encoder].input, None)
-        if "label" in rows[0]:
-            batch["labels"] = torch.tensor([row["label"] for row in rows])
+        labels = {"label": "labels"}
+        if self.config.use_modality_heads:
+            labels |= {"text_label": "text_labels", "image_label": "image_labels"}
+        for column, name in labels.items():
+            if column in rows[0]:
+                batch[name] = torch.tensor([row[column] for row in rows])
         return batch
 
     def _reads(self, column: str) -> bool:

@@ -247,7 +247,7 @@ def _input_settings(processor: ClipCaCgProcessor, encoder_name: str) -> Any:
     if FEATURES[encoder_name].column == "image":
         settings = getattr(processor, f"{prefix}image_processor").to_dict()
         # Saving adds the first two. A large JPEG is decoded at a scale that depends on the sizes of both inputs.
-        return settings | {"auto_map": None, "processor_class": None, "needed": processor._needed_edge({})}
+        return settings | {"auto_map": None, "processor_class": None, "needed": processor.needed_edge({})}
     tokenizer = getattr(processor, f"{prefix}tokenizer")
     if not tokenizer.is_fast:
         with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from huggingface_hub.constants import HF_HOME
 
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.images import locate_image
-from clipcacg.scripts.data.mvsa import load_mvsa
+from clipcacg.scripts.data.mvsa import UNKNOWN_LABEL, load_mvsa
 from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,17 @@ class DataArguments:
     image_column: str = field(default="image", metadata={"help": "Column of the images, or of their paths."})
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels; floats mean a regression."})
+    text_label_column: str | None = field(
+        default=None,
+        metadata={"help": "For --dataset_name: column of the texts' own labels, for --use_modality_heads."},
+    )
+    image_label_column: str | None = field(
+        default=None, metadata={"help": "For --dataset_name: column of the images' own labels."}
+    )
+    use_conflicting_posts: bool = field(
+        default=False,
+        metadata={"help": "Train the modality heads also on MVSA's posts of a positive and a negative label."},
+    )
     splits: str | None = field(
         default="random",
         metadata={"help": "For --data_dir: random (8:1:1), clmlf, cheema:1 to cheema:10, or a JSON file of IDs."},
@@ -53,6 +64,12 @@ class DataArguments:
                 f"--splits {self.splits} is for --data_dir alone; {self.dataset_name} keeps its own splits, or is "
                 "split at random: leave out --splits."
             )
+        if self.dataset_name and self.use_conflicting_posts:
+            raise InputError("--use_conflicting_posts is for --data_dir alone: other data keeps the posts it has.")
+        if self.dataset_name is None and (self.text_label_column or self.image_label_column):
+            raise InputError(
+                "--text_label_column and --image_label_column are for --dataset_name alone: MVSA has both labels."
+            )
 
     @property
     def is_sample(self) -> bool:
@@ -68,7 +85,9 @@ def load_posts(arguments: DataArguments, modality: str = "both") -> datasets.Dat
 
     Returns:
         `datasets.DatasetDict`: some of the splits train, validation and test, with the columns id, text, image (not
-        decoded) and label. The label is a ClassLabel, or a float for a regression.
+        decoded) and label. The label is a ClassLabel, or a float for a regression. Of MVSA, and of a data set that
+        names them, also text_label and image_label, with the classes of label; -100 where a post has none. Only
+        conflicting posts, which only the training split may hold, have the label -100.
 
     Raises:
         InputError: a column is missing or the data cannot be read; see `load_mvsa` and `split_mvsa`.
@@ -79,7 +98,8 @@ def load_posts(arguments: DataArguments, modality: str = "both") -> datasets.Dat
             from clipcacg.scripts.data.sample import make_sample  # needs tokenizers and models, which posts do not
 
             folder = make_sample(SAMPLE_FOLDER / "posts")
-        dataset = load_mvsa(folder, on_error=arguments.on_error)
+        keep_conflicting = arguments.use_conflicting_posts and arguments.splits is not None
+        dataset = load_mvsa(folder, on_error=arguments.on_error, keep_conflicting=keep_conflicting)
         if arguments.splits is None:
             posts = datasets.DatasetDict(test=dataset)
         else:
@@ -107,12 +127,15 @@ def _load_any(arguments: DataArguments, name: str, modality: str) -> datasets.Da
     columns = {arguments.label_column: "label"}
     columns |= {arguments.text_column: "text"} if modality != "image" else {}
     columns |= {arguments.image_column: "image"} if modality != "text" else {}
+    own_labels = {arguments.text_label_column: "text_label", arguments.image_label_column: "image_label"}
+    columns |= {column: label for column, label in own_labels.items() if column}
     first = next(iter(posts.values()))
     missing = [column for column in columns if column not in first.column_names]
     if missing:
         raise InputError(
             f"{name} has no column {', '.join(missing)}; it has {', '.join(first.column_names)}. "
-            "Name the right ones with --image_column, --text_column and --label_column."
+            "Name the right ones with --image_column, --text_column, --label_column, --text_label_column and "
+            "--image_label_column."
         )
     posts = posts.select_columns([*columns, *({"id"} & set(first.column_names))]).rename_columns(columns)
     for split, dataset in posts.items():
@@ -123,7 +146,10 @@ def _load_any(arguments: DataArguments, name: str, modality: str) -> datasets.Da
         if isinstance(dataset.features.get("image"), datasets.Value):
             dataset = _with_images(dataset, Path(name).expanduser())
         posts[split] = dataset
-    return _with_labels(posts, name)
+    posts = _with_labels(posts, name)
+    for column in {"text_label", "image_label"} & set(columns.values()):
+        posts = _with_modality_labels(posts, column)
+    return posts
 
 
 def _read(name: str) -> datasets.DatasetDict:
@@ -173,6 +199,26 @@ def _with_labels(posts: datasets.DatasetDict, name: str) -> datasets.DatasetDict
         posts, values = posts.cast_column("label", datasets.Value("int8")), {int(value) for value in values}
     classes = datasets.ClassLabel(names=[str(value) for value in sorted(values)])
     return posts.cast_column("label", datasets.Value("string")).cast_column("label", classes)
+
+
+def _with_modality_labels(posts: datasets.DatasetDict, column: str) -> datasets.DatasetDict:
+    """Give text_label or image_label the classes of label; an empty cell becomes -100."""
+    classes, flag = next(iter(posts.values())).features["label"], f"--{column}_column"
+    if not isinstance(classes, datasets.ClassLabel):
+        raise InputError(f"{flag} is for classes, and these labels are numbers.")
+    for split, dataset in posts.items():
+        own = dataset.features[column]
+        values = [None if value in (None, "", -1) else value for value in dataset[column][:]]
+        if isinstance(own, datasets.ClassLabel):
+            values = [None if value is None else own.int2str(value) for value in values]
+        # pandas turns a column of integers with an empty cell into floats.
+        names = [int(value) if isinstance(value, float) else value for value in values]
+        unknown = {str(name) for name in names if name is not None} - set(classes.names)
+        if unknown:
+            raise InputError(f"{flag}: unknown label {min(unknown)}. Allowed: {', '.join(classes.names)}.")
+        indices = [UNKNOWN_LABEL if name is None else classes.names.index(str(name)) for name in names]
+        posts[split] = dataset.remove_columns(column).add_column(column, indices, feature=classes)
+    return posts
 
 
 def _without_hidden_labels(posts: datasets.DatasetDict) -> datasets.DatasetDict:

@@ -25,6 +25,7 @@ from clipcacg.scripts.data.errors import InputError
 logger = logging.getLogger(__name__)
 
 LABELS = ["negative", "neutral", "positive"]
+UNKNOWN_LABEL = -100  # PyTorch's losses ignore this class
 ANNOTATORS = {"single": 1, "multiple": 3}
 LABEL_FILE = "labelResultAll.txt"
 # No separator, no leading dot and no two dots in a row: such a file name cannot leave the folder data/.
@@ -82,18 +83,22 @@ def majority_label(votes: Sequence[str]) -> str | None:
     return label if 2 * count > len(votes) else None
 
 
-def load_mvsa(data_dir: str | Path, variant: str | None = None, on_error: str = "raise") -> datasets.Dataset:
+def load_mvsa(
+    data_dir: str | Path, variant: str | None = None, on_error: str = "raise", keep_conflicting: bool = False
+) -> datasets.Dataset:
     """Load an MVSA folder without decoding its images.
 
     Args:
         data_dir (`str` or `Path`): the folder that holds `labelResultAll.txt` and `data/`.
         variant (`str`, *optional*): "single" or "multiple". By default inferred from the number of annotators.
         on_error (`str`): "raise" stops at faulty posts; "skip" logs the same report as a warning and drops them.
+        keep_conflicting (`bool`): keep the posts of a positive and a negative label, with the label -100. They can
+            train modality heads; `split_mvsa` puts them into the training split.
 
     Returns:
         `datasets.Dataset`: the posts in the order of the label file, with the columns id, text, image (a path, decoded
-        on access), text_label, image_label and label. `info.config_name` is the variant. Posts without a label are
-        dropped and counted in the log; their files are not read.
+        on access), text_label, image_label and label. `info.config_name` is the variant. Other posts without a label
+        are dropped and counted in the log; their files are not read.
 
     Raises:
         InputError: the folder is incomplete, posts are faulty, no post is usable, or `variant` contradicts the labels.
@@ -104,7 +109,7 @@ def load_mvsa(data_dir: str | Path, variant: str | None = None, on_error: str = 
     rows = _read_rows(folder)
     variant = _check_variant(rows, folder, variant)
     problems: list[Problem] = []
-    posts = _drop_unlabelled(_parse_rows(rows, ANNOTATORS[variant], problems))
+    posts = _drop_unlabelled(_parse_rows(rows, ANNOTATORS[variant], problems), keep_conflicting)
     examples = [example for post in posts if (example := _read_post(folder, post, problems))]
     _report(problems, folder, on_error)
     if not examples:
@@ -131,10 +136,27 @@ def read_text(path: Path) -> str:
 def as_dataset(examples: list[dict[str, Any]], variant: str) -> datasets.Dataset:
     """Build the data set in memory, so that no cache file is written."""
     string, label = datasets.Value("string"), datasets.ClassLabel(names=LABELS)
-    labels = {"text_label": label, "image_label": label, "label": label}
-    features = datasets.Features({"id": string, "text": string, "image": datasets.Image(), **labels})
+    features = datasets.Features(
+        {"id": string, "text": string, "image": datasets.Image(), "text_label": label, "image_label": label}
+    )
     info = datasets.DatasetInfo(features=features, dataset_name="mvsa", config_name=variant)
-    return datasets.Dataset.from_dict({name: [e[name] for e in examples] for name in features}, info=info)
+    dataset = datasets.Dataset.from_dict({name: [e[name] for e in examples] for name in features}, info=info)
+    # `from_dict` refuses -100 as a class.
+    labels = [UNKNOWN_LABEL if e["label"] is None else LABELS.index(e["label"]) for e in examples]
+    return dataset.add_column("label", labels, feature=label)
+
+
+def has_label(dataset: datasets.Dataset) -> list[bool]:
+    """Whether each post has a label; a conflicting post has none."""
+    if not isinstance(dataset.features["label"], datasets.ClassLabel):
+        return [True] * len(dataset)
+    return [label != UNKNOWN_LABEL for label in dataset["label"][:]]
+
+
+def labelled(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Leave out the conflicting posts, which `load_mvsa(keep_conflicting=True)` keeps."""
+    known = has_label(dataset)
+    return dataset if all(known) else dataset.select([row for row, is_known in enumerate(known) if is_known])
 
 
 def _read_rows(folder: Path) -> list[tuple[int, list[str]]]:
@@ -201,13 +223,13 @@ def _as_problem(line: int, error: InputError) -> Problem:
     return Problem(line, kind, detail)
 
 
-def _drop_unlabelled(posts: list[Post]) -> list[Post]:
+def _drop_unlabelled(posts: list[Post], keep_conflicting: bool) -> list[Post]:
     """Drop the posts that the labelling rule leaves without a label, and log how many and why."""
-    kept = [post for post in posts if post.label]
-    undecided = sum(None in (post.text_label, post.image_label) for post in posts)
-    dropped = len(posts) - len(kept)
-    if dropped:
-        reasons = f"{dropped - undecided} positive against negative, {undecided} without a majority of annotators"
+    decided = [post for post in posts if None not in (post.text_label, post.image_label)]
+    kept = [post for post in decided if post.label or keep_conflicting]
+    if dropped := len(posts) - len(kept):
+        conflicting, undecided = len(decided) - len(kept), len(posts) - len(decided)
+        reasons = f"{conflicting} positive against negative, {undecided} without a majority of annotators"
         logger.info("%d posts dropped: %s", dropped, reasons)
     return kept
 

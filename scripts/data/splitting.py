@@ -10,7 +10,7 @@ import logging
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.images import image_bytes
-from clipcacg.scripts.data.mvsa import ANNOTATORS
+from clipcacg.scripts.data.mvsa import ANNOTATORS, has_label, labelled
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,12 @@ def split_mvsa(
             test posts, so that results stay comparable: it loses the training posts that duplicate a validation or
             test post, and the validation posts that duplicate a test post.
 
+    Conflicting posts (`load_mvsa(keep_conflicting=True)`) change no split. They are added to the training posts,
+    except for those that duplicate a validation or test post, whatever `group_duplicates` says.
+
     Returns:
-        `datasets.DatasetDict`: each split in the order of `dataset`. An empty split is left out, with a warning.
+        `datasets.DatasetDict`: each split in the order of `dataset`, the conflicting posts last. An empty split is
+        left out, with a warning.
 
     Raises:
         InputError: the split is unknown, its JSON file is invalid, or it shares no post with the data.
@@ -56,6 +60,10 @@ def split_mvsa(
     Source: 8:1:1 is the paper's; published splits: published_splits/README.md; grouping is our choice, because 42 of
         the 450 test texts of clmlf (MVSA-Single) are also training texts.
     """
+    conflicting = [row for row, is_known in enumerate(has_label(dataset)) if not is_known]
+    if conflicting:
+        parts = split_mvsa(labelled(dataset), splits, seed, group_duplicates)
+        return _add_to_training(parts, dataset.select(conflicting))
     if str(splits) == "random":
         return complete_splits({"train": dataset}, seed, group_duplicates)
     rows = _published_split(dataset, str(splits))
@@ -156,6 +164,18 @@ def _finish(posts: Mapping[str, datasets.Dataset], groups: dict[str, list[int]])
     return datasets.DatasetDict({split: kept[split] for split in SHARES if len(kept.get(split, ()))})
 
 
+def _add_to_training(posts: datasets.DatasetDict, conflicting: datasets.Dataset) -> datasets.DatasetDict:
+    """Add the conflicting posts that duplicate no validation or test post to the training split, if there is one."""
+    held_out = [part for split, part in posts.items() if split != "train"]
+    groups = duplicate_groups(conflicting, *held_out)
+    of_held_out = set(groups[len(conflicting) :])
+    rows = [row for row, group in enumerate(groups[: len(conflicting)]) if group not in of_held_out]
+    logger.info("%d of %d conflicting posts added to the training split", len(rows), len(conflicting))
+    if "train" in posts:
+        posts["train"] = datasets.concatenate_datasets([posts["train"], conflicting.select(rows)])
+    return posts
+
+
 def _published_split(dataset: datasets.Dataset, splits: str) -> dict[str, list[int]]:
     """Find the rows of a published split or JSON file, and warn once about its posts that are not in the data set."""
     row_of = {post_id: row for row, post_id in enumerate(dataset["id"][:])}
@@ -219,16 +239,18 @@ def duplicate_groups(*parts: datasets.Dataset) -> list[int]:
     Returns:
         `list[int]`: the group of each row, one part after the other.
     """
+    return linked_groups([keys for part in parts for keys in duplicate_keys(part)])
+
+
+def linked_groups(rows: Sequence[Sequence[str]]) -> list[int]:
+    """Number the groups of rows that are linked, directly or through others, by a common key."""
     first_row: dict[str, int] = {}
-    links: list[tuple[int, int]] = []
-    rows = [keys for part in parts for keys in _keys(part)]
-    for row, keys in enumerate(rows):
-        links += [(row, first_row.setdefault(key, row)) for key in keys]
+    links = [(row, first_row.setdefault(key, row)) for row, keys in enumerate(rows) for key in keys]
     graph = coo_array((np.ones(len(links)), np.array(links, dtype=int).reshape(-1, 2).T), shape=(len(rows),) * 2)
     return connected_components(graph, directed=False)[1].tolist()
 
 
-def _keys(dataset: datasets.Dataset) -> Iterator[list[str]]:
+def duplicate_keys(dataset: datasets.Dataset) -> Iterator[list[str]]:
     """What each post shares with its duplicates: its text without user names, links, case and spacing; its image."""
     texts, images = [None] * len(dataset), [None] * len(dataset)
     if "text" in dataset.column_names:

@@ -8,7 +8,7 @@ has everything that it says.
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -55,14 +55,19 @@ def training_recipe(args: TrainingArguments) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not False}
 
 
-def how_it_ended(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """Fields of `RunFacts`: the epochs that ran and, if the best of several was kept, its epoch and score."""
+def how_it_ended(args: TrainingArguments, state: TrainerState, averaged_steps: Sequence[int] = ()) -> dict[str, Any]:
+    """Fields of `RunFacts`: the epochs that ran and, if the best of several was kept, its epoch and score.
+
+    With `averaged_steps`, the steps whose weights were averaged, also their epochs.
+    """
     facts: dict[str, Any] = {"epochs": state.epoch}
     evaluated = {entry["step"]: entry["epoch"] for entry in state.log_history if "eval_loss" in entry}
     best = state.best_global_step
     if args.load_best_model_at_end and best in evaluated and (len(evaluated) > 1 or best != state.global_step):
         chosen_by = args.metric_for_best_model.removeprefix("eval_")
         facts |= {"chosen_epoch": evaluated[best], "chosen_by": SCORES.get(chosen_by, chosen_by)}
+        if len(averaged_steps) > 1:
+            facts["averaged_epochs"] = sorted(evaluated[step] for step in averaged_steps)
     return facts
 
 
@@ -103,7 +108,7 @@ class RunFacts:
         num_parameters: Number of parameters of the whole model.
         max_tokens: Number of tokens after which a text is truncated.
         training: Hyper-parameters, see `training_recipe`.
-        epochs, chosen_epoch, chosen_by: See `how_it_ended`.
+        epochs, chosen_epoch, averaged_epochs, chosen_by: See `how_it_ended`.
         seconds: Training time including evaluations.
         resumed: Whether the run was interrupted and resumed, so that `seconds` covers only its last part.
         hardware: See `hardware_name`.
@@ -128,6 +133,7 @@ class RunFacts:
     training: Mapping[str, Any] = field(default_factory=dict)
     epochs: float | None = None
     chosen_epoch: float | None = None
+    averaged_epochs: Sequence[float] = ()
     chosen_by: str | None = None
     seconds: float | None = None
     resumed: bool = False

@@ -3,9 +3,10 @@
 A results folder has two files:
 
     runs.jsonl           one line per run: model, data, scores, sizes and seconds, or its error
-    predictions.jsonl    one line per run: its prediction for each measured post, and the true label
+    predictions.jsonl    one line per run: its prediction for each measured post, the true label, and the post's keys
 
-The paired test reads the second file. It contains labels of the data set, so do not publish it.
+Posts that share a key are duplicates. The statistics read the second file. It contains labels of the data set, so do
+not publish it.
 """
 
 import json
@@ -15,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 logger = logging.getLogger(__name__)
@@ -68,13 +68,18 @@ def select(lines: Sequence[dict[str, Any]], hashes: dict[str, str]) -> list[dict
     return list(newest.values())
 
 
+def read_predictions(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the lines of `predictions.jsonl` by run. Lines without keys, of an earlier version, are left out."""
+    return {line["run"]: line for line in read_lines(folder / PREDICTIONS_FILE) if "keys" in line}
+
+
 def answers(lines: Sequence[dict[str, Any]], folder: Path) -> pd.DataFrame:
-    """Return one row per run and measured post, with the columns row, protocol, id and correct."""
-    found = {line["run"]: line for line in read_lines(folder / PREDICTIONS_FILE)}
-    frames = [pd.DataFrame({"row": [], "protocol": [], "id": [], "correct": []})]
+    """Return one row per run and measured post: run, row, protocol, seed, id, label, prediction and keys."""
+    found = read_predictions(folder)
+    columns = ["id", "label", "prediction", "keys"]
+    frames = [pd.DataFrame(columns=["run", "row", "protocol", "seed", *columns])]
     for line in lines:
         if answer := found.get(line["run"]):
-            correct = np.asarray(answer["label"]) == np.asarray(answer["prediction"])
-            facts = {"row": line["row"], "protocol": line["protocol"]}
-            frames.append(pd.DataFrame({"id": answer["id"], "correct": correct, **facts}))
+            facts = {name: line[name] for name in ("run", "row", "protocol")} | {"seed": line["seed"] or 0}
+            frames.append(pd.DataFrame({name: answer[name] for name in columns} | facts))
     return pd.concat(frames[1:] or frames, ignore_index=True)

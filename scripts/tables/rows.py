@@ -2,35 +2,45 @@
 
 import copy
 import hashlib
+import inspect
 import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+import numpy as np
 from transformers import HfArgumentParser
 
 from clipcacg.scripts.baselines import SYSTEMS
-from clipcacg.scripts.baselines.logistic_regression import LABELS, MAJORITY_LABEL, MODALITIES
+from clipcacg.scripts.baselines.logistic_regression import CHOICES, LABELS, MAJORITY_LABEL, MODALITIES
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.loading import DataArguments
-from clipcacg.scripts.training.arguments import CONFIGS, OF_TABLES, ModelArguments, RecipeArguments, read_config
+from clipcacg.scripts.training.arguments import (
+    CONFIGS,
+    OF_TABLES,
+    ModelArguments,
+    RecipeArguments,
+    checked,
+    read_config,
+)
 
 WORD_VECTORS = ("cnn_multi", "dnn_lr", "co_memory", "mvan")  # the systems before BERT
-WHOLE = {"modality": "both", "use_cross_attention": True, "use_gating": True}
+WHOLE = {"modality": "both", "use_cross_attention": True, "use_gating": True, "use_modality_heads": False}
+HEADS = {**WHOLE, "use_modality_heads": True}
 PAPER = {"mvsa_single": (75.38, 75.21), "mvsa_multiple": (73.95, 73.83)}
 
 
 class Row(NamedTuple):
-    """A row of a table. One of `fields`, `system` and `floor` says what is trained.
+    """A row of a table. `system`, `floor` or else `fields` says what is trained.
 
     Args:
         label: Name in the table.
         tables: Numbers of the tables that have this row.
-        fields: Fields of `ModelArguments`, for CLIP-CA-CG and its ablations.
+        fields: Fields of `ModelArguments`, for CLIP-CA-CG, its ablations, and another system with modality heads.
         system: Key of `baselines.SYSTEMS`, for another system.
-        floor: "majority", or the modality that a logistic regression reads.
+        floor: A simple baseline: "majority", or the modality that a logistic regression reads.
         fidelity: A, B or C; see `baselines/shared.py`.
         substitutions: What differs from the original.
         published: "mvsa_single" and "mvsa_multiple" to the paper's accuracy and F1 in percent.
@@ -49,13 +59,12 @@ class Row(NamedTuple):
 # In the order of the tables.
 ROWS: dict[str, Row] = {"majority": Row(MAJORITY_LABEL, (3,), floor="majority")}
 ROWS |= {f"regression_{modality}": Row(LABELS[modality], (3,), floor=modality) for modality in MODALITIES}
-ROWS |= {
-    name: Row(
-        system.label, (3,), system=name, fidelity=system.fidelity if system.published else "",
-        substitutions=system.substitutions, published=system.published,
-    )
-    for name, system in sorted(SYSTEMS.items(), key=lambda item: bool(item[1].published))
-}  # fmt: skip
+for name, system in sorted(SYSTEMS.items(), key=lambda item: bool(item[1].published)):
+    fidelity = system.fidelity if system.published else ""
+    ROWS[name] = Row(system.label, (3,), None, name, None, fidelity, system.substitutions, system.published)
+    if name == "concatenation":
+        fields_of_heads = {**HEADS, "clip_mode": "none"}
+        ROWS["concatenation_heads"] = Row("Concatenation, modality heads", (3,), fields_of_heads, system=name)
 ROWS |= {
     "image_only": Row("V only", (4,), {**WHOLE, "modality": "image"}),
     "text_only": Row("T only", (4,), {**WHOLE, "modality": "text"}),
@@ -63,12 +72,23 @@ ROWS |= {
     "no_cross_attention": Row("w/o CA", (4,), {**WHOLE, "use_cross_attention": False}),
     "no_gating": Row("w/o CG", (4,), {**WHOLE, "use_gating": False}),
     "full": Row("CLIP-CA-CG", (3, 4), WHOLE, published=PAPER),
+    "full_heads": Row("CLIP-CA-CG, modality heads", (3, 4), HEADS),
 }
 
-# Keys of a tuning grid; fields that can change the scores of a floor, and of another system.
-TUNED = {"learning_rate": RecipeArguments, "num_train_epochs": RecipeArguments, "dropout": ModelArguments}
+# Fields that can change the scores of a simple baseline, and of another system.
 OF_FLOORS = ("text_model", "vision_model", "max_length", "cache_dtype")
-OF_SYSTEMS = (*OF_FLOORS, "dropout", "freeze_text", "freeze_text_layers", "freeze_vision", "class_weights")
+OF_SYSTEMS = (
+    *OF_FLOORS,
+    "dropout",
+    "freeze_text",
+    "freeze_text_layers",
+    "freeze_vision",
+    "freeze_vision_blocks",
+    "class_weights",
+    "use_modality_heads",
+    "modality_loss_weight",
+    "modality_combination",
+)
 # Beginnings of the recipe's fields that cannot change a score.
 IRRELEVANT = (
     "output_dir", "overwrite_", "seed", "report_to", "disable_tqdm", "use_cpu", "resume_from", "log", "save_", "hub_",
@@ -78,7 +98,7 @@ IRRELEVANT = (
 SMOKE = {
     "config": str(CONFIGS / "sample.yaml"),
     "output_dir": "outputs/smoke",
-    "seeds": 2,
+    "seeds": [42, 43],
     "num_train_epochs": 2,
     "max_train_samples": 128,
     "max_eval_samples": 48,
@@ -94,14 +114,23 @@ class ReproduceArguments:
 
     table: list[int] = field(default_factory=lambda: [3, 4], metadata={"help": "3, 4 or both.", "choices": [3, 4]})
     config: str = field(default=str(CONFIGS / "mvsa_single.yaml"), metadata={"help": "One of train.py's YAML files."})
-    seeds: int = field(default=3, metadata={"help": "Runs per row and fold, with seeds counting up from --seed."})
+    seeds: list[int] = field(
+        default_factory=list,
+        metadata={"help": "The seeds themselves, such as 42 43 44; default: --seed, which is 42."},
+    )
+    jobs: int = field(default=1, metadata={"help": "Train this many runs at the same time, each in its own process."})
     folds: str | None = field(
         default=None, metadata={"help": "Folds of --splits cheema, such as 1-10 (default) or 1,4."}
     )
     rows: list[str] = field(
         default_factory=list, metadata={"help": "Rows to train, all by default.", "choices": list(ROWS)}
     )
-    trials: bool = field(default=False, metadata={"help": "Choose from the config's tuning grid for every row."})
+    trials: bool = field(
+        default=False, metadata={"help": "Choose from the config's tuning grid for every row and fold."}
+    )
+    reference: str = field(
+        default="full", metadata={"help": "Row that the others are compared with.", "choices": list(ROWS)}
+    )
     word_vectors: str | None = field(
         default=None, metadata={"help": "Text encoder of the systems before BERT, written by make_word_vectors.py."}
     )
@@ -110,8 +139,11 @@ class ReproduceArguments:
     def __post_init__(self) -> None:
         if not self.row_names():
             raise InputError(f"--table {' '.join(map(str, self.table))} has none of the rows {', '.join(self.rows)}.")
-        if self.seeds < 1:
-            raise InputError(f"--seeds must be at least 1, got {self.seeds}.")
+        self.seeds = list(dict.fromkeys(self.seeds))
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise InputError(f"--seeds must be from 0 to {2**32 - 1}, got {' '.join(map(str, self.seeds))}.")
+        if self.jobs < 1:
+            raise InputError(f"--jobs must be at least 1, got {self.jobs}.")
 
     def row_names(self) -> list[str]:
         """Names of the rows to train; a row of both tables comes once."""
@@ -132,36 +164,64 @@ class Settings:
 
     def for_row(self, name: str, values: dict[str, Any] | None = None) -> "Settings":
         """Return a copy with the row's own fields and the given values of the tuning grid."""
-        row, training = ROWS[name], copy.deepcopy(self.training)
+        row, training, systems = ROWS[name], copy.deepcopy(self.training), copy.deepcopy(self.systems)
         model = replace(self.model, **(row.fields or {**WHOLE, "clip_mode": "none"}))
+        if not model.use_modality_heads:
+            model.modality_loss_weight, model.modality_combination = 1.0, "auto"
         if name in WORD_VECTORS and self.word_vectors:
             model.text_model, model.freeze_text_layers = self.word_vectors, 0
         for key, value in (values or {}).items():
-            setattr(model if TUNED[key] is ModelArguments else training, key, value)
-        return replace(self, model=model, training=training)
+            setattr(model if hasattr(model, key) else training, key, value)
+            if key in own_fields(row):
+                systems.setdefault(row.system, {})[key] = value
+        return replace(self, model=model, training=training, systems=systems)
+
+    def grid_of(self, name: str) -> dict[str, list[Any]]:
+        """Return the part of the tuning grid that can change a row's scores."""
+        row = ROWS[name]
+        if row.floor:
+            return {}
+        read = {entry.name for entry in fields(RecipeArguments)} | own_fields(row) | set(OF_SYSTEMS)
+        grid = {key: values for key, values in self.grid.items() if row.system is None or key in read}
+        has_heads = self.for_row(name).model.use_modality_heads
+        return {key: values for key, values in grid.items() if has_heads or not key.startswith("modality_")}
+
+    def trials(self, name: str) -> list[dict[str, Any]]:
+        """Return all combinations of the values of a row's grid, a single empty one without a grid."""
+        grid = self.grid_of(name)
+        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+    def choices_of_c(self) -> list[float]:
+        """Return the values of C that a logistic regression tries: as many as other rows have trials, at least 5."""
+        most = max(len(self.trials(name)) for name in ROWS)
+        return list(CHOICES) if most <= len(CHOICES) else np.geomspace(CHOICES[0], CHOICES[-1], most).tolist()
 
     def describe(self, name: str) -> dict[str, Any]:
         """Return everything that a row's scores depend on and that is not a default, except posts, seed and code.
 
         Keys of the tuning grid are left out of the config, because every run takes their values from the grid.
         """
-        row, mine = ROWS[name], self.for_row(name)
-        unused = {"cache_features", *self.grid}
+        row, mine, grid = ROWS[name], self.for_row(name), self.grid_of(name)
+        unused = {"cache_features", *grid}
         model = {key: value for key, value in changed(mine.model).items() if key not in unused}
         if row.floor:
             model = {key: model[key] for key in OF_FLOORS if key in model and row.floor != "majority"}
-            return {"row": name, "model": model}
+            choices = self.choices_of_c()
+            more = {"choices": choices} if row.floor != "majority" and choices != list(CHOICES) else {}
+            return {"row": name, "model": model, **more}
         if row.system:
             model = {key: model[key] for key in OF_SYSTEMS if key in model}
         training = {key: value for key, value in changed(mine.training).items() if key not in unused}
         training = {key: value for key, value in training.items() if not key.startswith(IRRELEVANT)}
-        sizes = self.systems.get(row.system, {})
-        return {"row": name, "model": model, "training": training, "sizes": sizes, "grid": self.grid}
+        sizes = {key: value for key, value in self.systems.get(row.system, {}).items() if key not in grid}
+        return {"row": name, "model": model, "training": training, "sizes": sizes, "grid": grid}
 
-    def trials(self) -> list[dict[str, Any]]:
-        """Return all combinations of the grid's values; none without a grid."""
-        combinations = itertools.product(*self.grid.values()) if self.grid else ()
-        return [dict(zip(self.grid, values, strict=True)) for values in combinations]
+
+def own_fields(row: Row) -> set[str]:
+    """Return the config fields that the system of a row adds; none for a row without a system."""
+    if row.system is None:
+        return set()
+    return set(inspect.signature(SYSTEMS[row.system].config_class.__init__).parameters) - {"self", "kwargs"}
 
 
 def parse(argv: Sequence[str]) -> tuple[ReproduceArguments, Settings]:
@@ -176,12 +236,9 @@ def parse(argv: Sequence[str]) -> tuple[ReproduceArguments, Settings]:
     parser.set_defaults(**{key: value for key, value in smoke.items() if key != "systems"})
     config = Path(parser.parse_known_args(argv)[0].config)
     defaults = read_config(config, parser, OF_TABLES) | {"output_dir": f"outputs/reproduce/{config.stem}"} | smoke
-    grid, systems = defaults.pop("tuning", {}), defaults.pop("systems", {})
-    for key, found, allowed in (("tuning", grid, TUNED), ("systems", systems, SYSTEMS)):
-        if unknown := sorted(found.keys() - allowed.keys()):
-            raise InputError(
-                f"Unknown key {', '.join(unknown)} under {key} in {config}. Allowed: {', '.join(allowed)}."
-            )
+    grid, systems = read_grid(config, defaults.pop("tuning", {}), parser), defaults.pop("systems", {})
+    if unknown := sorted(systems.keys() - SYSTEMS.keys()):
+        raise InputError(f"Unknown key {', '.join(unknown)} under systems in {config}. Allowed: {', '.join(SYSTEMS)}.")
     parser.set_defaults(**defaults)
     with as_input_error("The flags cannot be used", ValueError):
         own, model, data, training = parser.parse_args_into_dataclasses(list(argv))
@@ -189,7 +246,36 @@ def parse(argv: Sequence[str]) -> tuple[ReproduceArguments, Settings]:
         raise InputError(f"--trials needs the key tuning in {config}.")
     check(model, training)
     choose_epochs_in_memory(training)
+    own.seeds = own.seeds or [training.seed]
     return own, Settings(model, data, training, systems, grid if own.trials else {}, own.word_vectors)
+
+
+def read_grid(config: Path, grid: Any, parser: HfArgumentParser) -> dict[str, list[Any]]:
+    """Check the key `tuning` of a config, and convert its values as those of flags.
+
+    Raises:
+        InputError: If a key is no flag that may differ from trial to trial, or a value does not suit its flag.
+    """
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise InputError(f"{config}: tuning must map each flag to a list of values.")
+    of_rows = {"augment", *(key for row in ROWS.values() for key in row.fields or {})}
+    allowed = []
+    for kind in (ModelArguments, RecipeArguments):
+        hints = get_type_hints(kind)
+        for entry in fields(kind):
+            parts = {hints[entry.name], *get_args(hints[entry.name])}
+            is_listed = parts & {int, float, bool} or get_origin(hints[entry.name]) is Literal
+            if is_listed and entry.name not in of_rows and not entry.name.startswith(IRRELEVANT):
+                allowed.append(entry.name)
+    if unknown := sorted(grid.keys() - set(allowed)):
+        raise InputError(
+            f"Unknown key {', '.join(unknown)} under tuning in {config}. Allowed: the flags of the model and of the "
+            "recipe that take numbers, true or false, or one of several words, and that no row sets itself."
+        )
+    flags = {action.dest: action for action in reversed(parser._actions)}
+    converted = {key: [checked(config, flags[key], value) for value in values] for key, values in grid.items()}
+    # Equal numbers stay as they are written: 2 epochs, not 2.0.
+    return {key: [v if v == c else c for v, c in zip(grid[key], converted[key], strict=True)] for key in grid}
 
 
 def check(model: ModelArguments, training: RecipeArguments) -> None:
@@ -202,16 +288,21 @@ def check(model: ModelArguments, training: RecipeArguments) -> None:
         raise InputError("--model_name_or_path is not allowed: every row starts from the same backbones.")
     if model.clip_mode == "none":
         raise InputError("--clip_mode none is a row of Table IV: choose encoder or feature for the full model.")
-    if training.augment:
-        raise InputError("--augment is not allowed: the outputs of frozen backbones are always cached.")
+    frozen = ["freeze_text", "freeze_text_layers", "freeze_vision", *["freeze_clip"] * (model.clip_mode == "encoder")]
+    if training.augment and any(getattr(model, flag) for flag in frozen):
+        raise InputError(
+            f"--augment needs encoders that train, because outputs of frozen ones are cached: leave out "
+            f"{', '.join(f'--{flag}' for flag in frozen if getattr(model, flag))}."
+        )
     if training.world_size > 1:
         raise InputError(
-            "reproduce.py runs in one process: start it once per GPU, each with its own --rows and --output_dir."
+            "Start reproduce.py with python, without a launcher of several processes: --jobs trains several rows at "
+            "the same time."
         )
 
 
 def choose_epochs_in_memory(training: RecipeArguments) -> None:
-    """Evaluate every epoch and write no checkpoint: `runs.KeepBest` keeps the best weights in memory."""
+    """Evaluate every epoch and write no checkpoint: `KeepBest` keeps the best weights in memory."""
     training.save_strategy = "no"
     training.load_best_model_at_end = True  # early stopping demands it; nothing is loaded without a checkpoint
     if training.eval_strategy == "no":

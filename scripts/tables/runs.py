@@ -1,9 +1,6 @@
-"""Train the rows of the tables, score them, and append each run to the results folder."""
+"""Load the posts of a fold, train a row of the tables on them, and score it."""
 
-import gc
 import hashlib
-import logging
-import subprocess
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,37 +9,36 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.baselines import SYSTEMS
-from clipcacg.scripts.baselines.logistic_regression import CHOICES, fit, majority, pooled_features
+from clipcacg.scripts.baselines.logistic_regression import fit, majority, pooled_features
 from clipcacg.scripts.baselines.sentibank_sentistrength import LexiconCollator, SentiBankSentiStrength
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import add_digests, cache_features, frozen_backbones
 from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts
+from clipcacg.scripts.data.mvsa import labelled
+from clipcacg.scripts.data.splitting import duplicate_keys
 from clipcacg.scripts.reporting.model_card import DATA_TITLES
 from clipcacg.scripts.reporting.run_facts import hardware_name
-from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, append_line, read_lines
-from clipcacg.scripts.tables.rendering import write_tables
-from clipcacg.scripts.tables.rows import ROWS, WORD_VECTORS, ReproduceArguments, Settings, folds_of, short_hash
+from clipcacg.scripts.tables.rows import ROWS, Settings
+from clipcacg.scripts.training.averaging import KeepBest, load_average
 from clipcacg.scripts.training.metrics import load_metric, score
 from clipcacg.scripts.training.record import data_kind, split_name, split_settings
 from clipcacg.scripts.training.run import (
     adapt_to_data,
     backbone_names,
     build,
+    choose_combination,
     compute_features,
     label_fields,
     limit_and_freeze,
     make_trainer,
     set_loss,
 )
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,6 +59,7 @@ class Fold:
             "fold": self.number,
             "data_hash": self.hash(),
             "posts": {split: len(dataset) for split, dataset in self.posts.items()},
+            "measured": self.measured,
             "published_on": kind.replace("-", "_"),
         }
 
@@ -86,8 +83,9 @@ class Fold:
         model, processor = build_system("concatenation", settings, label_names(self.posts["train"]))
         model.freeze_backbones(True, True, True)
         device, workers = settings.training.device, settings.training.dataloader_num_workers
+        posts = datasets.DatasetDict({split: labelled(dataset) for split, dataset in self.posts.items()})
         posts, stores = cache_features(
-            model, processor, self.posts, settings.model.cache_dtype, device=device, num_workers=workers
+            model, processor, posts, settings.model.cache_dtype, device=device, num_workers=workers
         )
         collate, pooled = PostCollator(processor, model.config, stores), {}
         for split, dataset in posts.items():
@@ -125,30 +123,11 @@ def protocol(data: DataArguments, posts: datasets.DatasetDict) -> str:
     return ", ".join(parts)
 
 
-class KeepBest(TrainerCallback):
-    """Keep the trained weights of the best epoch in memory; the first epoch wins a tie."""
-
-    def __init__(self, metric: str, greater_is_better: bool) -> None:
-        self.metric, self.sign = f"eval_{metric.removeprefix('eval_')}", 1 if greater_is_better else -1
-        self.value, self.epoch, self.state = -np.inf, None, {}
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, model: PreTrainedModel, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
-        if self.sign * metrics[self.metric] > self.value:
-            self.value, self.epoch = self.sign * metrics[self.metric], state.epoch
-            frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-            kept = {name: value for name, value in model.state_dict().items() if name not in frozen}
-            self.state = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
-
-    def restore(self, model: PreTrainedModel) -> None:
-        model.load_state_dict(self.state, strict=False)
-
-
 def build_system(name: str, settings: Settings, names: list[str]) -> tuple[PreTrainedModel, ClipCaCgProcessor]:
     """Build one of the other systems and its processor, as `training.run.build` builds ours."""
     backbones = backbone_names(settings.model, settings.data.is_sample)
-    fields = {**settings.systems.get(name, {}), **label_fields(names), "dropout": settings.model.dropout}
+    fields = {**settings.systems.get(name, {}), **label_fields(names), **settings.model.head_fields()}
+    fields["dropout"] = settings.model.dropout
     model = SYSTEMS[name].from_backbones(**backbones, **fields)
     processor = ClipCaCgProcessor.from_backbones(**backbones)
     limit_and_freeze(model, processor, settings.model)
@@ -159,7 +138,8 @@ def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetD
     """Train a row and predict the posts of the other splits.
 
     Returns:
-        `logits`: split to (posts, labels); `parameters`: see `sizes`; `seconds` of training; `best_epoch`.
+        `logits`: split to (posts, labels); `parameters`: see `sizes`; `seconds` of training; `best_epoch`;
+        `combination`, the model's `modality_combination`; with `--average_checkpoints` what `load_average` returns.
     """
     training, system = settings.training, ROWS[name].system
     training.seed = seed
@@ -177,12 +157,15 @@ def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetD
     trainer.remove_callback(PrinterCallback)
     if isinstance(model, SentiBankSentiStrength):
         trainer.data_collator = LexiconCollator(trainer.data_collator)
-    best = KeepBest(training.metric_for_best_model, training.greater_is_better)
-    trainer.add_callback(best)
+    kept = KeepBest(max(1, training.average_checkpoints))
+    trainer.add_callback(kept)
     seconds = trainer.train().metrics["train_runtime"]
-    best.restore(model)
+    averaging = load_average(trainer, kept.best)
+    choose_combination(trainer, posts, settings.model.modality_combination)
     logits = {split: trainer.predict(posts[split]).predictions for split in posts if split != "train"}
-    return {"logits": logits, "parameters": sizes(model), "seconds": seconds, "best_epoch": best.epoch}
+    found = {"logits": logits, "parameters": sizes(model), "seconds": seconds, "best_epoch": kept.best[0].epoch}
+    found |= {"combination": model.config.modality_combination}
+    return found | (averaging if training.average_checkpoints > 1 else {})
 
 
 def sizes(model: PreTrainedModel) -> dict[str, int]:
@@ -192,9 +175,9 @@ def sizes(model: PreTrainedModel) -> dict[str, int]:
 
 
 def fit_floor(name: str, fold: Fold) -> dict[str, Any]:
-    """Fit a floor and return what `train_row` returns; the logits are one-hot."""
+    """Fit a simple baseline and return what `train_row` returns; the logits are one-hot."""
     posts, floor = fold.posts, ROWS[name].floor
-    labels = {split: np.asarray(dataset["label"]) for split, dataset in posts.items()}
+    labels = {split: np.asarray(labelled(dataset)["label"]) for split, dataset in posts.items()}
     others, parameters, start = [split for split in posts if split != "train"], 0, time.perf_counter()
     if floor == "majority":
         answers, encoders = {split: majority(labels["train"], len(posts[split])) for split in others}, 0
@@ -202,7 +185,8 @@ def fit_floor(name: str, fold: Fold) -> dict[str, Any]:
         pooled, width, encoders = fold.pooled
         part = {"text": slice(width), "image": slice(width, None), "both": slice(None)}[floor]
         features, start = {split: states[:, part] for split, states in pooled.items()}, time.perf_counter()
-        pipeline = fit(features["train"], labels["train"], features["validation"], labels["validation"])
+        known = [(features[split], labels[split]) for split in ("train", "validation")]
+        pipeline = fit(*known[0], *known[1], choices=fold.settings.choices_of_c())
         answers = {split: pipeline.predict(features[split]) for split in others}
         parameters = pipeline[-1].coef_.size + pipeline[-1].intercept_.size
     return {
@@ -213,13 +197,14 @@ def fit_floor(name: str, fold: Fold) -> dict[str, Any]:
     }
 
 
-def run(name: str, fold: Fold, settings: Settings, seed: int | None, measured: str) -> tuple[dict[str, Any], Any]:
+def run(name: str, fold: Fold, settings: Settings, seed: int | None) -> tuple[dict[str, Any], dict[str, list]]:
     """Make one run: train it, and score the validation split and the measured one.
 
     Returns:
-        What its line says about it, and id, label and prediction of the measured posts.
+        What its line says about it; and id, label, prediction and keys of the measured posts.
     """
-    wanted = {split: fold.posts[split] for split in ("train", "validation", measured)}
+    measured = fold.posts[fold.measured]
+    wanted = {"train": fold.posts["train"], "validation": fold.posts["validation"], fold.measured: measured}
     if seed is None:
         found = fit_floor(name, fold)
     else:
@@ -228,111 +213,13 @@ def run(name: str, fold: Fold, settings: Settings, seed: int | None, measured: s
     labels = {split: np.asarray(fold.posts[split]["label"]) for split in logits}
     found["metrics"] = {split: score(logits[split], labels[split], metric, names) for split in logits}
     found["hardware"] = hardware_name(settings.training)
-    predictions = logits[measured].argmax(axis=-1).tolist()
-    posts = {"id": list(fold.posts[measured]["id"]), "label": labels[measured].tolist(), "prediction": predictions}
-    return found, posts
-
-
-class Runner:
-    """Make runs one after the other, and skip those that `runs.jsonl` already has."""
-
-    def __init__(self, own: ReproduceArguments, settings: Settings) -> None:
-        self.folder, self.settings, self.failed = Path(settings.training.output_dir), settings, 0
-        self.seeds = [settings.training.seed + number for number in range(own.seeds)]
-        self.hashes = {name: short_hash(settings.describe(name)) for name in ROWS}
-        self.chosen: dict[str, dict[str, Any] | None] = {}
-        self.lines = {line["run"]: line for line in read_lines(self.folder / RUNS_FILE) if "error" not in line}
-        self.commit = commit()
-
-    def row(self, name: str, fold: Fold) -> None:
-        """Make all runs of a row on a fold, after its trials on the first one."""
-        floor = ROWS[name].floor
-        if name not in self.chosen:
-            self.chosen[name] = {} if floor else self.choose(name, fold)
-        if self.chosen[name] is not None:
-            for seed in [None] if floor else self.seeds:  # floors are deterministic
-                self.once(name, fold, seed, self.chosen[name])
-
-    def choose(self, name: str, fold: Fold) -> dict[str, Any] | None:
-        """Return the values with the best validation accuracy, the first in a tie; None if every trial failed."""
-        trials = self.settings.trials()
-        lines = [self.once(name, fold, self.seeds[0], values, is_trial=True) for values in trials]
-        scores = [-1 if line is None else line["metrics"]["validation"]["accuracy"] for line in lines]
-        if not trials:
-            return {}
-        return None if max(scores) < 0 else trials[int(np.argmax(scores))]
-
-    def once(
-        self, name: str, fold: Fold, seed: int | None, values: dict[str, Any], is_trial: bool = False
-    ) -> dict[str, Any] | None:
-        """Return the line of a run, which is made if it is missing; None if it fails, which writes a line too."""
-        line = self.start_of_line(name, fold, seed, values, is_trial)
-        if line["run"] in self.lines:
-            return self.lines[line["run"]]
-        described = [
-            f"{name},",
-            line["kind"],
-            *(f"{key} {line[key]}" for key in ("fold", "seed") if line[key] is not None),
-        ]
-        what = " ".join([*described, *(f"{key} {value}" for key, value in values.items())])
-        try:
-            found, posts = run(name, fold, self.settings.for_row(name, values), seed, line["measured"])
-        except Exception as error:  # one failed run must not end the others
-            logger.exception("%s failed", what)
-            self.failed += 1
-            append_line(self.folder / RUNS_FILE, line | {"error": f"{type(error).__name__}: {error}"})
-            return None
-        finally:
-            gc.collect()
-            torch.cuda.empty_cache()
-        if not is_trial:
-            append_line(self.folder / PREDICTIONS_FILE, {"run": line["run"], **posts})
-        append_line(self.folder / RUNS_FILE, line | found)  # last, because it marks the run as done
-        accuracies = ", ".join(f"{split} {scores['accuracy']:.4f}" for split, scores in found["metrics"].items())
-        logger.info("%s: accuracy %s in %.1f seconds", what, accuracies, found["seconds"])
-        return self.lines.setdefault(line["run"], line | found)
-
-    def start_of_line(
-        self, name: str, fold: Fold, seed: int | None, values: dict[str, Any], is_trial: bool
-    ) -> dict[str, Any]:
-        """Return what is known before a run starts. Its `run` is a hash of everything that identifies it."""
-        row, notes, trials = ROWS[name], [], len(self.settings.trials()) or 1
-        key = {"kind": "trial" if is_trial else "run", "row": name, "seed": seed, "values": values}
-        key |= {"config_hash": self.hashes[name]}
-        key |= {part: fold.facts[part] for part in ("protocol", "fold", "data_hash")}
-        if name in WORD_VECTORS and self.settings.word_vectors:
-            notes.append(f"text encoder: {Path(self.settings.word_vectors).name}")
-        if row.floor:
-            trials = 0 if row.floor == "majority" else len(CHOICES)
-        facts = {"measured": "validation" if is_trial else fold.measured, "trials": trials, "notes": notes}
-        config = {"commit": self.commit, "config": self.settings.describe(name)}
-        return {"run": short_hash(key), **key, **fold.facts, **facts, **config}
-
-
-def commit() -> str | None:
-    """The commit of this code, marked "-dirty" if files have changed; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def reproduce(own: ReproduceArguments, settings: Settings) -> tuple[list[Path], int]:
-    """Make all runs that are missing, and write the tables after each fold.
-
-    Returns:
-        The Markdown files of the tables, and the number of runs that failed.
-
-    Raises:
-        InputError: If the posts cannot be loaded or have no classes, or the folds do not exist.
-    """
-    runner, tables = Runner(own, settings), []
-    for number in folds_of(own, settings.data):
-        fold = load_fold(number, settings)
-        logger.info("%s, %s: %s", fold.facts["data"], fold.facts["protocol"], fold.facts["posts"])
-        for name in own.row_names():
-            runner.row(name, fold)
-        tables = write_tables(runner.folder, ROWS, runner.hashes, own.table, own.smoke)
-    return tables, runner.failed
+    return found, {
+        "id": list(measured["id"]),
+        "label": labels[fold.measured].tolist(),
+        "prediction": logits[fold.measured].argmax(axis=-1).tolist(),
+        # Digests, since a text itself must not end in the results; 12 digits tell any two posts apart.
+        "keys": [
+            [hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()[:12] for key in keys]
+            for keys in duplicate_keys(measured)
+        ],
+    }

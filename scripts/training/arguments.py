@@ -40,11 +40,29 @@ class ModelArguments:
     projection_dim: int = field(default=512, metadata={"help": "Width of the shared space of --clip_mode feature."})
     dropout: float = field(default=0.3, metadata={"help": "Dropout of the fusion."})
     contrastive_loss_weight: float = field(default=0.1, metadata={"help": "For --clip_mode feature."})
+    use_modality_heads: bool = field(
+        default=False, metadata={"help": "Learn the labels of the text alone and of the image alone, too."}
+    )
+    modality_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the two heads' losses."})
+    modality_combination: Literal["auto", "classifier", "average"] = field(
+        default="auto",
+        metadata={
+            "help": "Predict with the classifier, or with its average with the two heads; auto: what is better on the "
+            "validation split after training."
+        },
+    )
     freeze_text: bool = field(default=False, metadata={"help": "Do not train the text encoder."})
     freeze_text_layers: int = field(
         default=0, metadata={"help": "Do not train the text encoder's embeddings and this many of its lower layers."}
     )
     freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision encoder."})
+    freeze_vision_blocks: int = field(
+        default=0,
+        metadata={
+            "help": "Do not train the vision encoder's stem and this many of its first stages, or of its blocks if "
+            "it has no stages."
+        },
+    )
     freeze_clip: bool = field(default=False, metadata={"help": "Do not train the CLIP towers."})
     class_weights: Literal["none", "balanced"] = field(
         default="none", metadata={"help": "balanced: weight classes by their inverse frequency."}
@@ -66,7 +84,18 @@ class ModelArguments:
     def config_fields(self) -> dict[str, Any]:
         """The fields of `ClipCaCgConfig` among the flags."""
         names = "clip_mode modality use_cross_attention use_gating hidden_size num_attention_heads projection_dim"
-        return {name: getattr(self, name) for name in f"{names} dropout contrastive_loss_weight".split()}
+        fields = {name: getattr(self, name) for name in f"{names} dropout contrastive_loss_weight".split()}
+        return fields | self.head_fields()
+
+    def head_fields(self) -> dict[str, Any]:
+        """Those of them that add modality heads, to a checkpoint and to the concatenation baseline, too.
+
+        With "auto" training evaluates the classifier; `run.choose_combination` chooses after it.
+        """
+        fields: dict[str, Any] = {"modality_combination": self.modality_combination.replace("auto", "classifier")}
+        if self.use_modality_heads:
+            fields |= {"use_modality_heads": True, "modality_loss_weight": self.modality_loss_weight}
+        return fields
 
 
 @dataclass
@@ -81,13 +110,27 @@ class RecipeArguments(TrainingArguments):
     backbone_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the backbones; default: --learning_rate."}
     )
+    layerwise_lr_decay: float = field(
+        default=1.0,
+        metadata={"help": "Multiply the backbones' learning rate by this per layer, from the top layer down."},
+    )
     step_decay_epochs: int | None = field(
         default=None, metadata={"help": "Divide the learning rate by 10 every so many epochs; no --lr_scheduler_type."}
     )
     early_stopping_patience: int = field(
         default=0, metadata={"help": "Stop after so many evaluations without improvement; 0: never."}
     )
-    augment: bool = field(default=False, metadata={"help": "Crop, flip and colour training images at random."})
+    average_checkpoints: int = field(
+        default=0,
+        metadata={
+            "help": "Average the weights of this many best evaluations, greedily by validation, at the end; 0 or 1: "
+            "keep the best. Their checkpoints and the last one stay on disk, whatever --save_total_limit says."
+        },
+    )
+    augment: bool = field(
+        default=False,
+        metadata={"help": "Change training images (TrivialAugment) and texts (words deleted and swapped) at random."},
+    )
     # TrainingArguments has this flag too, but demands a value for it.
     debug: str | None = field(
         default="",
@@ -127,6 +170,8 @@ def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArgume
     parser.set_defaults(**defaults)
     with as_input_error("The flags cannot be used", ValueError):
         parsed = parser.parse_args_into_dataclasses(argv)
+    if not 0 < parsed[-1].layerwise_lr_decay <= 1:
+        raise InputError(f"--layerwise_lr_decay must be above 0 and at most 1, got {parsed[-1].layerwise_lr_decay}.")
     if parsed[-1].dataloader_drop_last:
         raise InputError("--dataloader_drop_last would drop posts of validation and test too: leave it out.")
     return parsed
@@ -157,10 +202,10 @@ def read_config(file: Path, parser: argparse.ArgumentParser, other_keys: Sequenc
         close = difflib.get_close_matches(unknown[0], [*flags, *other_keys], n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise InputError(f"Unknown key {', '.join(unknown)} in {file}. Allowed: the flags that --help lists.{hint}")
-    return {key: value if key in other_keys else _checked(file, flags[key], value) for key, value in values.items()}
+    return {key: value if key in other_keys else checked(file, flags[key], value) for key, value in values.items()}
 
 
-def _checked(file: Path, action: argparse.Action, value: Any) -> Any:
+def checked(file: Path, action: argparse.Action, value: Any) -> Any:
     """Convert one value of a YAML file.
 
     Raises:

@@ -1,6 +1,7 @@
 """Score a checkpoint on labelled posts: what `evaluate_checkpoint.py` and `quantize.py` share."""
 
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -48,11 +49,11 @@ def labelled_posts(
     Raises:
         InputError: If there is no such split, or the labels of the model and of the data differ.
     """
-    posts = load_posts(data_arguments, model.config.modality)
+    posts = load_posts(replace(data_arguments, use_conflicting_posts=False), model.config.modality)
     if split not in posts:
         raise InputError(f"There is no post in the split {split!r}. Allowed: {', '.join(posts)}.")
     names = label_names(posts[split])
-    known = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    known = model.config.label_names
     if (names is None) != (model.config.task == "regression"):
         raise InputError("The model and the data do not fit: one has classes, the other numbers.")
     if names is not None and not set(names) <= set(known):

@@ -1,6 +1,7 @@
 """What a finished run leaves beside its weights: the plots, the model card, and the facts that the card states."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import datasets
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import NO_LIMIT
 from clipcacg.scripts.data.loading import SPLIT_NAMES, DataArguments, label_names
+from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import MARKER
 from clipcacg.scripts.reporting.model_card import write_model_card
 from clipcacg.scripts.reporting.plots import (
@@ -44,10 +46,15 @@ def complete_checkpoint(
     arguments: tuple[ModelArguments, DataArguments],
     seconds: float,
     resumed: bool = False,
+    averaged_steps: Sequence[int] = (),
 ) -> None:
     """Add the plots and the model card, and remove what is useful on this machine only."""
     folder, (model_arguments, data_arguments) = Path(trainer.args.output_dir), arguments
-    config, state, ended = trainer.model.config, trainer.state, how_it_ended(trainer.args, trainer.state)
+    config, state, ended = (
+        trainer.model.config,
+        trainer.state,
+        how_it_ended(trainer.args, trainer.state, averaged_steps),
+    )
     for split, scores in list(results.items())[-1:]:
         if "confusion_matrix" in scores:
             title, file = f"Confusion matrix of the {split} split", folder / CONFUSION_MATRIX_FILE
@@ -63,7 +70,7 @@ def complete_checkpoint(
         data_kind=data_kind(data_arguments, posts),
         dataset_name=data_arguments.dataset_name or data_arguments.data_dir or "the drawn sample",
         splits=split_name(data_arguments, posts),
-        num_posts={split: len(dataset) for split, dataset in posts.items()},
+        num_posts=num_posts(posts),
         split_settings=split_settings(data_arguments),
         base_models=base_models(model_arguments, trainer.model),
         hub_model_id=trainer.args.hub_model_id,
@@ -80,6 +87,13 @@ def complete_checkpoint(
     )
     write_model_card(folder, facts)
     logger.info("The checkpoint, the results and the model card are in %s", folder)
+
+
+def num_posts(posts: datasets.DatasetDict) -> dict[str, int]:
+    """Number of posts of each split; the conflicting posts, which only the heads see, are counted by themselves."""
+    counts = {split: len(labelled(dataset)) for split, dataset in posts.items()}
+    conflicting = len(posts["train"]) - counts["train"]
+    return counts | ({"train, modality heads only": conflicting} if conflicting else {})
 
 
 def split_name(arguments: DataArguments, posts: datasets.DatasetDict) -> str:
@@ -110,13 +124,19 @@ def recipe(arguments: RecipeArguments, model_arguments: ModelArguments, label_sm
         values["lr_scheduler_type"] = f"divided by 10 every {arguments.step_decay_epochs} epochs"
     frozen = [part for part in ("text", "vision", "clip") if getattr(model_arguments, f"freeze_{part}")]
     layers = 0 if "text" in frozen else model_arguments.freeze_text_layers
+    blocks = 0 if "vision" in frozen else model_arguments.freeze_vision_blocks
+    chosen = model_arguments.use_modality_heads and model_arguments.modality_combination == "auto"
     ours = {
         "backbone_learning_rate": arguments.backbone_learning_rate,
         "early_stopping_patience": arguments.early_stopping_patience,
         "frozen_backbones": ", ".join(frozen),
         "frozen_text_layers": f"embeddings and the first {layers}" if layers else "",
+        "frozen_vision_blocks": f"stem and the first {blocks}" if blocks else "",
+        "layerwise_lr_decay": arguments.layerwise_lr_decay if arguments.layerwise_lr_decay != 1 else "",
         "class_weights": model_arguments.class_weights.replace("none", ""),
+        "average_checkpoints": arguments.average_checkpoints if arguments.average_checkpoints > 1 else 0,
         "augment": arguments.augment,
+        "modality_combination": "the better one on the validation split" * chosen,
         "label_smoothing": label_smoothing,
     }
     return values | {name: value for name, value in ours.items() if value}

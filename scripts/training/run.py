@@ -13,21 +13,23 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from sklearn.utils.class_weight import compute_class_weight
-from torchvision.transforms import v2
-from transformers import AutoConfig, EarlyStoppingCallback, EvalPrediction, PreTrainedModel
+from transformers import AutoConfig, EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
 
-from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.configuration_clipcacg import MODALITY_COMBINATIONS, ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.data.augmentation import Augmentation
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
-from clipcacg.scripts.data.features import FEATURES, FeatureStore, cache_features, frozen_backbones
+from clipcacg.scripts.data.features import FeatureStore, cache_features
 from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, label_names, load_posts
+from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import make_tiny_backbones
 from clipcacg.scripts.reporting.hub import check_repo_id, push_checkpoint
 from clipcacg.scripts.reporting.predictions import checkpoint_config, load_checkpoint, prediction_line, write_line
 from clipcacg.scripts.reporting.tables import results_table
 from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
+from clipcacg.scripts.training.averaging import KeepBestCheckpoints, best_checkpoints, load_average
 from clipcacg.scripts.training.metrics import load_metric, score
 from clipcacg.scripts.training.trainer import SentimentTrainer
 
@@ -40,10 +42,14 @@ def load_training_posts(
     """Load the posts, in the main process first, and settle the flags that depend on them.
 
     Raises:
-        InputError: If there is no training split.
+        InputError: If there is no training split, or the modality heads lack labels.
     """
+    has_heads = model_arguments.use_modality_heads
     if model_arguments.model_name_or_path:
-        model_arguments.modality = checkpoint_config(model_arguments.model_name_or_path).modality
+        config = checkpoint_config(model_arguments.model_name_or_path)
+        model_arguments.modality, has_heads = config.modality, has_heads or config.use_modality_heads
+    if data_arguments.use_conflicting_posts and not has_heads:
+        raise InputError("--use_conflicting_posts trains modality heads alone: add --use_modality_heads.")
     with arguments.main_process_first(desc="loading the posts"):
         posts = load_posts(data_arguments, model_arguments.modality)
     if "train" not in posts:
@@ -51,12 +57,21 @@ def load_training_posts(
         if data_arguments.splits not in (None, "random"):
             source += f" with --splits {data_arguments.splits}"
         raise InputError(f"There is no training split: the split train is missing in {source}.")
+    if model_arguments.use_modality_heads and not {"text_label", "image_label"} <= set(posts["train"].column_names):
+        raise InputError(
+            "--use_modality_heads needs labels of text and image alone: name their columns with --text_label_column "
+            "and --image_label_column."
+        )
     adapt_to_data(arguments, posts, model_arguments.modality)
     return posts
 
 
 def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modality: str) -> None:
-    """Settle the flags that depend on the data, such as the metric to choose a checkpoint by."""
+    """Settle the flags that depend on the data, such as the metric to choose a checkpoint by.
+
+    Raises:
+        InputError: If the flags do not fit together.
+    """
     arguments.remove_unused_columns = False  # the collator reads columns that the model does not know
     arguments.dataloader_pin_memory &= torch.cuda.is_available()
     arguments.restore_callback_states_from_checkpoint = True  # early stopping continues its count after a resume
@@ -67,7 +82,11 @@ def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modal
     if "validation" not in posts:
         logger.warning("There is no validation split: training runs without evaluation and keeps the last epoch.")
         arguments.eval_strategy, arguments.load_best_model_at_end = "no", False
-        arguments.early_stopping_patience = 0
+        arguments.early_stopping_patience = arguments.average_checkpoints = 0
+    if arguments.average_checkpoints > 1:
+        if not arguments.load_best_model_at_end:
+            raise InputError("--average_checkpoints needs --load_best_model_at_end True, to know the best.")
+        arguments.save_total_limit = None
 
 
 def build(
@@ -91,6 +110,7 @@ def build(
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             class_weights=None,
+            **arguments.head_fields(),
             **labels,
         )
     else:
@@ -103,7 +123,7 @@ def build(
                 **backbones, **arguments.config_fields(), **labels
             )
             processor = ClipCaCgProcessor.from_backbones(**backbones)
-    with as_input_error("--freeze_text_layers", ValueError):
+    with as_input_error("--freeze_text_layers or --freeze_vision_blocks", ValueError):
         limit_and_freeze(model, processor, arguments)
     return model, processor
 
@@ -127,7 +147,11 @@ def limit_and_freeze(model: PreTrainedModel, processor: ClipCaCgProcessor, argum
     if arguments.max_length:
         processor.tokenizer.model_max_length = min(arguments.max_length, processor.tokenizer.model_max_length)
     model.freeze_backbones(
-        arguments.freeze_text, arguments.freeze_vision, arguments.freeze_clip, arguments.freeze_text_layers
+        arguments.freeze_text,
+        arguments.freeze_vision,
+        arguments.freeze_clip,
+        arguments.freeze_text_layers,
+        arguments.freeze_vision_blocks,
     )
 
 
@@ -166,7 +190,7 @@ def set_loss(
     model.config.label_smoothing, arguments.label_smoothing_factor = arguments.label_smoothing_factor, 0.0
     model.config.class_weights = None
     if model_arguments.class_weights == "balanced":
-        model.config.class_weights = balanced_weights(train)
+        model.config.class_weights = balanced_weights(labelled(train))
 
 
 def balanced_weights(dataset: datasets.Dataset) -> list[float]:
@@ -193,10 +217,10 @@ def compute_features(
     """Store the frozen backbones' outputs; see `cache_features`.
 
     Raises:
-        InputError: If images are augmented too.
+        InputError: If posts are augmented too.
     """
-    if arguments.augment and any(FEATURES[name].column == "image" for name in frozen_backbones(model)):
-        raise InputError("--augment changes every image in every epoch, --cache_features stores it: choose one.")
+    if arguments.augment:
+        raise InputError("--augment changes every post in every epoch, --cache_features stores it: choose one.")
     return cache_features(
         model,
         processor,
@@ -214,52 +238,66 @@ def make_trainer(
     posts: datasets.DatasetDict,
     features: dict[str, FeatureStore] | None = None,
 ) -> SentimentTrainer:
-    """Make the Trainer; `features` come from `compute_features`."""
+    """Make the Trainer; `features` come from `compute_features`. Conflicting posts train modality heads alone.
+
+    Raises:
+        InputError: If checkpoints are to be averaged whose weights are spread over several files.
+    """
     names = label_names(posts["train"])
+    train = posts["train"] if model.config.use_modality_heads else labelled(posts["train"])
     collator = PostCollator(processor, model.config, features or {})
-    patience = arguments.early_stopping_patience
-    return SentimentTrainer(
+    patience, averaged = arguments.early_stopping_patience, arguments.average_checkpoints
+    callbacks: list[TrainerCallback] = [EarlyStoppingCallback(patience)] if patience else []
+    if averaged > 1:
+        callbacks.append(KeepBestCheckpoints(averaged))
+    trainer = SentimentTrainer(
         model=model,
         args=arguments,
         data_collator=collator,
-        train_dataset=prepare_training(posts["train"], processor, collator, arguments.augment),
+        train_dataset=prepare_training(train, processor, collator, arguments.augment),
         eval_dataset=posts.get("validation"),
         processing_class=processor,
         compute_metrics=partial(compute_metrics, metric=load_metric(names is None), names=names),
-        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
+        callbacks=callbacks,
     )
+    if averaged > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise InputError("--average_checkpoints does not work with FSDP and DeepSpeed: use one process or DDP.")
+    return trainer
 
 
 def prepare_training(
     dataset: datasets.Dataset, processor: ClipCaCgProcessor, collator: PostCollator, augment: bool
 ) -> datasets.Dataset:
-    """Add the number of tokens, to group batches by, and augmentation of the images if asked for."""
+    """Add the number of tokens, to group batches by, and augmentation if asked for."""
     if "text" in collator.config.modalities:
         encoded = processor.tokenizer([text or "" for text in dataset["text"]], truncation=True)
         dataset = dataset.add_column("length", [len(ids) for ids in encoded["input_ids"]])
-    if augment and "image" in collator.config.modalities:
-        dataset = dataset.cast_column("image", datasets.Image())
-        dataset = dataset.with_transform(augment_images, columns=["image"], output_all_columns=True)
+    if augment:
+        columns = list(collator.config.modalities)
+        dataset = dataset.with_transform(Augmentation(processor), columns=columns, output_all_columns=True)
     return dataset
-
-
-def augment_images(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Crop, flip and colour each image at random. Source: our choice, weak enough to keep the sentiment."""
-    change = v2.Compose(
-        [
-            v2.RGB(),
-            v2.RandomResizedCrop(256, scale=(0.7, 1.0), ratio=(0.8, 1.25), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-        ]
-    )
-    return {"image": [change(image) for image in columns["image"]]}
 
 
 def compute_metrics(evaluated: EvalPrediction, metric: evaluate.Metric, names: list[str] | None) -> dict[str, float]:
     """The metric's scalar scores, which the Trainer logs and chooses a checkpoint by."""
     scores = score(np.asarray(evaluated.predictions), evaluated.label_ids, metric, names)
     return {name: value for name, value in scores.items() if isinstance(value, float)}
+
+
+def average_checkpoints(trainer: SentimentTrainer) -> list[int]:
+    """Load the greedy average of the run's best checkpoints, if asked for.
+
+    Writes it down in `all_results.json`; see `load_average`.
+
+    Returns:
+        The steps whose weights were averaged; none without `--average_checkpoints`.
+    """
+    best = best_checkpoints(trainer.args, trainer.state, trainer.args.average_checkpoints)
+    if trainer.args.average_checkpoints < 2 or not best:
+        return []
+    averaging = load_average(trainer, best)
+    trainer.save_metrics("averaging", averaging)
+    return averaging["averaged_steps"]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -331,6 +369,29 @@ def evaluate_splits(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> d
                     write_line(file, prediction_line(post_id, logits, trainer.model.config))
             logger.info("\n%s, %d posts\n%s\n", split, len(posts[split]), results_table(results[split], names))
     return results
+
+
+def choose_combination(trainer: SentimentTrainer, posts: datasets.DatasetDict, asked: str) -> None:
+    """Set `modality_combination` of a trained model with heads to what is better on the validation split.
+
+    The score is `--metric_for_best_model`. The classifier wins a tie. It also stays without a validation split, and
+    with labels other than negative, neutral and positive, which the average needs.
+
+    Args:
+        trainer: Its model and arguments.
+        posts: Splits.
+        asked: `--modality_combination`; anything but "auto" stands.
+    """
+    config, arguments = trainer.model.config, trainer.args
+    if asked != "auto" or not (config.use_modality_heads and config.has_sentiment_labels and "validation" in posts):
+        return
+    metric, scores = (arguments.metric_for_best_model or "accuracy").removeprefix("eval_"), {}
+    for name in MODALITY_COMBINATIONS:
+        config.modality_combination = name
+        metrics = trainer.predict(posts["validation"], metric_key_prefix="eval").metrics
+        scores[name] = -metrics["eval_loss"] if metric == "loss" else metrics[f"eval_{metric}"]
+    config.modality_combination = max(scores, key=scores.__getitem__)
+    logger.info("modality_combination: %s, by the validation %s of %s", config.modality_combination, metric, scores)
 
 
 def take_over_push(arguments: RecipeArguments) -> tuple[bool, str | None]:

@@ -3,6 +3,7 @@
 import errno
 import math
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from clipcacg.modeling_clipcacg import layers_of_modules
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.training.arguments import RecipeArguments
 
@@ -81,31 +83,32 @@ def first_line(error: Exception) -> str:
 class SentimentTrainer(Trainer):
     """The Trainer with the paper's optimizer and schedule, and a separate learning rate for the backbones.
 
-    Logs the model's contrastive loss as `contrastive_loss`, averaged over the steps since the last log as `loss` is.
+    Logs the model's `contrastive_loss` and `modality_loss`, averaged over the steps since the last log as `loss` is.
     """
 
     args: RecipeArguments
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.contrastive_sum: torch.Tensor | float = 0.0
-        self.contrastive_steps = 0
+        self.part_sums: dict[str, torch.Tensor] = {}
+        self.part_steps: Counter[str] = Counter()
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        contrastive = getattr(outputs, "contrastive_loss", None)
-        if model.training and contrastive is not None:
-            self.contrastive_sum = self.contrastive_sum + contrastive.detach().float().mean()
-            self.contrastive_steps += 1
+        for name in ("contrastive_loss", "modality_loss"):
+            part = getattr(outputs, name, None)
+            if model.training and part is not None:
+                self.part_sums[name] = self.part_sums.get(name, 0) + part.detach().float().mean()
+                self.part_steps[name] += 1
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.contrastive_steps:
-            mean = self.contrastive_sum / self.contrastive_steps
-            logs["contrastive_loss"] = self.accelerator.gather(mean).mean().item()
-            self.contrastive_sum, self.contrastive_steps = 0.0, 0
+        if "loss" in logs:
+            for name, total in self.part_sums.items():
+                logs[name] = self.accelerator.gather(total / self.part_steps[name]).mean().item()
+            self.part_sums, self.part_steps = {}, Counter()
         super().log(logs, start_time)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -149,22 +152,30 @@ class SentimentTrainer(Trainer):
         return self.optimizer
 
     def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """Trainable parameters of the backbones and of the rest, each with and without weight decay.
+        """The trainable parameters by learning rate and weight decay, the highest rate first.
+
+        A backbone's top layer learns at its own rate, and each layer below at `layerwise_lr_decay` times the rate of
+        the one above.
 
         Only matrices decay, convolution kernels and embeddings among them: not the biases, normalization layers,
         temperature and lambda. Source: our choice, as is customary; the paper states the rate alone.
         """
-        encoders = self.accelerator.unwrap_model(model).backbones().values()
-        in_backbone = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
-        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        rates, own = {}, self.args.backbone_learning_rate
+        for encoder in self.accelerator.unwrap_model(model).backbones().values():
+            layers = layers_of_modules(encoder)
+            top = max(layers.values(), default=0)
+            for name, parameter in encoder.named_parameters():
+                below_top = top - layers.get(name.rpartition(".")[0], 0)
+                rate = self.args.learning_rate if own is None else own
+                rates[id(parameter)] = rate * self.args.layerwise_lr_decay**below_top
+        groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
         for parameter in model.parameters():
             if parameter.requires_grad:
-                groups.setdefault((id(parameter) in in_backbone, parameter.ndim >= 2), []).append(parameter)
-        own = self.args.backbone_learning_rate
-        rates = {True: self.args.learning_rate if own is None else own, False: self.args.learning_rate}
+                key = rates.get(id(parameter), self.args.learning_rate), parameter.ndim >= 2
+                groups.setdefault(key, []).append(parameter)
         return [
-            {"params": parameters, "lr": rates[backbone], "weight_decay": self.args.weight_decay if decay else 0.0}
-            for (backbone, decay), parameters in groups.items()
+            {"params": groups[rate, decay], "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
+            for rate, decay in sorted(groups, reverse=True)  # the Trainer logs the first group's rate
         ]
 
     def create_scheduler(

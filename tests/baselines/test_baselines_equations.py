@@ -187,13 +187,36 @@ def test_clmlf_adds_its_losses_in_training(features: dict[str, Tensor]) -> None:
         model.eval()
 
 
+def test_clmlf_starts_as_the_authors_code_does() -> None:
+    """DBCL begins at 5.9 to 6.7 there and LBCL at 53.6; a Xavier start began at 86 to 100 and at 536 to 589."""
+    model = make("clmlf", hidden_size=768, num_attention_heads=12, dropout=0.1).train()
+    text, feature_map = torch.randn(32, 6, 16), torch.randn(32, 12, 2, 2).relu()
+    labels = torch.randint(3, (32,))
+    with torch.no_grad():
+        first, second = (model(text_features=text, image_features=feature_map).fused_embeds for _ in range(2))
+        data_loss = data_contrastive_loss(model.first_view(first), model.second_view(second), 0.07)
+        label_loss = label_contrastive_loss(model.first_view(first), labels, 0.07)
+    assert 4 < data_loss < 9 and 40 < label_loss < 70
+    layer = model.fusion_layers.layer[0]
+    assert layer.output.LayerNorm.eps == 1e-12 and layer.attention.output.dropout.p == layer.output.dropout.p == 0.1
+
+
+def test_clmlf_encodes_an_image_once_unless_its_second_view_differs() -> None:
+    inputs, model, passes = make_post_inputs(), make("clmlf").train(), []
+    model.image_branch.backbone.register_forward_hook(lambda *_: passes.append(1))
+    model(**inputs, labels=LABELS)
+    assert len(passes) == 1
+    model(**inputs, labels=LABELS, pixel_values_augmented=inputs["pixel_values"].flip(-1))
+    assert len(passes) == 3
+
+
 def test_clmlf_raw_second_views_stand_before_cached_first_ones() -> None:
     post_inputs = make_post_inputs()
     model = make("clmlf", dropout=0.0)
     ids = torch.randint(4, 58, (3, 9))
     cached = {"text_features": model.encode("text", post_inputs["input_ids"], post_inputs["attention_mask"])}
     first = {name: post_inputs[name] for name in ("attention_mask", "pixel_values")}
-    views = [model.second_views((), first | cached, {"input_ids": i}) for i in (ids, post_inputs["input_ids"])]
+    views = [model.second_views(first | cached, {"input_ids": i}) for i in (ids, post_inputs["input_ids"])]
     assert_close(views[0], model(**first, input_ids=ids).fused_embeds)
     assert not torch.allclose(views[0], views[1])
 
@@ -204,15 +227,12 @@ def test_clmlf_fusion(features: dict[str, Tensor]) -> None:
         cells_in, pooled = F.gelu(linear(model.cell_projection[0], cells)), cells.mean(0)
         pooled = F.gelu(linear(model.pooled_projection[0], pooled)).unsqueeze(0)
         states = torch.cat([pooled, cells_in]).unsqueeze(0)
-        for layer in model.image_layers.layers:
-            states = layer(states)
+        states = model.image_layers(states).last_hidden_state
         states = torch.cat([F.gelu(linear(model.text_projection[0], text)).unsqueeze(0), states], dim=1)
-        for layer in model.fusion_layers.layers:
-            states = layer(states)
+        states = model.fusion_layers(states).last_hidden_state
         scores = F.gelu(linear(model.pooling[0], states[0])) @ model.pooling[2].weight[0]
         assert_close(got, scores.softmax(0) @ states[0], rtol=1e-4, atol=1e-5)
-    assert [len(model.image_layers.layers), len(model.fusion_layers.layers)] == [2, 3]
-    assert all(not layer.norm_first for layer in model.fusion_layers.layers)
+    assert [len(model.image_layers.layer), len(model.fusion_layers.layer)] == [2, 3]
 
 
 def test_clmlf_official_reshape_mixes_channels_and_positions(features: dict[str, Tensor]) -> None:
@@ -236,6 +256,18 @@ def side(module: nn.Module, states: Tensor, others: Tensor) -> Tensor:
     fused = (torch.cat([states, aligned], -1) * gate @ module.fusion.weight.T).clamp(min=0) + states
     weights = (linear(module.summary[0], fused).clamp(min=0) @ module.summary[2].weight.T).softmax(0)
     return unit((weights.T @ fused).mean(0))
+
+
+def test_layers_start_as_in_the_authors_code() -> None:
+    bounds = {
+        "region_projection.weight": (6 / (12 + 96)) ** 0.5, "region_projection.bias": 0.0,
+        "region_side.cross_attention.key.weight": (3 / 96) ** 0.5, "region_side.fusion.weight": (3 / 96) ** 0.5,
+        "region_side.cross_attention.query.weight": 96**-0.5, "region_side.self_attention.key.weight": 96**-0.5,
+        "region_side.summary.0.bias": 96**-0.5, "text_context.weight": 192**-0.5,
+    }  # fmt: skip
+    parameters = dict(make("itin", hidden_size=96).named_parameters())
+    for name, bound in bounds.items():
+        assert parameters[name].abs().max().item() == pytest.approx(bound, rel=0.06), name
 
 
 @pytest.mark.parametrize("both", [False, True])

@@ -1,6 +1,8 @@
 """Any source of posts becomes splits with the same columns."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -73,3 +75,28 @@ def test_only_a_test_split_may_lack_its_labels(
     else:
         assert set(load_posts(arguments, "text")) == {"train", "validation"}
         assert "test split has no labels" in caplog.text
+
+
+@pytest.mark.parametrize("names", [("bad", "good"), (0, 1)])
+def test_labels_of_text_and_image_alone_have_the_classes_of_the_posts(names: tuple[Any, Any], tmp_path: Path) -> None:
+    rows = table_of_images(tmp_path, lambda colour: names[colour])
+    for number, row in enumerate(rows):
+        row |= {"of_text": names[0], "of_image": None if number == 0 else names[1]}
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "posts.csv")
+    columns = {"image_column": "photo", "text_column": "tweet", "label_column": "mood"}
+    arguments = DataArguments(
+        dataset_name=str(tmp_path / "posts.csv"), splits=None, text_label_column="of_text",
+        image_label_column="of_image", **columns,
+    )  # fmt: skip
+    posts = load_posts(arguments)["test"]
+    assert posts.features["text_label"] == posts.features["image_label"] == posts.features["label"]
+    assert posts["text_label"][:] == [0] * 40 and posts["image_label"][:] == [-100] + [1] * 39
+    with pytest.raises(InputError, match="--text_label_column: unknown label a .*. Allowed: "):
+        load_posts(replace(arguments, text_label_column="tweet", text_column="of_text"))
+
+
+def test_flags_of_labels_that_the_data_cannot_have_are_refused() -> None:
+    with pytest.raises(InputError, match="--use_conflicting_posts is for --data_dir alone"):
+        DataArguments(dataset_name="posts.csv", use_conflicting_posts=True)
+    with pytest.raises(InputError, match="are for --dataset_name alone"):
+        DataArguments(data_dir="posts", text_label_column="of_text")

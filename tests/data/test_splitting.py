@@ -7,12 +7,12 @@ from pathlib import Path
 
 import datasets
 import pytest
-from mvsa_folder import make_folder
+from mvsa_folder import HEADER, make_folder
 
 from clipcacg.scripts.data import load_mvsa, load_posts, split_mvsa
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.loading import DataArguments
-from clipcacg.scripts.data.mvsa import LABELS, as_dataset
+from clipcacg.scripts.data.mvsa import LABELS, as_dataset, labelled
 from clipcacg.scripts.data.splitting import PUBLISHED_SPLITS, complete_splits, duplicate_groups, random_split
 
 
@@ -143,3 +143,28 @@ def test_duplicates_stay_in_one_split(tmp_path: Path, caplog: pytest.LogCaptureF
     parts = split_mvsa(dataset, tmp_path / "split.json", group_duplicates=True)
     assert list(ids_of(parts).values()) == [["4", "5"], ["6"], ["3", "7"]]
     assert "1 train posts removed" in caplog.text and "1 validation posts removed" in caplog.text
+
+
+def test_conflicting_posts_train_and_change_no_other_split(tmp_path: Path) -> None:
+    fold = json.loads((PUBLISHED_SPLITS / "mvsa_single_cheema.json").read_text())["folds"][0]
+    conflicting = [f"c{number}" for number in range(4)]
+    ids = [*map(str, fold["validation"][:4] + fold["test"][:4]), *(f"t{number}" for number in range(20)), *conflicting]
+    rows = "".join(f"{i}\tpositive,{'negative' if i in conflicting else 'positive'}\n" for i in ids)
+    folder = make_folder(tmp_path / "mvsa", HEADER + rows, ids)
+    (tmp_path / "mine.json").write_text(json.dumps({"train": ids[:12], "validation": ids[12:16], "test": ids[16:20]}))
+    for splits in ("random", "cheema:1", str(tmp_path / "mine.json")):
+        plain = split_mvsa(load_mvsa(folder), splits)
+        for copy, original, suffix in (("c0", plain["test"], "txt"), ("c1", plain["validation"], "jpg")):
+            source = folder / f"data/{original['id'][0]}.{suffix}"
+            (folder / f"data/{copy}.{suffix}").write_bytes(source.read_bytes())
+        parts = split_mvsa(load_mvsa(folder, keep_conflicting=True), splits)
+        expected = ids_of(plain)
+        expected["train"] = [*expected["train"], "c2", "c3"]
+        assert ids_of(parts) == expected
+        last = parts["train"][len(plain["train"])]
+        assert (last["label"], last["text_label"], last["image_label"]) == (-100, 2, 0)
+        assert labelled(parts["train"])["id"][:] == plain["train"]["id"][:]
+        assert parts["train"].info.config_name == "single" and parts["train"].features == plain["train"].features
+    for splits, split in ((None, "test"), ("random", "train")):
+        posts = load_posts(DataArguments(data_dir=str(folder), splits=splits, use_conflicting_posts=True))
+        assert (-100 in posts[split]["label"]) == (split == "train")

@@ -481,7 +481,7 @@ def test_a_jpeg_that_is_not_resized_is_decoded_whole(processor: ClipCaCgProcesso
     keywords = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
     assert processor(images=tmp_path / "photo.jpg", **keywords)["pixel_values"].shape[-2:] == (480, 640)
     few, many = ({"size": {"shortest_edge": 64}, "crop_pct": share} for share in (0.5, 0.05))
-    assert processor._needed_edge(few) == 128 and processor._needed_edge(many) == 1280
+    assert processor.needed_edge(few) == 128 and processor.needed_edge(many) == 1280
 
 
 @pytest.mark.parametrize("size", [(48, 40), [48, 40]])

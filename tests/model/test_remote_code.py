@@ -3,18 +3,16 @@
 import importlib.util
 import inspect
 import json
-import os
 import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from transformers.utils import HF_MODULES_CACHE
 
 from clipcacg.scripts.data.sample import make_tiny_backbones
 
@@ -41,52 +39,43 @@ AUTO_MAP = {
     "AutoProcessor": "processing_clipcacg.ClipCaCgProcessor",
 }
 HEAD = ["classifier.bias", "classifier.weight"]
-NOT_INSTALLED = "sys.modules['clipcacg'] = None  # whoever imports it gets a ModuleNotFoundError"
-# Runs calls one after the other, each forked from a process that has loaded torch and transformers and no code of
-# ours, each with an empty cache of remote code. That is a new process for each call, without a new process's seconds.
-SCRIPT = """
+# What the functions below use, in a process where this project cannot be imported.
+PRELUDE = """
 from __future__ import annotations
 import sys
-{prelude}
-import importlib.util, json, os, shutil, traceback
+sys.modules["clipcacg"] = None  # whoever imports it gets a ModuleNotFoundError
+import importlib.util, json, os, traceback
 import torch
 import transformers as hf
-from transformers.utils import HF_MODULES_CACHE
-{functions}
-hf.Trainer, hf.AutoProcessor, hf.RobertaModel, hf.RobertaTokenizer, hf.ResNetModel, hf.CLIPModel, hf.CLIPTokenizer
-for name, arguments, answer in json.loads(sys.argv[1]):
-    if os.fork() == 0:
-        try:
-            result = globals()[name](*arguments)
-        except BaseException:
-            result = traceback.format_exc()
-        with open(answer, "w") as file:
-            json.dump(result, file)
-        os._exit(0)
-    os.wait()
-    shutil.rmtree(HF_MODULES_CACHE, ignore_errors=True)
+"""
+ANSWER = """
+name, *arguments, answer = json.loads(sys.argv[1])
+try:
+    result = globals()[name](*arguments)
+except BaseException:
+    result = traceback.format_exc()
+with open(answer, "w") as file:
+    json.dump(result, file)
 """
 
 
-def fresh(workdir: Path, calls: dict[str, tuple], prelude: str = NOT_INSTALLED) -> dict[str, Any]:
-    """Call functions of this file, each in a fresh process in an empty folder, without the project and its caches.
+def fresh(workdir: Path, calls: dict[str, tuple]) -> dict[str, Any]:
+    """Call functions of this file, each in its own process in an empty folder, without the project and its caches.
 
     Args:
-        workdir: For the caches and the results.
+        workdir: For the results.
         calls: Name of the result to the function and its arguments. An exception's result is its traceback.
-        prelude: Code that runs first.
     """
     (workdir / "empty").mkdir(parents=True)
-    functions = "\n".join({inspect.getsource(function): None for function, *_ in calls.values()})
-    tasks = [(c[0].__name__, c[1:], str(workdir / f"{i}.json")) for i, c in enumerate(calls.values())]
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    env |= {"HF_HOME": str(workdir / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    script = SCRIPT.format(prelude=prelude, functions=functions)
-    command = [sys.executable, "-I", "-c", script, json.dumps(tasks, default=str)]
-    process = subprocess.run(command, cwd=workdir / "empty", env=env, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-5000:]
+    code = PRELUDE + "\n".join({inspect.getsource(function): None for function, *_ in calls.values()}) + ANSWER
+    answers = {}
+    for name, (function, *arguments) in calls.items():
+        shutil.rmtree(HF_MODULES_CACHE, ignore_errors=True)
+        call = json.dumps([function.__name__, *arguments, workdir / "answer.json"], default=str)
+        commands.run(["-c", code, call], workdir / "empty")
+        answers[name] = json.loads((workdir / "answer.json").read_text())
     assert not any((workdir / "empty").iterdir())
-    return {name: json.loads(Path(answer).read_text()) for name, (*_, answer) in zip(calls, tasks, strict=True)}
+    return answers
 
 
 def build(backbones: str, folder: str, posts: dict[str, list[str]]) -> dict[str, Any]:
@@ -262,24 +251,3 @@ def test_a_subclass_in_remote_code_that_initialises_in_place_reloads_every_weigh
     config["auto_map"]["AutoModelForSequenceClassification"] = "modeling_clipcacg.InPlaceInit"
     (folder / "config.json").write_text(json.dumps(config))
     assert fresh(tmp_path / "work", {"changed": (changed_weights, folder)})["changed"] == []
-
-
-@pytest.mark.slow
-def test_the_wheel_does_it_too(backbones: Path, posts: dict, tmp_path: Path):
-    ignore = shutil.ignore_patterns(".*", "build", "outputs", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignore)  # building leaves files in it
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    options = ["--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "wheel", *options, "-w", "..", "."], cwd=tmp_path / "checkout", check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert {f"clipcacg/{name}" for name in CODE} <= set(zipfile.ZipFile(wheel).namelist())
-    shutil.rmtree(tmp_path / "checkout")
-    site = tmp_path / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", site, wheel], check=True)
-
-    prelude = f"sys.path.insert(0, {str(site)!r})"
-    built = fresh(tmp_path / "a", {"built": (build, backbones, tmp_path / "first", posts)}, prelude)["built"]
-    assert Path(built["file"]).parent == site / "clipcacg"
-    folder = tmp_path / "first/classifier"
-    loaded = fresh(tmp_path / "b", {"loaded": (load, folder, folder, posts)})["loaded"]
-    assert max_difference(loaded["logits"], built["logits"]) < 1e-5

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,12 @@ CLIP = ["clip_input_ids", "clip_attention_mask", "clip_pixel_values"]
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
-        pytest.param({}, BOTH + CLIP, id="encoder", marks=pytest.mark.slow),
+        pytest.param(
+            {"use_modality_heads": True, "modality_combination": "average"},
+            BOTH + CLIP,
+            id="encoder",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"clip_mode": "feature"}, BOTH, id="feature", marks=pytest.mark.slow),
         pytest.param({"clip_mode": "none"}, BOTH, id="none", marks=pytest.mark.slow),
         pytest.param({"modality": "text"}, BOTH[:2], id="text", marks=pytest.mark.slow),
@@ -31,7 +37,7 @@ CLIP = ["clip_input_ids", "clip_attention_mask", "clip_pixel_values"]
     ],
 )
 def test_the_file_gives_the_models_logits(
-    tiny_config: Callable[..., ClipCaCgConfig], fields: dict[str, str], names: list[str], tmp_path: Path
+    tiny_config: Callable[..., ClipCaCgConfig], fields: dict[str, Any], names: list[str], tmp_path: Path
 ) -> None:
     text = {"model_type": "roberta", "vocab_size": 60, "max_position_embeddings": 42, **ONE_LAYER}
     model = ClipCaCgForSequenceClassification(tiny_config(text_config=text, **fields)).eval()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from inputs import SCRIPTS, flags, results, table_of_images
 from safetensors.torch import load_file
+from transformers import pipeline
 
 from clipcacg.scripts import evaluate_checkpoint, predict, train
 from clipcacg.scripts.data.loading import DataArguments, load_posts
@@ -116,6 +117,29 @@ def test_evaluation_of_the_checkpoint_repeats_the_test_scores(trained: Path, pos
     for name in ("accuracy", "f1", "f1_macro", "confusion_matrix"):
         assert found[name] == expected[f"test_{name}"]
     assert "Weighted F1" in done.stdout and (trained.parent / "scores/found.png").is_file()
+
+
+def test_a_run_with_modality_heads(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    """From the command to the pipeline, which all predict with the average."""
+    heads = ["--use_modality_heads", "--use_conflicting_posts", "--modality_combination", "average"]
+    train.main(flags(posts_folder, backbones, tmp_path / "model", *heads, "--max_steps", "4", "--save_steps", "4"))
+    assert json.loads((tmp_path / "model/config.json").read_text())["modality_combination"] == "average"
+    told = card(tmp_path / "model")
+    assert "mean of the classifier's and of those that the label rule makes" in told
+    assert re.search(r"train, modality heads only \| +[1-9]", told) and "modality_combination | average" in told
+    data = ["--data_dir", str(posts_folder), "--splits", "random", "--use_conflicting_posts"]
+    evaluate_checkpoint.main([str(tmp_path / "model"), *data, "--output", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["confusion_matrix"] == results(tmp_path / "model")["test_confusion_matrix"]
+    predict.main([str(tmp_path / "model"), "--input", str(posts_folder), "--output", str(tmp_path / "all.jsonl")])
+    by_id = {line["id"]: line for line in map(json.loads, (tmp_path / "all.jsonl").read_text().splitlines())}
+    line = json.loads((tmp_path / "model/predictions.jsonl").read_text().splitlines()[0])
+    assert by_id[line["id"]]["probabilities"] == pytest.approx(line["probabilities"], abs=1e-5)
+    text = (posts_folder / f"data/{line['id']}.txt").read_text().rstrip()
+    post = {"image": f"{posts_folder}/data/{line['id']}.jpg", "text": text}
+    answer = pipeline("image-text-sentiment", model=str(tmp_path / "model"), trust_remote_code=True)(post)
+    scores = {entry["label"]: entry["score"] for entry in answer}
+    assert scores == pytest.approx(line["probabilities"], abs=1e-4)
 
 
 def test_evaluation_refuses_an_output_that_cannot_be_written(tmp_path: Path) -> None:

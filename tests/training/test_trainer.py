@@ -65,6 +65,31 @@ def test_weight_decay_reaches_matrices_alone(optimizer: list[str], make: Make) -
     assert len(others) == 2 and not decayed & set(others)
 
 
+@pytest.mark.parametrize("own", [[], ["--backbone_learning_rate", "0.0004"]])
+def test_the_learning_rate_falls_per_layer_of_each_backbone(own: list[str], make: Make) -> None:
+    trainer = make(*own, "--layerwise_lr_decay", "0.5", "--weight_decay", "0.01", "--freeze_vision_blocks", "1")
+    groups = trainer.create_optimizer().param_groups
+    assert [group["lr"] for group in groups] == sorted([group["lr"] for group in groups], reverse=True)
+    in_group = {id(parameter): group for group in groups for parameter in group["params"]}
+    top = 0.0004 if own else 0.001
+    below_top = {
+        "text": {"embeddings.": 2, "layer.0.": 1, "layer.1.": 0},
+        "vision": {"stages.1.": 1, "stages.2.": 0},
+        "clip.text": {"embeddings.": 2, "layers.0.": 1, "layers.1.": 0, "final_layer_norm.": 0, "text_projection": 0},
+        "clip.vision": {"embeddings.": 2, "pre_layrnorm.": 2, "layers.0.": 1, "layers.1.": 0, "post_layernorm.": 0},
+    }
+    for name, encoder in trainer.model.backbones().items():
+        for part, depth in below_top[name].items():
+            found = [(n, p) for n, p in encoder.named_parameters() if part in n and id(p) in in_group]
+            assert found, (name, part)
+            for _, parameter in found:
+                group = in_group[id(parameter)]
+                assert group["lr"] == pytest.approx(top * 0.5**depth)
+                assert group["weight_decay"] == (0.01 if parameter.ndim >= 2 else 0)
+    assert in_group[id(trainer.model.classifier.weight)]["lr"] == 0.001
+    assert in_group.keys() == {id(p) for p in trainer.model.parameters() if p.requires_grad}
+
+
 def test_smoothing_and_class_weights_reach_the_models_own_loss(make: Make) -> None:
     trainer = make("--label_smoothing_factor", "0.1", "--class_weights", "balanced")
     assert trainer.label_smoother is None and trainer.model.config.label_smoothing == 0.1
@@ -99,7 +124,7 @@ def test_a_run_without_a_log_keeps_no_list_of_losses(make: Make) -> None:
     trainer = make(*more, "--load_best_model_at_end", "False", "--max_steps", "3", "--logging_strategy", "no")
     trainer.train()
     assert not [name for name, value in vars(trainer).items() if isinstance(value, list) and len(value) >= 3]
-    assert trainer.contrastive_steps == 3
+    assert trainer.part_steps == {"contrastive_loss": 3}
 
 
 def test_other_models_log_no_contrastive_loss(make: Make) -> None:
@@ -109,13 +134,54 @@ def test_other_models_log_no_contrastive_loss(make: Make) -> None:
     assert not any("contrastive_loss" in entry for entry in trainer.state.log_history)
 
 
+HEADS = ["--use_modality_heads", "--clip_mode", "none", "--freeze_text", "--freeze_vision"]
+
+
+def test_conflicting_posts_reach_the_heads_and_not_the_class_weights(make: Make) -> None:
+    trainer = make(*HEADS, "--use_conflicting_posts", "--class_weights", "balanced")
+    labels = torch.cat([batch["labels"] for batch in trainer.get_train_dataloader()])
+    assert (labels == -100).sum() > 0 and len(trainer.model.config.class_weights) == 3
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["text_labels"].shape == batch["image_labels"].shape == batch["labels"].shape
+    assert "text_labels" not in next(iter(make().get_train_dataloader()))
+
+
+def test_the_heads_loss_is_logged_and_their_outputs_are_not_kept(make: Make) -> None:
+    trainer = make(*HEADS, "--max_steps", "1", "--logging_steps", "1")
+    trainer.train()
+    assert [entry["modality_loss"] > 0.5 for entry in trainer.state.log_history if "loss" in entry] == [True]
+    predicted = trainer.predict(trainer.eval_dataset)
+    assert predicted.predictions.shape == (len(trainer.eval_dataset), 3)
+    assert predicted.label_ids.shape == (len(trainer.eval_dataset),)
+
+
+@pytest.mark.parametrize(("asked", "better"), [("auto", "average"), ("auto", "classifier"), ("average", "classifier")])
+def test_the_combination_is_the_better_one_on_validation(make: Make, asked: str, better: str) -> None:
+    trainer = make(*HEADS, "--modality_combination", asked)
+    posts, model = {"validation": trainer.eval_dataset}, trainer.model
+    often, rarely = trainer.model.config.label2id["positive"], trainer.model.config.label2id["neutral"]
+    assert trainer.eval_dataset["label"][:].count(often) > trainer.eval_dataset["label"][:].count(rarely)
+    answers = {model.classifier: rarely, model.modality_heads.text: often, model.modality_heads.image: often}
+    if better == "classifier":
+        answers = {layer: rarely + often - answer for layer, answer in answers.items()}
+    for layer, answer in answers.items():
+        layer.weight.data.zero_()
+        layer.bias.data = 9.0 * torch.eye(3)[answer] if layer is not model.classifier else torch.eye(3)[answer]
+    run.choose_combination(trainer, posts, asked)
+    assert model.config.modality_combination == (better if asked == "auto" else asked)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         ("--text_model nowhere/nothing", "--text_model nowhere/nothing cannot be loaded: "),
         ("--vision_model {posts}", "--vision_model .* cannot be loaded: "),
         ("--hidden_size 30", "The model cannot be built: .*hidden_size"),
-        ("--freeze_text_layers 9", "--freeze_text_layers: .*9"),
+        ("--use_conflicting_posts", "--use_conflicting_posts trains modality heads alone: add --use_modality_heads"),
+        ("--use_modality_heads --modality text", "The model cannot be built: use_modality_heads=True needs"),
+        ("--freeze_text_layers 9", "--freeze_text_layers or .*text_layers must be between 0 and 1 .*9"),
+        ("--freeze_vision_blocks 4", "--freeze_vision_blocks: vision_blocks must be between 0 and 2 .*4"),
+        ("--layerwise_lr_decay 1.5", "--layerwise_lr_decay must be above 0 and at most 1, got 1.5"),
         ("--model_name_or_path nowhere/nothing", "The checkpoint nowhere/nothing cannot be loaded: "),
         ("--model_name_or_path {backbones}/text", "cannot be loaded: its model type is 'roberta', not 'clipcacg'"),
         ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere is not a folder"),

@@ -1,7 +1,6 @@
 """A run that is killed, or out of memory or disk space, loses no checkpoint and says what to do."""
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -18,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from commands import FORKS
 from inputs import SCRIPTS, flags
 from safetensors.torch import load_file
 
@@ -237,7 +237,7 @@ def test_a_checkpoint_is_incomplete_while_it_is_overwritten(
 
 PHASES = ["training_step", "evaluate", "_save_checkpoint"]
 BETWEEN = len(PHASES)
-KILLS = 30
+KILLS = 15
 
 
 def watched(arguments: list[str], phase: Any, begun: Any) -> None:
@@ -261,25 +261,20 @@ def watched(arguments: list[str], phase: Any, begun: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_killed_anywhere_continues_to_the_same_result(
-    posts_folder: Path, backbones: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    posts_folder: Path, backbones: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """The children are forked from a process that has imported everything, since imports take most of the time."""
-    seed = 20
-    print(f"{seed = }")
-    dice, processes = random.Random(seed), multiprocessing.get_context("forkserver")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # or the server would not find this module
-    processes.set_forkserver_preload(["test_training_faults"])
+    dice = random.Random(20)
     killed, unfinished, finished = Counter(), 0, 0
     folder = tmp_path / "0"
 
     def start() -> tuple[Any, Any, Any]:
-        phase, begun = processes.RawValue("i", BETWEEN), processes.RawArray("i", len(PHASES))
+        phase, begun = FORKS.RawValue("i", BETWEEN), FORKS.RawArray("i", len(PHASES))
         arguments = short_flags(posts_folder, backbones, folder, *RESUME, "--save_total_limit", "2")
-        child = processes.Process(target=watched, args=(arguments, phase, begun))
+        child = FORKS.Process(target=watched, args=(arguments, phase, begun))
         child.start()
         return child, phase, begun
 
-    while killed.total() < KILLS or min(killed[number] for number in range(len(PHASES))) < 4 or not unfinished:
+    while killed.total() < KILLS or min(killed[number] for number in range(len(PHASES))) < 3 or not unfinished:
         assert killed.total() < 2 * KILLS, killed
         # A tenth of a second is about what a phase takes; one kill in four comes at any moment from start to end.
         wanted, times = dice.randrange(len(PHASES) + 1), dice.randint(1, 2)
