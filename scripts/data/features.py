@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,7 +214,8 @@ def key(model: ClipCaCgPreTrainedModel, processor: ClipCaCgProcessor, encoder_na
     encoder, settings = model.backbones()[encoder_name], _input_settings(processor, encoder_name)
     config = encoder.config.to_dict() | {"_name_or_path": ""}
     versions = {name: _installed_version(name) for name in LIBRARIES}
-    code = [_code(source) for source in (type(encoder), ClipCaCgPreTrainedModel, ClipCaCgProcessor, image_source, key)]
+    sources = (type(encoder), ClipCaCgPreTrainedModel, ClipCaCgProcessor, image_source, key)
+    code = [_without_comments(Path(inspect.getfile(source)).read_text(encoding="utf-8")) for source in sources]
     facts = [encoder_name, dtype, frozen_layers(encoder), config, settings, versions, code]
     digest = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode())
     for name, tensor in encoder.state_dict().items():
@@ -223,9 +224,10 @@ def key(model: ClipCaCgPreTrainedModel, processor: ClipCaCgProcessor, encoder_na
     return f"{encoder_name}-{dtype}-{digest.hexdigest()[:32]}"
 
 
-def _code(source: Any) -> str:
-    """The code of the file that defines a class or function, without comments, docstrings and layout."""
-    tree = ast.parse(Path(inspect.getfile(source)).read_text(encoding="utf-8"))
+@cache
+def _without_comments(code: str) -> str:
+    """Python code without comments, docstrings and layout."""
+    tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]

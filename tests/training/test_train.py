@@ -180,6 +180,7 @@ def test_two_processes_give_the_metrics_of_one(posts_folder: Path, backbones: Pa
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (tmp_path / "backbones/text/config.json").write_text(json.dumps(config))
     more = ["--dropout", "0", "--freeze_vision", "--clip_mode", "feature", "--contrastive_loss_weight", "0"]
+    more += ["--average_checkpoints", "2"]
     # Grouping by length depends on the batch of one process; 12 validation posts fill three batches of 2 x 2.
     more += ["--train_sampling_strategy", "random", "--per_device_eval_batch_size", "2"]
     for processes, size in ((1, 16), (2, 8)):
