@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mvsa_folder import JPEG, PIXELS, PNG, RGB, encoded, write_labels
 from PIL import Image
@@ -17,17 +17,16 @@ from PIL import Image
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts import evaluate_checkpoint, predict, train
-from clipcacg.scripts.data import load_mvsa, load_posts, mvsa, split_mvsa
+from clipcacg.scripts.data import load_mvsa, mvsa, split_mvsa
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.reporting import predictions
 
 # The same examples on every machine, however slow it is.
 FIXED = settings(
     derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-MANY, SOME = settings(FIXED, max_examples=100), settings(FIXED, max_examples=50)
+MANY, SOME = settings(FIXED, max_examples=60), settings(FIXED, max_examples=30)
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -102,23 +101,13 @@ def test_every_row_of_a_label_file_is_kept_or_reported(folder: Path, content: by
     assert set(kept) <= {"7", "3"}
 
 
-ID_PIECES = ["..", "/", "../", "x", ".", "./", "data", "\\", "~", " ", "%2e", "\0", ":", "‥", "／", "ROOT", "7"]
-
-
-@MANY
-@given(st.lists(st.sampled_from(ID_PIECES), min_size=1, max_size=5).map("".join))
-@example("../x")
-@example("../../x")
-@example("ROOT/x")
-@example("../data/7")
+@pytest.mark.parametrize("post_id", ["../x", "../../x", "ROOT/x", "../data/7", "/etc/passwd", ".", "..", "~", "x/"])
 def test_no_id_leaves_the_folder(folder: Path, post_id: str) -> None:
-    post_id = post_id.replace("ROOT", str(folder.parent))
     for place in (folder, folder.parent):
         (place / "x.txt").write_text("secret")
         (place / "x.jpg").write_bytes(JPEG)
-    write_labels(folder, ["3", post_id])
-    kept, _ = read(folder)
-    assert [name for name in kept if name != "3"] == [name for name in [post_id.strip()] if name == "7"]
+    write_labels(folder, ["3", post_id.replace("ROOT", str(folder.parent))])
+    assert read(folder)[0] == ["3"]
 
 
 def is_text(content: bytes) -> bool:
@@ -154,7 +143,7 @@ def damaged_images(draw: Callable) -> bytes:
     return bytes(content[: draw(st.integers(0, len(content)))]) if draw(st.booleans()) else bytes(content)
 
 
-@settings(FIXED, max_examples=130)
+@settings(FIXED, max_examples=80)
 @given(st.one_of(damaged_images(), damaged_images(), st.binary(max_size=60)))
 def test_an_image_of_any_bytes_is_read_or_named(folder: Path, collator: PostCollator, content: bytes) -> None:
     (folder / "data/3.jpg").write_bytes(content)
@@ -372,22 +361,6 @@ def test_a_folder_without_posts_is_reported(checkpoint: Path, tmp_path: Path) ->
         with pytest.raises(SystemExit, match="empty holds neither <ID>.jpg nor <ID>.txt") as ended:
             predict.main([*flags, "--num_workers", workers])
         assert "\n" not in str(ended.value)
-
-
-@SOME
-@given(
-    st.sampled_from(["csv", "jsonl", "json"]),
-    st.one_of(st.binary(max_size=60), st.lists(st.sampled_from(TABLE_PIECES[:-2]), max_size=16).map(b"".join)),
-)
-def test_a_training_table_of_any_bytes_is_read_or_named(folder: Path, suffix: str, content: bytes) -> None:
-    table = folder / f"posts.{suffix}"
-    table.write_bytes(content)
-    before = listing(folder)
-    try:
-        load_posts(DataArguments(dataset_name=str(table)))
-    except InputError as error:
-        assert str(table) in str(error) and len(str(error)) < 1000
-    assert listing(folder) == before
 
 
 @SOME

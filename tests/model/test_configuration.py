@@ -31,22 +31,6 @@ def values(config: ClipCaCgConfig) -> dict[str, object]:
     return {key: value for key, value in config.to_dict().items() if key not in ("auto_map", "_name_or_path")}
 
 
-def test_defaults() -> None:
-    config = ClipCaCgConfig()
-    expected = {
-        "hidden_size": 768, "num_attention_heads": 8, "dropout": 0.3, "projection_dim": 512, "clip_mode": "encoder",
-        "use_cross_attention": True, "use_gating": True, "modality": "both", "contrastive_loss_weight": 0.1,
-        "logit_scale_init_value": 2.6592, "class_weights": None, "label_smoothing": 0.0, "num_labels": 3,
-        "problem_type": None, "model_type": "clipcacg",
-    }  # fmt: skip
-    assert {name: getattr(config, name) for name in expected} == expected
-    assert [part.model_type for part in (config.text_config, config.vision_config, config.clip_config)] == [
-        "roberta", "resnet", "clip",
-    ]  # fmt: skip
-    assert (config.text_config.max_position_embeddings, config.text_config.layer_norm_eps) == (514, 1e-5)
-    assert isinstance(AutoConfig.for_model("clipcacg"), ClipCaCgConfig)
-
-
 def test_the_defaults_fit_the_published_weights() -> None:
     with torch.device("meta"):
         model = ClipCaCgModel(ClipCaCgConfig())
@@ -200,11 +184,6 @@ def test_label_names(
         assert each.label2id == {label: index for index, label in id2label.items()}
 
 
-def test_another_number_of_labels_at_load(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    tiny_config().save_pretrained(tmp_path)
-    assert ClipCaCgConfig.from_pretrained(tmp_path, num_labels=2).id2label == {0: "LABEL_0", 1: "LABEL_1"}
-
-
 def test_a_saved_folder_is_complete_whatever_it_was_loaded_from(tiny_config: MakeConfig, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     tiny_config().save_pretrained(first)
@@ -235,16 +214,3 @@ def test_asking_for_a_dict_changes_no_config(tiny_config: Callable[..., ClipCaCg
     before = config.to_dict()
     config.to_diff_dict(), config.to_json_string(), repr(config)
     assert config.to_dict() == before and config.text_config._name_or_path == "/somewhere/here"
-
-
-def test_a_config_takes_what_every_config_takes(tiny_config: Callable[..., ClipCaCgConfig]) -> None:
-    """create_and_test_config_common_properties and check_config_arguments_init."""
-    fields = {"output_hidden_states": True, "return_dict": False, "problem_type": "regression", "num_labels": 1}
-    config = tiny_config(**fields, dtype="float16", architectures=["X"])
-    assert {name: getattr(config, name) for name in fields} == fields
-    assert config.dtype in (torch.float16, "float16") and config.architectures == ["X"]
-    assert ClipCaCgConfig.from_dict(config.to_dict()).return_dict is False
-    rest = ClipCaCgConfig.from_dict(config.to_dict(), return_unused_kwargs=True, dropout=0.25, foo=False)
-    assert (rest[0].dropout, rest[1]) == (0.25, {"foo": False})
-    with pytest.raises(TypeError):
-        ClipCaCgConfig(*[None] * 30)

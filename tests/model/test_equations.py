@@ -84,20 +84,6 @@ def test_equations_2_and_3_mean_of_two_grus_over_the_real_tokens() -> None:
         assert_close(got[keep], expected[0])
 
 
-def test_equation_2_gru_written_out() -> None:
-    module, states = BiGru(3, 4), torch.randn(1, 3, 3)
-    for parameter in module.right_to_left.parameters():
-        nn.init.zeros_(parameter)  # its states are zeros then
-    gru, h, expected = module.left_to_right, torch.zeros(4), []
-    for x in states[0]:
-        from_x = (gru.weight_ih_l0 @ x + gru.bias_ih_l0).chunk(3)
-        from_h = (gru.weight_hh_l0 @ h + gru.bias_hh_l0).chunk(3)
-        reset, update = (torch.sigmoid(from_x[i] + from_h[i]) for i in (0, 1))
-        h = (1 - update) * torch.tanh(from_x[2] + reset * from_h[2]) + update * h
-        expected.append(h / 2)
-    assert_close(module(states, torch.ones(1, 3).bool())[0], torch.stack(expected))
-
-
 def test_equation_5_of_the_models_own_features(tiny_config: MakeConfig) -> None:
     module = randomize(FeatureInteraction(tiny_config(clip_mode="feature")))
     image_states, text_states = torch.randn(4, 3, 16), torch.randn(4, 5, 16)

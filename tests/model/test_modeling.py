@@ -8,7 +8,6 @@ from pathlib import Path
 import commands
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, infer_auto_device_map
 from inputs import CLIP_MODES, TRANSFORMER, make_inputs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -533,20 +532,6 @@ def test_device_maps(build: Build, inputs: Inputs, variant: str, tmp_path: Path)
 
 
 @every_variant
-def test_what_works_on_one_device_is_never_split(build: Build, variant: str) -> None:
-    model = build(variant)
-    size = sum(4 * value.numel() for value in model.parameters())
-    whole = [
-        name for name, module in model.named_modules() if type(module).__name__ in ClipCaCgModel._no_split_modules
-    ]
-    for percent in range(4, 100, 3):
-        limits = {0: percent * size // 100, 1: size, "cpu": size}
-        device_map = infer_auto_device_map(model, limits, no_split_module_classes=list(model._no_split_modules))
-        assert not [key for key in device_map if key.startswith(tuple(f"{name}." for name in whole))]
-        assert not [key for key in device_map if ".layer.0." in key]  # the text encoder's own rule
-
-
-@every_variant
 def test_token_embeddings(build: Build, inputs: Inputs, variant: str, tmp_path: Path) -> None:
     model = build(variant)
     if variant == "image":
@@ -710,80 +695,6 @@ def test_a_type_is_kept_on_disk_and_back(build: Build, inputs: Inputs, variant: 
     assert {parameter.dtype for parameter in loaded.parameters()} == {half} == {loaded.dtype}
     assert logits_of(loaded, inputs).dtype == half and torch.equal(logits_of(loaded, inputs), logits_of(model, inputs))
     assert type(model).from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
-
-
-@every_variant
-def test_rows_of_a_batch_do_not_know_of_each_other(build: Build, inputs: Inputs, variant: str) -> None:
-    """test_batching_equivalence, for all outputs and not the logits alone; a loss is of the batch."""
-    model = build(variant)
-    asked = {"output_attentions": True, "output_hidden_states": True}
-    together = model(**inputs, **asked)
-    for row in range(3):
-        alone = model(**{name: value[row : row + 1] for name, value in inputs.items()}, **asked)
-        assert alone.keys() == together.keys()
-        for name, value in alone.items():
-            if name != "contrastive_loss":
-                for one, several in zip(as_tuple(value), as_tuple(together[name]), strict=True):
-                    assert_close(one[0], several[row], rtol=0, atol=1e-5)
-
-
-def as_tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-@pytest.mark.filterwarnings("ignore:.*_checkpointing:FutureWarning")  # the names that every release has
-@every_variant
-def test_checkpointing_goes_on_and_off(build: Build, inputs: Inputs, variant: str) -> None:
-    """test_training_gradient_checkpointing, reentrant or not, for the base class as well; then off again."""
-    model = build(variant)
-    plain = {name: None if grad is None else grad.clone() for name, grad in gradients(model, inputs).items()}
-    for reentrant in (False, True):
-        # Reentrant checkpoints need an input with a gradient, as the Trainer and PEFT arrange it.
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        if reentrant and variant != "image":
-            model.enable_input_require_grads()
-        assert model.is_gradient_checkpointing
-        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        assert_close(gradients(model, inputs), plain)
-    model.gradient_checkpointing_disable()
-    assert not model.is_gradient_checkpointing
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    assert_close(gradients(model, inputs), plain)
-
-
-@every_variant
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_weights_that_are_fetched_when_they_are_needed(
-    build: Build, inputs: Inputs, variant: str, where: str, tmp_path: Path
-) -> None:
-    """test_cpu_offload and test_disk_offload_safetensors: every weight is elsewhere between two calls."""
-    model = build(variant)
-    before = logits_of(model, inputs)
-    if where == "cpu":
-        cpu_offload(model, execution_device="cpu")
-    else:
-        disk_offload(model, tmp_path, execution_device="cpu")
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    for _ in range(2):
-        with torch.no_grad():
-            assert_close(logits_of(model, inputs), before)
-
-
-@pytest.mark.parametrize("module", ["convolution", "q_proj"])
-def test_adapters_of_convolutions_and_of_the_fusion(build: Build, inputs: Inputs, module: str, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    base = build("image" if module == "convolution" else "encoder")
-    before = logits_of(base, inputs)
-    model = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=[module])).eval()
-    assert_close(logits_of(model, inputs), before)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    adapted = logits_of(model, inputs)
-    assert (adapted - before).abs().max() > 1e-4
-    loaded = reload(model.merge_and_unload(), tmp_path)
-    assert_close(logits_of(loaded, inputs), adapted, rtol=0, atol=1e-4)
 
 
 @every_clip_mode

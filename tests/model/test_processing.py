@@ -21,7 +21,6 @@ import transformers as hf
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from sklearn.datasets import load_sample_images
-from torch.utils.data import DataLoader
 
 from clipcacg import processing_clipcacg
 from clipcacg.processing_clipcacg import ClipCaCgProcessor, label_scores
@@ -387,34 +386,11 @@ def test_defaults_of_the_parts_apply_unless_a_keyword_replaces_them(processor: C
     assert again["attention_mask"][0, 0] == 0 and again["pixel_values"].max() <= 1
 
 
-def test_it_decodes_and_has_no_chat(processor: ClipCaCgProcessor):
-    with pytest.raises(ValueError, match="chat template"):
-        processor.apply_chat_template([{"role": "user", "content": "hello"}])
-    ids = processor(text=["so happy today", "sad"])["input_ids"]
-    assert [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)] == [
-        "so happy today",
-        "sad",
-    ]
-    assert processor.decode(ids[1], skip_special_tokens=True).strip() == "sad"
-
-
-def test_half_precision_changes_pixels_alone(processor: ClipCaCgProcessor):
-    half = processor(images=RGB, text="a", return_tensors="pt").to(torch.bfloat16)
-    assert half["pixel_values"].dtype == half["clip_pixel_values"].dtype == torch.bfloat16
-    assert half["input_ids"].dtype == half["clip_attention_mask"].dtype == torch.int64
-
-
 def test_a_missing_clip_tokenizer_is_an_error(processor: ClipCaCgProcessor, tmp_path: Path):
     processor.save_pretrained(tmp_path)
     shutil.rmtree(tmp_path / "clip_tokenizer")
     with pytest.raises(OSError, match="no CLIP tokenizer in its clip_tokenizer"):
         ClipCaCgProcessor.from_pretrained(tmp_path)
-
-
-@pytest.mark.slow
-def test_data_loader_workers(processor: ClipCaCgProcessor):
-    loader = DataLoader([RGB], collate_fn=processor, num_workers=1, multiprocessing_context="spawn")
-    assert torch.equal(next(iter(loader))["pixel_values"][0], processor(images=RGB)["pixel_values"][0])
 
 
 def test_from_backbones(backbones: Path, tmp_path: Path):

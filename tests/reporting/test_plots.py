@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -54,13 +53,6 @@ def test_confusion_matrix_shows_counts_and_shares(drawn: list[Figure]) -> None:
     assert axes.get_title() == "Of the test split"
 
 
-def test_text_on_light_cells_and_in_empty_rows_is_readable(drawn: list[Figure]) -> None:
-    plot_confusion_matrix([[1, 1, 1], [1, 1, 1], [0, 0, 0]], "abc", "unused.png")
-    texts = drawn[0].axes[0].texts
-    assert {text.get_color() for text in texts} == {"black"}
-    assert (texts[0].get_text(), texts[8].get_text()) == ("1\n33%", "0\n0%")
-
-
 @pytest.mark.parametrize("names", [["negative", "neutral", "positive"], ["$\\broken$", "a long " * 6, "c"]])
 def test_confusion_matrix_file(tmp_path: Path, names: list[str]) -> None:
     # An empty class, and a name that matplotlib would read as a formula.
@@ -85,32 +77,9 @@ def test_the_epoch_whose_weights_were_kept_is_marked(drawn: list[Figure]) -> Non
     assert [curves["weights kept"] for curves in lines(drawn[0])] == [[[2.0, 0.0], [2.0, 1.0]]] * 2
 
 
-def test_curves_that_coincide_are_both_visible(drawn: list[Figure]) -> None:
-    plot_curves(HISTORY, "unused.png")
-    below, above = drawn[0].axes[1].lines
-    assert below.get_linewidth() > above.get_linewidth()
-    assert (below.get_linestyle(), above.get_linestyle()) == ("-", "--")
-
-
-def test_curves_of_regression(drawn: list[Figure]) -> None:
-    history = [{"eval_mse": 0.3, "eval_mae": 0.4, "epoch": 1.0}, {"eval_mse": 0.2, "eval_mae": 0.3, "epoch": 2.0}]
-    plot_curves([{"loss": 1.0, "epoch": 1.0}, {"loss": 0.9, "epoch": 2.0}, *history], "unused.png")
-    assert lines(drawn[0])[1] == {
-        "mean squared error": [[1.0, 0.3], [2.0, 0.2]],
-        "mean absolute error": [[1.0, 0.4], [2.0, 0.3]],
-    }
-    assert drawn[0].axes[1].get_ylabel() == "Validation error"
-
-
 def test_curves_file(tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
     plot_curves(HISTORY, path)
     assert_uncut_png(path)
     plot_curves([HISTORY[2], HISTORY[5]], path)
     assert not path.exists(), "a single evaluation is not a curve, and the file of an earlier run must go"
-
-
-def test_pyplot_keeps_no_figure(tmp_path: Path) -> None:
-    plot_confusion_matrix([[1, 0], [0, 1]], "ab", tmp_path / "matrix.png")
-    plot_curves(HISTORY, tmp_path / "curves.png")
-    assert pyplot.get_fignums() == []
