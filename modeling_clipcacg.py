@@ -328,7 +328,8 @@ def frozen_layers(encoder: PreTrainedModel) -> list[str]:
     Returns:
         An empty list if the embeddings or stem or the first layer train, and also if nothing trains.
     """
-    layers, names = layers_of_modules(encoder), {}
+    layers = layers_of_modules(encoder)
+    names: dict[int, str] = {}
     for name, layer in layers.items():
         names.setdefault(layer, name)  # a layer's own name comes before those of its parts
     weights = encoder.named_parameters()
