@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from clipcacg.modeling_clipcacg import layers_of_modules
@@ -78,6 +79,22 @@ def cannot_write(output_dir: str, error: Exception) -> InputError:
 
 def first_line(error: Exception) -> str:
     return " ".join(str(error).partition("\n")[0].split())
+
+
+class SeededLengthSampler(LengthGroupedSampler):
+    """Group posts by length in an order that follows from the seed and the epoch alone.
+
+    transformers' own class draws from the global generator, whose state at the start of an epoch is unknown to a run
+    that resumes within it. Such a run would repeat some posts and skip others.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; the data loader calls this."""
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
 class SentimentTrainer(Trainer):
@@ -188,6 +205,13 @@ class SentimentTrainer(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer or self.optimizer, step_size=steps, gamma=0.1)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> torch.utils.data.Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is not LengthGroupedSampler:
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededLengthSampler(sampler.batch_size, lengths=list(sampler.lengths), seed=seed)
 
     def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> torch.utils.data.Sampler:
         # Predictions are written beside the posts' IDs, so evaluation keeps their order even under group_by_length.

@@ -56,7 +56,7 @@ def test_the_best_weights_in_memory_are_copies_and_frozen_ones_are_left_out() ->
 
 def test_a_run_averages_its_best_checkpoints(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
     more = [*STEPS, "--average_checkpoints", "3", "--metric_for_best_model", "loss", "--greater_is_better", "False"]
-    more += ["--learning_rate", "0.01", "--train_sampling_strategy", "random", "--freeze_vision"]
+    more += ["--learning_rate", "0.02", "--freeze_vision"]
     command = flags(posts_folder, backbones, tmp_path / "whole", *more)
     train.main(command)
     scores, folders = results(tmp_path / "whole"), checkpoints(tmp_path / "whole")
@@ -76,7 +76,7 @@ def test_a_run_averages_its_best_checkpoints(posts_folder: Path, backbones: Path
     card = " ".join((tmp_path / "whole/README.md").read_text().split())
     assert "average of those after the epochs" in card
 
-    # A run that was interrupted after step 8 ends with the same average.
+    # A run that was interrupted after step 8, in its second epoch, ends with the same average.
     for step in (10, 12):
         shutil.rmtree(tmp_path / f"whole/checkpoint-{step}", ignore_errors=True)
     assert checkpoints(tmp_path / "whole")[0].name == "checkpoint-8"
