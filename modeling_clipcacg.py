@@ -257,7 +257,7 @@ class TextBranch(nn.Module):
         Args:
             input_ids: (batch, text_len), token ids; not read with `text_features`.
             mask: (batch, text_len), bool.
-            text_features: (batch, text_len, width), an earlier result of `frozen_states`.
+            text_features: (batch, text_len, width), an earlier result of `frozen_output`.
 
         Returns:
             (batch, text_len, hidden).
@@ -283,89 +283,97 @@ class ImageBranch(nn.Module):
 
         Args:
             pixel_values: (batch, channels, height, width), normalised; not read with `image_features`.
-            image_features: (batch, width, rows, columns), an earlier result of `encode`.
+            image_features: (batch, width, rows, columns), an earlier result of `frozen_output`.
 
         Returns:
             (batch, regions, hidden).
         """
-        feature_map = self.encode(pixel_values) if image_features is None else image_features
-        regions = feature_map.flatten(2).transpose(1, 2)  # (batch, regions, width)
+        states = feature_map(self.backbone, pixel_values, image_features)
+        regions = states.flatten(2).transpose(1, 2)  # (batch, regions, width)
         return self.norm(self.projection(regions.to(self.projection.weight.dtype)))
-
-    def encode(self, pixel_values: Tensor) -> Tensor:
-        """Return the encoder's last feature map (batch, width, rows, columns)."""
-        return self.backbone(pixel_values.to(self.backbone.dtype)).last_hidden_state
-
-
-def layer_stack(encoder: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the name and the layers of a text encoder's stack; no layers if it has none."""
-    depth = getattr(encoder.config, "num_hidden_layers", 0)
-    for name, module in encoder.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return name, module
-    return "", nn.ModuleList()
-
-
-def frozen_layers(encoder: PreTrainedModel) -> int:
-    """Return how many of a text encoder's first layers are frozen, together with its embeddings.
-
-    Returns:
-        0 if the embeddings or the first layer train, and also if nothing trains.
-    """
-    first_trained = next((parameter for parameter in encoder.parameters() if parameter.requires_grad), None)
-    for index, layer in enumerate(layer_stack(encoder)[1]):
-        if any(parameter is first_trained for parameter in layer.parameters()):
-            return index
-    return 0
-
-
-def frozen_states(encoder: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Compute what `token_states` accepts in place of token ids: the output of a text encoder's frozen part.
-
-    Args:
-        encoder: The text encoder.
-        input_ids: (batch, text_len), token ids.
-        mask: (batch, text_len), bool.
-
-    Returns:
-        (batch, text_len, width): the output of the last frozen layer if only the first layers are frozen, otherwise
-        the last hidden state.
-    """
-    number = frozen_layers(encoder)
-    outputs = encoder(input_ids=input_ids, attention_mask=encoder_mask(mask), output_hidden_states=number > 0)
-    return outputs.hidden_states[number] if number else outputs.last_hidden_state
 
 
 def token_states(encoder: PreTrainedModel, input_ids: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
-    """Equation 1: the last hidden state of a text encoder.
-
-    With `features`, only the layers above the frozen ones run. The encoder's own `forward` runs them, because it alone
-    knows which masks and positions they need. During this call, a module that returns the features replaces each
-    frozen layer.
+    """Equation 1: the last hidden state of a text encoder, (batch, text_len, width).
 
     Args:
         encoder: The text encoder.
         input_ids: (batch, text_len), token ids; not read with `features`.
         mask: (batch, text_len), bool.
-        features: (batch, text_len, width), an earlier result of `frozen_states`.
+        features: (batch, text_len, width), an earlier result of `frozen_output`.
+    """
+    if features is not None:
+        any_ids = torch.zeros_like(mask, dtype=torch.long)
+        return continue_from(encoder, features, input_ids=any_ids, attention_mask=encoder_mask(mask))
+    return encoder(input_ids=input_ids, attention_mask=encoder_mask(mask)).last_hidden_state
+
+
+def feature_map(encoder: PreTrainedModel, pixel_values: Tensor, features: Tensor | None = None) -> Tensor:
+    """The last feature map of a vision encoder, (batch, width, rows, columns).
+
+    Args:
+        encoder: The vision encoder.
+        pixel_values: (batch, channels, height, width); not read with `features`.
+        features: (batch, width, rows, columns), an earlier result of `frozen_output`.
+    """
+    if features is not None:
+        any_image = features.new_zeros(len(features), getattr(encoder.config, "num_channels", 3), 32, 32)
+        return continue_from(encoder, features, pixel_values=any_image.to(encoder.dtype))
+    return encoder(pixel_values.to(encoder.dtype)).last_hidden_state
+
+
+def frozen_layers(encoder: PreTrainedModel) -> list[str]:
+    """Return the names of an encoder's frozen first layers, in order; see `layers_of_modules`.
 
     Returns:
-        (batch, text_len, width).
+        An empty list if the embeddings or stem or the first layer train, and also if nothing trains.
     """
-    if features is None:
-        return encoder(input_ids=input_ids, attention_mask=encoder_mask(mask)).last_hidden_state
-    features, number = features.to(encoder.dtype), frozen_layers(encoder)
-    if not number:
-        return features
-    name, layers = layer_stack(encoder)
-    stand_in: Any = copy.copy(layers[0])  # an encoder may read attributes of its layers
-    stand_in.forward = lambda *args, **kwargs: features
-    encoder.set_submodule(name, nn.ModuleList([stand_in] * number + [*layers[number:]]))
+    layers, names = layers_of_modules(encoder), {}
+    for name, layer in layers.items():
+        names.setdefault(layer, name)  # a layer's own name comes before those of its parts
+    weights = encoder.named_parameters()
+    trained = [layers.get(name.rpartition(".")[0], 0) for name, weight in weights if weight.requires_grad]
+    return [names[layer] for layer in range(1, min(trained, default=0))]
+
+
+def frozen_output(encoder: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """Return the output of the last frozen layer, or the last hidden state where `frozen_layers` is empty."""
+    layers = frozen_layers(encoder)
+    if not layers:
+        return encoder(**inputs).last_hidden_state
+    outputs: list[Tensor] = []
+    hook = encoder.get_submodule(layers[-1]).register_forward_hook(lambda layer, args, output: outputs.append(output))
     try:
-        any_ids = torch.zeros_like(mask, dtype=torch.long)
-        return encoder(input_ids=any_ids, attention_mask=encoder_mask(mask)).last_hidden_state
+        encoder(**inputs)
     finally:
-        encoder.set_submodule(name, layers)
+        hook.remove()
+    return outputs[0]
+
+
+def continue_from(encoder: PreTrainedModel, features: Tensor, **inputs: Tensor) -> Tensor:
+    """Compute the last hidden state from a result of `frozen_output`.
+
+    The encoder's own `forward` runs the layers above the frozen ones, because it alone knows which masks and positions
+    they need. During this call, a module that returns the features replaces each frozen layer.
+
+    Args:
+        encoder: The encoder.
+        features: Result of `frozen_output`.
+        **inputs: Arguments of the encoder. Only their sizes matter.
+    """
+    layers = {name: encoder.get_submodule(name) for name in frozen_layers(encoder)}
+    features = features.to(encoder.dtype)
+    if not layers:
+        return features
+    for name, layer in layers.items():
+        stand_in: Any = copy.copy(layer)  # an encoder may read attributes of its layers
+        stand_in.forward = lambda *args, **kwargs: features
+        encoder.set_submodule(name, stand_in)
+    try:
+        return encoder(**inputs).last_hidden_state
+    finally:
+        for name, layer in layers.items():
+            encoder.set_submodule(name, layer)
 
 
 def drop_pooler(encoder: PreTrainedModel) -> None:
@@ -1018,9 +1026,9 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
     def encode(self, backbone: str, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Compute the output of one backbone, which `forward` accepts in place of the raw input.
 
-        A frozen backbone returns the same for the same input, so training can compute it once and store it. Of a text
-        encoder with frozen first layers (`freeze_backbones(text_layers=...)`) this is the output of the last of these
-        layers, and `forward` runs the layers above it. So encode after freezing, not before.
+        A frozen backbone returns the same for the same input, so training can compute it once and store it. If only
+        first layers are frozen (`freeze_backbones(text_layers=..., vision_blocks=...)`), this is the output of the
+        last of these, and `forward` runs the layers above it. So encode after freezing, not before.
 
         Args:
             backbone: One of the names of `backbones()`.
@@ -1037,9 +1045,11 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
             raise ValueError(f"This model has no backbone {backbone!r}. It has: {', '.join(self.backbones())}.")
         base: Any = self.base_model
         if backbone == "text":
-            return frozen_states(base.text_branch.backbone, inputs, as_mask(attention_mask, inputs))
+            mask = encoder_mask(as_mask(attention_mask, inputs))
+            return frozen_output(base.text_branch.backbone, input_ids=inputs, attention_mask=mask)
         if backbone == "vision":
-            return base.image_branch.encode(inputs)
+            encoder = base.image_branch.backbone
+            return frozen_output(encoder, pixel_values=inputs.to(encoder.dtype))
         if backbone == "clip.text":
             return base.interaction.encode_text(inputs, as_mask(attention_mask, inputs))
         return base.interaction.encode_image(inputs)

@@ -30,6 +30,7 @@ from clipcacg.modeling_clipcacg import (
     as_mask,
     drop_pooler,
     dry_run,
+    feature_map,
     token_states,
 )
 from clipcacg.scripts.baselines import word_vectors  # noqa: F401  registers the word-vector encoder with the Auto classes
@@ -117,15 +118,10 @@ class ImageEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
         """Return the feature map (batch, channels, height, width)."""
-        if image_features is not None:
-            return image_features.to(self.backbone.dtype)
-        if pixel_values is None:
+        pixels: Any = pixel_values if image_features is None else image_features
+        if pixels is None:
             raise ValueError("This system reads images: give pixel_values or image_features.")
-        return self.encode(pixel_values)
-
-    def encode(self, pixel_values: Tensor) -> Tensor:
-        """Return the encoder's last feature map (batch, channels, height, width), which may be cached."""
-        return self.backbone(pixel_values.to(self.backbone.dtype)).last_hidden_state
+        return feature_map(self.backbone, pixels, image_features)
 
 
 class XavierLinear(nn.Linear):
@@ -222,8 +218,8 @@ class BaselineForSequenceClassification(ClipCaCgPreTrainedModel):
         words, mask = (
             (None, None) if self.text_branch is None else self.text_branch(input_ids, attention_mask, text_features)
         )
-        feature_map = None if self.image_branch is None else self.image_branch(pixel_values, image_features)
-        scores = self.score(words, mask, feature_map, **extras)
+        regions = None if self.image_branch is None else self.image_branch(pixel_values, image_features)
+        scores = self.score(words, mask, regions, **extras)
         text_logits, image_logits, modality_loss = None, None, None
         if scores.modalities is not None:
             text_logits, image_logits = scores.modalities

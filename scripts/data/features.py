@@ -3,7 +3,7 @@
     accelerate launch scripts/train.py --freeze_text --freeze_vision --freeze_clip --cache_features
 
 A frozen encoder gives the same output for the same post in every epoch, with every seed and in every ablation. So do
-the frozen first layers of a text encoder (`--freeze_text_layers`): training then runs only the layers above. The
+frozen first layers (`--freeze_text_layers`, `--freeze_vision_blocks`): training then runs only the layers above. The
 outputs are kept in safetensors files, which are memory-mapped, in one folder per encoder. The name of the folder is a
 digest of everything the outputs depend on: weights, settings of the tokenizer or image processor, code and library
 versions. The name of an output is a digest of its text or of the bytes of its image. So a changed input never gets an
@@ -35,7 +35,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from clipcacg.modeling_clipcacg import ClipCaCgPreTrainedModel, frozen_layers, frozen_states, token_states
+from clipcacg.modeling_clipcacg import (
+    ClipCaCgPreTrainedModel,
+    feature_map,
+    frozen_layers,
+    frozen_output,
+    token_states,
+)
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.images import image_bytes, image_source
@@ -138,8 +144,8 @@ def cache_features(
     frozen = frozen_backbones(model)
     if not frozen:
         raise InputError(
-            "--cache_features needs frozen encoders: add --freeze_text, --freeze_text_layers, --freeze_vision or "
-            "--freeze_clip."
+            "--cache_features needs frozen encoders or layers: add --freeze_text, --freeze_text_layers, "
+            "--freeze_vision, --freeze_vision_blocks or --freeze_clip."
         )
     for column in sorted({FEATURES[name].column for name in frozen}):
         posts = datasets.DatasetDict({split: add_digests(dataset, column) for split, dataset in posts.items()})
@@ -164,34 +170,40 @@ def frozen_backbones(model: ClipCaCgPreTrainedModel) -> list[str]:
     for name, encoder in model.backbones().items():
         if not any(weight.requires_grad for weight in encoder.parameters()):
             names.append(name)
-        elif name == "text" and frozen_layers(encoder):
-            if _continues_from_features(encoder):
+        elif name in ("text", "vision") and frozen_layers(encoder):
+            if _continues_from_features(name, encoder):
                 names.append(name)
             else:
                 logger.warning(
-                    "The frozen layers run in every step: a %s encoder cannot continue from their stored output.",
+                    "The frozen layers run in every step: the %s encoder %s cannot continue from their stored output.",
+                    name,
                     encoder.config.model_type,
                 )
     return names
 
 
-def _continues_from_features(encoder: PreTrainedModel) -> bool:
-    """Whether the upper layers compute the same from the frozen layers' output as from token ids.
+def _continues_from_features(name: str, encoder: PreTrainedModel) -> bool:
+    """Whether the upper layers compute the same from the frozen layers' output as from token ids or pixels.
 
-    No attribute tells it for every family, so this function compares the two on a few tokens. The output must not
+    No attribute tells it for every family, so this function compares the two on a small input. The output must not
     depend on trainable parameters either, as MPNet's does: all its layers share the weights of its relative positions.
     """
-    input_ids = torch.arange(8, device=encoder.device).view(2, 4)
-    mask = input_ids < 7
+    run: Any
+    inputs: dict[str, Tensor]
+    if name == "text":
+        ids = torch.arange(8, device=encoder.device).view(2, 4)
+        run, inputs = partial(token_states, encoder, ids, ids < 7), {"input_ids": ids, "attention_mask": ids < 7}
+    else:
+        image = torch.linspace(-1, 1, 64 * 64, device=encoder.device, dtype=encoder.dtype).view(1, 1, 64, 64)
+        image = image.repeat(1, getattr(encoder.config, "num_channels", 3), 1, 1)
+        run, inputs = partial(feature_map, encoder, image), {"pixel_values": image}
     training = encoder.training
     encoder.eval()
     try:
-        features = frozen_states(encoder, input_ids, mask)
-        continued = token_states(encoder, input_ids, mask, features)
-        changes = features.requires_grad
-        return not changes and torch.allclose(continued, token_states(encoder, input_ids, mask), rtol=0, atol=1e-4)
+        features = frozen_output(encoder, **inputs)
+        return not features.requires_grad and torch.allclose(run(features), run(), rtol=0, atol=1e-4)
     except Exception:  # whatever such a family's own code raises when its layers are replaced
-        logger.debug("no continuation from stored states", exc_info=True)
+        logger.debug("no continuation from stored outputs", exc_info=True)
         return False
     finally:
         encoder.train(training)

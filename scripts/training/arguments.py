@@ -70,8 +70,8 @@ class ModelArguments:
     cache_features: bool = field(
         default=False,
         metadata={
-            "help": "Store the outputs of frozen encoders and text layers on disk, so later runs only read them. The "
-            "stored text layers have no dropout."
+            "help": "Store the outputs of frozen encoders and layers on disk, so later runs only read them. Stored "
+            "layers have no dropout."
         },
     )
     cache_dtype: Literal["float32", "float16"] = field(

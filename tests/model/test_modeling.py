@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import commands
 import pytest
@@ -263,9 +264,22 @@ def test_training_continues_from_the_frozen_layers_output(build: Build, inputs: 
     config = {"model_type": family, **sizes, **depth, **dict.fromkeys(rates, 0.0)}
     model = build("feature", text_config=config, dropout=0.0)
     model.freeze_backbones(text_layers=2)
-    names = list(model.state_dict())
     features = model.encode("text", inputs["input_ids"], inputs["attention_mask"]).detach()
     stored = {**inputs, "input_ids": None, "text_features": features}
+    check_continuation(model, inputs, stored)
+
+
+@pytest.mark.parametrize("family", VISION_ENCODERS)
+def test_training_continues_from_the_frozen_blocks_output(build: Build, inputs: Inputs, family: str) -> None:
+    model = build("feature", vision_config={**VISION_ENCODERS[family], "model_type": family}, dropout=0.0)
+    model.freeze_backbones(vision_blocks=1, text=True)
+    features = model.encode("vision", inputs["pixel_values"])
+    check_continuation(model, inputs, {**inputs, "pixel_values": None, "image_features": features})
+
+
+def check_continuation(model: ClipCaCgForSequenceClassification, inputs: Inputs, stored: dict[str, Any]) -> None:
+    """Check that features give the inputs' logits and gradients, and leave the model as it was."""
+    names = list(model.state_dict())
     assert_close(model(**stored).logits, model(**inputs).logits, atol=1e-5, rtol=0)
 
     from_ids = gradients(model, inputs)
