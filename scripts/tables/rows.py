@@ -183,7 +183,7 @@ class Settings:
             return {}
         read = {entry.name for entry in fields(RecipeArguments)} | own_fields(row) | set(OF_SYSTEMS)
         grid = {key: values for key, values in self.grid.items() if row.system is None or key in read}
-        has_heads = self.for_row(name).model.use_modality_heads
+        has_heads = (row.fields or {}).get("use_modality_heads", False)
         return {key: values for key, values in grid.items() if has_heads or not key.startswith("modality_")}
 
     def trials(self, name: str) -> list[dict[str, Any]]:

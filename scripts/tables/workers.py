@@ -72,7 +72,10 @@ class Worker:
     def __init__(self, settings: Settings, threads: int) -> None:
         self.connection, other = SPAWN.Pipe()
         self.process = SPAWN.Process(target=serve, args=(other, settings, threads))
+        # Ctrl-C reaches every process. The workers inherit that they ignore it, and the command's process ends them.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.process.start()
+        signal.signal(signal.SIGINT, handler)
         other.close()  # the process's own copy stays open, so its death closes the connection
         self.line: dict[str, Any] | None = None
         self.runs = 0
@@ -143,7 +146,6 @@ def make_runs(
 
 def serve(connection: Connection, settings: Settings, threads: int) -> None:
     """Make the runs that arrive, until the connection is closed; what a worker process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the command's own ends the others
     threading.Thread(target=end_with_parent, daemon=True).start()
     set_up_logging(is_main=False)
     transformers.utils.logging.disable_progress_bar()
