@@ -328,13 +328,14 @@ def frozen_layers(encoder: PreTrainedModel) -> list[str]:
     Returns:
         An empty list if the embeddings or stem or the first layer train, and also if nothing trains.
     """
+    trained = [name.rpartition(".")[0] for name, weight in encoder.named_parameters() if weight.requires_grad]
+    if not trained:
+        return []
     layers = layers_of_modules(encoder)
     names: dict[int, str] = {}
     for name, layer in layers.items():
         names.setdefault(layer, name)  # a layer's own name comes before those of its parts
-    weights = encoder.named_parameters()
-    trained = [layers.get(name.rpartition(".")[0], 0) for name, weight in weights if weight.requires_grad]
-    return [names[layer] for layer in range(1, min(trained, default=0))]
+    return [names[layer] for layer in range(1, min(layers.get(name, 0) for name in trained))]
 
 
 def frozen_output(encoder: PreTrainedModel, **inputs: Tensor) -> Tensor:
