@@ -1,6 +1,5 @@
 """The commands and the code of README.md and of the two pages it leads to do what they say."""
 
-import csv
 import importlib
 import re
 import shlex
@@ -14,8 +13,7 @@ from PIL import Image
 from transformers import HfArgumentParser, TrainingArguments
 
 from clipcacg.scripts.data.loading import DataArguments
-from clipcacg.scripts.tables.lines import RUNS_FILE, read_lines, select
-from clipcacg.scripts.tables.rows import ROWS, parse, short_hash
+from clipcacg.scripts.tables.rows import parse
 from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +44,6 @@ ELSEWHERE = {
 TEST_FILES = {"make_word_vectors": "test_baselines_words"}
 HERE = [command for command in RUNS if SCRIPT.match(command)[1] not in ELSEWHERE | {"train"}]
 GROUPS = ("data", "model", "modality heads", "ablations", "freezing", "recipe")
-NUMBERS = "accuracy accuracy_std f1 f1_std difference low high trainable_parameters seconds".split()
 
 
 @pytest.fixture
@@ -168,50 +165,16 @@ def test_the_code_loads_and_splits_mvsa(place: Path, capsys: pytest.CaptureFixtu
     assert re.search(r"'train': \d+, 'validation': \d+, 'test': \d+", capsys.readouterr().out)
 
 
-def of_tables() -> list[str]:
-    """Return the arguments of the command that made the committed tables."""
-    (command,) = [command for command in RUNS if "--output_dir scripts/results/mvsa_single_offline" in command]
-    return shlex.split(command)[1:]
-
-
 @pytest.mark.parametrize("command", [command for command in RUNS if "reproduce.py" in command])
 def test_reproduce_knows_its_flags(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert parse(shlex.split(command)[1:])[0].row_names()
 
 
-def test_the_committed_runs_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each run has the command's present config. Rows with modality heads are newer than the tables."""
-    monkeypatch.chdir(ROOT)
-    own, settings = parse(of_tables())
-    hashes = {name: short_hash(settings.describe(name)) for name in ROWS}
-    runs = select(read_lines(Path(settings.training.output_dir) / RUNS_FILE), hashes)
-    seeds = {name: sorted(line["seed"] for line in runs if line["row"] == name and line["seed"]) for name in ROWS}
-    assert not [line for line in runs if "error" in line]
-    assert {tuple(found) for name, found in seeds.items() if not ROWS[name].floor and "heads" not in name} == {
-        (42, 43, 44)
-    }
-    assert len([line for line in runs if line["seed"] is None]) == len([row for row in ROWS.values() if row.floor])
-
-
 def table_rows(page: str, columns: int) -> dict[str, list[str]]:
     """Return the cells of every Markdown table row with that many columns, by their first cell."""
     lines = [line.strip("|").split("|") for line in page.splitlines() if line.count("|") == columns + 1]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
-
-
-def test_the_results_are_those_of_the_committed_tables() -> None:
-    shown = {name.partition(": **withdrawn**")[0]: cells for name, cells in table_rows(RESULTS_PAGE, 6).items()}
-    for table in (3, 4):
-        with (ROOT / f"scripts/results/mvsa_single_offline/table{table}.csv").open(encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                numbers = {name: float(value or "nan") for name, value in row.items() if name in NUMBERS}
-                scores = [f"{numbers[name]:.1f} ± {numbers[f'{name}_std']:.1f}" for name in ("accuracy", "f1")]
-                gain = "{difference:+.1f} ({low:+.1f} to {high:+.1f})".format(**numbers)
-                size = f"{numbers['trainable_parameters'] / 1e6:.1f} M"
-                expected = [*scores, gain, size, f"{numbers['seconds']:.0f}"]
-                expected = [cell.removesuffix(" ± nan") for cell in expected]
-                assert shown[row["label"]] == ["–" if "nan" in cell else cell for cell in expected]
 
 
 def test_readme_repeats_the_unseen_figures_of_the_results_page() -> None:
