@@ -376,6 +376,7 @@ def test_a_file_of_splits_or_of_settings_of_any_bytes_is_named(folder: Path, con
         assert "mine.yaml" in str(error)
 
 
+@pytest.mark.slow
 def test_an_image_that_fails_during_training_or_evaluation_is_one_sentence(
     checkpoint: Path, posts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

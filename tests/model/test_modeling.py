@@ -386,6 +386,7 @@ def test_attentions_hidden_states_and_their_gradients(build: Build, inputs: Inpu
     assert model(**inputs).image_attentions is None and model(**inputs).text_hidden_states is None
 
 
+@pytest.mark.slow
 def test_compiled_without_a_break_once_dynamo_admits_grus(build: Build, inputs: Inputs) -> None:
     torch._dynamo.reset()
     heads = {"use_modality_heads": True, "modality_combination": "average"}

@@ -121,7 +121,7 @@ def test_errors_in_the_input_end_in_one_sentence(
         (["--text", "alone"], "needs image, which this post does not have"),
     ):
         with pytest.raises(SystemExit, match=message):
-            predict([str(checkpoint), "--output", str(tmp_path / "out.jsonl"), *flags])
+            predict([str(checkpoint), "--num_workers", "0", "--output", str(tmp_path / "out.jsonl"), *flags])
     for name in (tmp_path / "gone", backbones / "text"):
         with pytest.raises(SystemExit, match=f"The checkpoint {name} cannot be loaded: "):
             predict([str(name), "--text", "a"])

@@ -223,6 +223,7 @@ def test_the_card_names_the_model_on_the_hub_and_an_edited_card_stays(
         push_checkpoint(folder, "user/sixth")
 
 
+@pytest.mark.slow
 def test_all_revisions_load_where_this_project_is_not_installed(
     hub: HubServer, runs: dict, revisions: dict, posts_folder: Path, tmp_path: Path
 ) -> None:

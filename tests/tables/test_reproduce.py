@@ -173,6 +173,7 @@ def test_a_row_tries_the_fields_that_it_reads(tmp_path: Path) -> None:
     assert settings.choices_of_c() == pytest.approx([10 ** (-4 + 4 * step / 7) for step in range(8)])
 
 
+@pytest.mark.slow
 def test_a_killed_command_continues_without_repeating_a_run(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +199,7 @@ def test_a_killed_command_continues_without_repeating_a_run(
     assert page.startswith("# Smoke test, not a result. Table IV") and "| 2 " in page and page in printed
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +226,7 @@ def test_a_finished_run_is_not_trained_again(
     assert page.count("## ") == 3 and "group duplicates" in page and page.count("| V only") == 6
 
 
+@pytest.mark.slow
 def test_a_failed_row_does_not_stop_the_others(flags: list[str], backbones: Path, tmp_path: Path) -> None:
     vectors, results = tmp_path / "glove", tmp_path / "results"
     arguments = [*flags, "--rows", "majority", "mvan", "image_only", "--word_vectors", str(vectors)]
@@ -260,6 +263,7 @@ def test_trials_are_nested_and_the_best_is_the_run_of_the_first_seed(flags: list
     assert (tmp_path / "results" / RUNS_FILE).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_test_labels_change_no_choice(flags: list[str], posts_folder: Path, tmp_path: Path) -> None:
     """Two folds, with the labels of their test posts as they are and then all turned round."""
     ids = sorted(path.stem for path in (posts_folder / "data").glob("*.txt"))
@@ -289,6 +293,7 @@ def test_test_labels_change_no_choice(flags: list[str], posts_folder: Path, tmp_
         assert before[one["run"]]["label"] != after[other["run"]]["label"]
 
 
+@pytest.mark.slow
 def test_several_processes_make_the_same_lines_and_one_that_is_killed_costs_its_own_run(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -339,6 +344,7 @@ def test_the_best_epoch_is_measured(flags: list[str], monkeypatch: pytest.Monkey
     assert line["parameters"]["trainable"] < line["parameters"]["total"]
 
 
+@pytest.mark.slow
 def test_folds_are_runs_of_one_section(
     flags: list[str], posts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +376,7 @@ def test_without_test_posts_validation_is_measured_and_the_title_says_so(
     )
 
 
+@pytest.mark.slow
 def test_a_system_of_two_inputs_on_cached_features(flags: list[str], tmp_path: Path) -> None:
     pytest.importorskip("vaderSentiment")
     frozen = ["--freeze_text", "--freeze_vision", "--rows", "sentibank_sentistrength", "cnn_multi"]
@@ -378,6 +385,7 @@ def test_a_system_of_two_inputs_on_cached_features(flags: list[str], tmp_path: P
     assert all(line["parameters"]["trainable"] < line["parameters"]["total"] for line in lines(tmp_path))
 
 
+@pytest.mark.slow
 def test_rows_with_heads_see_conflicting_posts_and_other_rows_do_not(flags: list[str], tmp_path: Path) -> None:
     more = [
         "--freeze_text",

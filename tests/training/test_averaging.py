@@ -86,6 +86,7 @@ def test_a_run_averages_its_best_checkpoints(posts_folder: Path, backbones: Path
     assert all(torch.equal(value, resumed[name]) for name, value in final.items())
 
 
+@pytest.mark.slow
 def test_a_row_of_the_tables_averages_in_memory(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
     names = [word for part in ("text", "vision", "clip") for word in (f"--{part}_model", str(backbones / part))]
     few = ["--num_train_epochs", "3", "--average_checkpoints", "2", "--seeds", "42", "--rows", "text_only"]
@@ -106,6 +107,7 @@ def test_averaging_needs_to_know_the_best(posts_folder: Path, backbones: Path, t
         train.main(flags(posts_folder, backbones, tmp_path, *more))
 
 
+@pytest.mark.slow
 def test_the_recipe_end_to_end_is_autogluons(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
     recipe = SCRIPTS / "configs/mvsa_single_end_to_end.yaml"
     arguments = parse_arguments([str(recipe), "--data_dir", "x"])[2]

@@ -145,6 +145,7 @@ def test_no_file_of_a_run_holds_the_token(run: Path) -> None:
     assert not [path.name for path in files if TOKEN.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_push_reveals_no_token_at_any_log_level(checkpoint: Path, tmp_path: Path) -> None:
     """With every library logging at debug level, and a server that refuses."""
     code = (

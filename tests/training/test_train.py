@@ -119,6 +119,7 @@ def test_evaluation_of_the_checkpoint_repeats_the_test_scores(trained: Path, pos
     assert "Weighted F1" in done.stdout and (trained.parent / "scores/found.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_with_modality_heads(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
     """From the command to the pipeline, which all predict with the average."""
     heads = ["--use_modality_heads", "--use_conflicting_posts", "--modality_combination", "average"]
@@ -149,6 +150,7 @@ def test_evaluation_refuses_an_output_that_cannot_be_written(tmp_path: Path) -> 
             evaluate_checkpoint.main(["a checkpoint that is not read", "--output", str(output)])
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_result(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
     steps = ["--save_strategy", "steps", "--save_steps", "3", "--eval_strategy", "steps", "--eval_steps", "3"]
     command = {}

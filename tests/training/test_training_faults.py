@@ -86,6 +86,7 @@ def assert_last_checkpoint_is_whole(folder: Path, whole: Path) -> str | None:
     return one.name
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_are_equal_bit_for_bit(run: Callable, whole: Path, tmp_path: Path) -> None:
     assert_same(run(tmp_path / "again"), whole)
     other = run(tmp_path / "other", "--seed", "1", "--max_steps", "2")
@@ -93,6 +94,7 @@ def test_two_runs_of_one_seed_are_equal_bit_for_bit(run: Callable, whole: Path, 
     assert not torch.equal(mine["classifier.weight"], theirs["classifier.weight"])
 
 
+@pytest.mark.slow
 def test_full_determinism_holds_before_the_model_is_built(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +177,7 @@ def test_any_other_error_keeps_its_traceback(run: Callable, tmp_path: Path, monk
 
 
 # The size limit of a file, in sizes of the weights: it cuts off the weights, or Adam's two averages of them.
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 1.5])
 def test_no_room_for_a_checkpoint_leaves_earlier_ones_complete(
     share: float, run: Callable, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -202,6 +205,7 @@ def test_no_room_for_a_checkpoint_leaves_earlier_ones_complete(
     assert_same(run(tmp_path / "model", *RESUME), whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk(run: Callable, whole: Path, tmp_path: Path) -> None:
     """The same, in a file system with room for one and a half checkpoints."""
     sizes = [path.stat().st_size for path in (whole / "checkpoint-2").rglob("*") if path.is_file()]
@@ -219,6 +223,7 @@ def test_a_full_disk(run: Callable, whole: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(tmp_path / "small")], check=True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_incomplete_while_it_is_overwritten(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
