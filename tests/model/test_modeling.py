@@ -36,6 +36,7 @@ VARIANTS = {
     "text": {"modality": "text"},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
+three_variants = pytest.mark.parametrize("variant", ["encoder", "no_cg", "text"])
 every_clip_mode = pytest.mark.parametrize("variant", CLIP_MODES)
 both_attentions = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 LABELS = torch.tensor([0, 1, 2])
@@ -296,7 +297,7 @@ def test_an_encoder_has_so_many_layers_to_freeze(build: Build, number: int) -> N
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@every_variant
+@three_variants
 def test_half_precision(build: Build, inputs: Inputs, variant: str, half: torch.dtype, tmp_path: Path) -> None:
     model = build(variant)
     loaded = reload(model, tmp_path, dtype=half)
@@ -437,7 +438,7 @@ def test_two_models_of_one_seed_are_equal(build: Build, variant: str, nan_memory
     assert all(torch.equal(first[name], value) and value.isfinite().all() for name, value in second.items())
 
 
-@every_variant
+@three_variants
 def test_what_a_checkpoint_lacks_starts_as_in_a_new_model(
     build: Build, variant: str, nan_memory: None, tmp_path: Path
 ) -> None:
@@ -477,7 +478,7 @@ def test_parts_share_the_models_config(build: Build, variant: str) -> None:
     assert all(part.config is expected[name] for name, part in model.backbones().items())
 
 
-@every_variant
+@three_variants
 @pytest.mark.parametrize("saved", ["base", "classifier"])
 def test_each_class_loads_what_the_other_saved(
     build: Build, inputs: Inputs, variant: str, saved: str, tmp_path: Path
@@ -534,7 +535,7 @@ def test_the_evaluation_loss_does_not_depend_on_the_batch_size(build: Build, inp
     assert (trained.contrastive_loss is not None) == (variant == "feature")
 
 
-@pytest.mark.parametrize("variant", ["encoder", "no_cg", "text"])
+@three_variants
 def test_device_maps(build: Build, inputs: Inputs, variant: str, tmp_path: Path) -> None:
     model = build(variant)
     logits, size = model(**inputs).logits, sum(4 * value.numel() for value in model.parameters())
@@ -678,7 +679,7 @@ def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
     return model(**inputs).logits
 
 
-@every_variant
+@three_variants
 def test_another_size_is_refused_unless_it_was_asked_for(build: Build, variant: str, tmp_path: Path) -> None:
     """test_load_with_mismatched_shapes: what does not fit is told, and drawn anew if the caller says so."""
     model = build(variant)

@@ -108,6 +108,7 @@ def elsewhere() -> Iterator[tuple[str, list[str]]]:
     httpd.server_close()
 
 
+@pytest.mark.slow
 def test_a_post_is_answered(server: str, checkpoint: Path, posts: Path) -> None:
     label, words, *_ = ask_page(server, upload(server, posts / "good.jpg"), TEXT)
     inputs = ClipCaCgProcessor.from_pretrained(checkpoint)(images=posts / "good.jpg", text=TEXT, return_tensors="pt")
@@ -119,6 +120,7 @@ def test_a_post_is_answered(server: str, checkpoint: Path, posts: Path) -> None:
     assert max(abs(word["class_or_confidence"]) for word in words) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -135,6 +137,7 @@ def test_a_bad_file_gets_one_sentence(server: str, posts: Path, name: str, sente
     assert "Traceback" not in answer and "/" not in answer.replace("/b", "")  # no path of the server's
 
 
+@pytest.mark.slow
 def test_a_missing_part_gets_one_sentence(server: str, posts: Path) -> None:
     image = upload(server, posts / "good.jpg")
     assert ask_page(server, None, TEXT) == "This model needs an image."
@@ -161,6 +164,7 @@ def test_image_formats(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatc
     assert image.convert("RGB").size == (30, 20)
 
 
+@pytest.mark.slow
 def test_no_other_file_is_opened(server: str, posts: Path) -> None:
     """A page that opened these would answer with labels, because they are images, or would say that they are not."""
     mark = {"meta": {"_type": "gradio.FileData"}}
@@ -178,6 +182,7 @@ def test_no_other_file_is_opened(server: str, posts: Path) -> None:
         assert httpx.get(f"{server}/gradio_api/file={path}").status_code in (403, 404)
 
 
+@pytest.mark.slow
 def test_no_address_is_fetched(server: str, posts: Path, elsewhere: tuple[str, list[str]]) -> None:
     address, visits = elsewhere
     mark = {"meta": {"_type": "gradio.FileData"}}
@@ -197,6 +202,7 @@ def test_no_address_is_fetched(server: str, posts: Path, elsewhere: tuple[str, l
     assert not visits
 
 
+@pytest.mark.slow
 def test_size_limits_and_what_is_not_needed(server: str, posts: Path) -> None:
     large = io.BytesIO(b"\xff\xd8" + bytes(page_module.MAX_BYTES))
     response = httpx.post(f"{server}/gradio_api/upload", files={"files": ("large.jpg", large)}, timeout=60)

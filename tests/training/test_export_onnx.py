@@ -16,6 +16,8 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 from clipcacg.scripts import export_onnx  # noqa: E402
 
+pytestmark = pytest.mark.slow  # an export takes ten seconds
+
 ONE_LAYER = {**TRANSFORMER, "num_hidden_layers": 1}
 BOTH = ["input_ids", "attention_mask", "pixel_values"]
 CLIP = ["clip_input_ids", "clip_attention_mask", "clip_pixel_values"]
@@ -30,9 +32,9 @@ CLIP = ["clip_input_ids", "clip_attention_mask", "clip_pixel_values"]
             id="encoder",
             marks=pytest.mark.slow,
         ),
-        pytest.param({"clip_mode": "feature"}, BOTH, id="feature", marks=pytest.mark.slow),
-        pytest.param({"clip_mode": "none"}, BOTH, id="none", marks=pytest.mark.slow),
-        pytest.param({"modality": "text"}, BOTH[:2], id="text", marks=pytest.mark.slow),
+        pytest.param({"clip_mode": "feature"}, BOTH, id="feature"),
+        pytest.param({"clip_mode": "none"}, BOTH, id="none"),
+        pytest.param({"modality": "text"}, BOTH[:2], id="text"),
         pytest.param({"modality": "image"}, BOTH[2:], id="image"),
     ],
 )
