@@ -419,7 +419,11 @@ def test_the_smoke_test_of_both_tables(tmp_path: Path) -> None:
     pytest.importorskip("vaderSentiment")
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--smoke"], cwd=tmp_path, check=True, capture_output=True, text=True
+        [sys.executable, str(SCRIPT), *"--smoke --seeds 42 --num_train_epochs 1".split()],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert time.monotonic() - started < 360
     assert done.stdout.count("# Smoke test, not a result") == 2
