@@ -384,6 +384,9 @@ def drop_pooler(encoder: PreTrainedModel) -> None:
         encoder.pooler = nn.Identity()  # some encoders call their pooler without a check for None
 
 
+DRY_RUNS: dict[str, tuple[int, list[str]]] = {}  # vision config to result: a ResNet-50 takes half a second
+
+
 def dry_run(vision_config: Any) -> tuple[int, list[str]]:
     """Infer the channel count and the unused modules with a dry run on the meta device.
 
@@ -399,6 +402,9 @@ def dry_run(vision_config: Any) -> tuple[int, list[str]]:
     Raises:
         ValueError: If the encoder's last hidden state is not a feature map (batch, channels, height, width).
     """
+    key = vision_config.to_json_string(use_diff=False)
+    if key in DRY_RUNS:
+        return DRY_RUNS[key]
     size = getattr(vision_config, "image_size", None) or 224
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     with torch.inference_mode(False), torch.device("meta"):  # the dry run needs gradients
@@ -413,7 +419,8 @@ def dry_run(vision_config: Any) -> tuple[int, list[str]]:
         feature_map.sum().backward()
     weights = {name: list(module.parameters()) for name, module in encoder.named_modules()}
     unused = [name for name, parameters in weights.items() if parameters and all(p.grad is None for p in parameters)]
-    return feature_map.shape[1], unused[::-1]
+    DRY_RUNS[key] = feature_map.shape[1], unused[::-1]
+    return DRY_RUNS[key]
 
 
 class Interaction(NamedTuple):

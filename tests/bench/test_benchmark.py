@@ -87,9 +87,3 @@ def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
 def test_the_other_sections(tmp_path: Path) -> None:
     figures = run(tmp_path / "bench.json", "memory", "onnx")
     assert figures["peak_memory_ratio"] > 0 and figures.get("onnx_difference", 0) < 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_modes_with_a_compiled_forward_pass(tmp_path: Path) -> None:
-    assert "compile_speedup" in run(tmp_path / "bench.json", "modes")
