@@ -284,7 +284,7 @@ def check_continuation(model: ClipCaCgForSequenceClassification, inputs: Inputs,
     assert_close(model(**stored).logits, model(**inputs).logits, atol=1e-5, rtol=0)
 
     from_ids = gradients(model, inputs)
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     from_features = gradients(model, stored)
     assert_close(from_features, from_ids, atol=1e-5, rtol=0)
     assert list(model.state_dict()) == names
@@ -721,3 +721,23 @@ def test_an_unknown_attention_is_refused_and_changes_nothing(build: Build, varia
         model.set_attn_implementation("no_such_attention")
     used = [model.config, *(part.config for name, part in model.backbones().items() if name != "vision")]
     assert {config._attn_implementation for config in used} == {"eager"} and "vision" in model.backbones()
+
+
+@pytest.mark.filterwarnings("ignore:.*_checkpointing:FutureWarning")  # the names that every release has
+@three_variants
+def test_checkpointing_goes_on_and_off(build: Build, inputs: Inputs, variant: str) -> None:
+    """test_training_gradient_checkpointing, reentrant or not, for the base class as well; then off again."""
+    model = build(variant)
+    plain = {name: None if grad is None else grad.clone() for name, grad in gradients(model, inputs).items()}
+    for reentrant in (False, True):
+        # Reentrant checkpoints need an input with a gradient, as the Trainer and PEFT arrange it.
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant and variant != "image":
+            model.enable_input_require_grads()
+        assert model.is_gradient_checkpointing
+        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        assert_close(gradients(model, inputs), plain)
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert_close(gradients(model, inputs), plain)
