@@ -212,7 +212,7 @@ def _with_modality_labels(posts: datasets.DatasetDict, column: str) -> datasets.
         if isinstance(own, datasets.ClassLabel):
             values = [None if value is None else own.int2str(value) for value in values]
         # pandas turns a column of integers with an empty cell into floats.
-        names = [int(value) if isinstance(value, float) else value for value in values]
+        names = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
         unknown = {str(name) for name in names if name is not None} - set(classes.names)
         if unknown:
             raise InputError(f"{flag}: unknown label {min(unknown)}. Allowed: {', '.join(classes.names)}.")

@@ -95,6 +95,14 @@ def test_labels_of_text_and_image_alone_have_the_classes_of_the_posts(names: tup
         load_posts(replace(arguments, text_label_column="tweet", text_column="of_text"))
 
 
+def test_half_a_class_is_no_label_of_a_text(tmp_path: Path) -> None:
+    rows = [row | {"of_text": 0.5} for row in table_of_images(tmp_path, lambda colour: colour)]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "posts.csv")
+    columns = {"image_column": "photo", "text_column": "tweet", "label_column": "mood"}
+    with pytest.raises(InputError, match="--text_label_column: unknown label 0.5. Allowed: 0, 1"):
+        load_posts(DataArguments(dataset_name=str(tmp_path / "posts.csv"), text_label_column="of_text", **columns))
+
+
 def test_flags_of_labels_that_the_data_cannot_have_are_refused() -> None:
     with pytest.raises(InputError, match="--use_conflicting_posts is for --data_dir alone"):
         DataArguments(dataset_name="posts.csv", use_conflicting_posts=True)
