@@ -50,11 +50,8 @@ def complete_checkpoint(
 ) -> None:
     """Add the plots and the model card, and remove what is useful on this machine only."""
     folder, (model_arguments, data_arguments) = Path(trainer.args.output_dir), arguments
-    config, state, ended = (
-        trainer.model.config,
-        trainer.state,
-        how_it_ended(trainer.args, trainer.state, averaged_steps),
-    )
+    config, state = trainer.model.config, trainer.state
+    ended = how_it_ended(trainer.args, state, averaged_steps)
     for split, scores in list(results.items())[-1:]:
         if "confusion_matrix" in scores:
             title, file = f"Confusion matrix of the {split} split", folder / CONFUSION_MATRIX_FILE
