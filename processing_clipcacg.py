@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, BitImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from .configuration_clipcacg import ClipCaCgConfig
+from .configuration_clipcacg import LOADING_KEYWORDS, ClipCaCgConfig, check_keywords, split_keywords
 
 # Tokenizers that know no limit set `model_max_length` to a very large number.
 NO_LIMIT = 10**9
@@ -68,7 +68,7 @@ class ClipCaCgProcessor(ProcessorMixin):
 
     @classmethod
     def from_backbones(
-        cls, text_model: str | Path, vision_model: str | Path, clip_model: str | Path | None = None, **config: Any
+        cls, text_model: str | Path, vision_model: str | Path, clip_model: str | Path | None = None, **keywords: Any
     ) -> ClipCaCgProcessor:
         """Build the processor of a model on these backbones.
 
@@ -79,11 +79,17 @@ class ClipCaCgProcessor(ProcessorMixin):
             text_model: Hub name or folder of the text encoder.
             vision_model: Hub name or folder of the vision encoder.
             clip_model: Hub name or folder of the CLIP model, or None.
-            **config: Fields of `ClipCaCgConfig`. They are checked, but the processor does not depend on them.
+            **keywords: Loading options, and fields of `ClipCaCgConfig`. The fields are checked, but the processor does
+                not depend on them.
         """
-        ClipCaCgConfig(**{"clip_mode": "none", **config})
-        clip = () if clip_model is None else (AutoImageProcessor.from_pretrained(clip_model), _tokenizer(clip_model))
-        return cls(_image_processor(vision_model), _tokenizer(text_model), *clip)
+        options, fields = split_keywords(keywords)
+        check_keywords("from_backbones", fields, ClipCaCgConfig.known_fields() | LOADING_KEYWORDS)
+        ClipCaCgConfig(**{"clip_mode": "none", **fields})
+        clip: tuple[Any, ...] = ()
+        if clip_model is not None:
+            image_processor = AutoImageProcessor.from_pretrained(clip_model, **options["clip"])
+            clip = (image_processor, _tokenizer(clip_model, options["clip"]))
+        return cls(_image_processor(vision_model, options["vision"]), _tokenizer(text_model, options["text"]), *clip)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -428,12 +434,12 @@ def _pil_to_rgb(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _image_processor(vision_model: str | Path) -> Any:
+def _image_processor(vision_model: str | Path, options: dict[str, Any]) -> Any:
     """The encoder's image processor, in a form that can be reloaded inside a `ProcessorMixin`.
 
     A timm encoder's wrapper cannot; an equal `BitImageProcessor` with timm's evaluation transform replaces it.
     """
-    processor = AutoImageProcessor.from_pretrained(vision_model)
+    processor = AutoImageProcessor.from_pretrained(vision_model, **options)
     if type(processor).__name__ != "TimmWrapperImageProcessor":
         return processor
     data = processor.data_config
@@ -447,11 +453,11 @@ def _image_processor(vision_model: str | Path) -> Any:
     )
 
 
-def _tokenizer(model: str | Path) -> Any:
+def _tokenizer(model: str | Path, options: dict[str, Any]) -> Any:
     """The encoder's tokenizer; without its own limit it gets the encoder's."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, **options)
     if tokenizer.model_max_length > NO_LIMIT:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, **options)
         positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
         if positions is not None:
             # RoBERTa and models like it, whose padding ID is 1, count positions from 2.

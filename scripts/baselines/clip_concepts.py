@@ -71,12 +71,13 @@ class ClipConcepts(nn.Module):
         return torch.cat([cosine, sentiment.unsqueeze(-1)], dim=-1)
 
     @torch.no_grad()
-    def read_phrases(self, clip_model: str | Path, phrases: Sequence[Sequence[Any]]) -> None:
-        """Store the phrases' embeddings; CLIP's text tower is not kept."""
-        tokenizer, config = AutoTokenizer.from_pretrained(clip_model), AutoConfig.from_pretrained(clip_model)
+    def read_phrases(self, clip_model: str | Path, phrases: Sequence[Sequence[Any]], options: dict[str, Any]) -> None:
+        """Store the phrases' embeddings; CLIP's text tower is not kept. The options are those of `from_pretrained`."""
+        tokenizer = AutoTokenizer.from_pretrained(clip_model, **options)
+        config = AutoConfig.from_pretrained(clip_model, **options)
         config.text_config.projection_dim = config.projection_dim
         tower = CLIPTextModelWithProjection._from_config(config.text_config, dtype=torch.float32).eval()
-        load_backbone(tower, clip_model)
+        load_backbone(tower, clip_model, **options)
         for row, (phrase, _) in enumerate(phrases):
             tokens = tokenizer(f"a photo of a {phrase}", return_tensors="pt", truncation=True)
             embeds = tower(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).text_embeds
