@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer, Repo
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from safetensors.torch import save_file
 from transformers import AutoConfig, CLIPModel, PreTrainedModel
 
@@ -66,9 +66,9 @@ def test_a_clip_whose_weights_are_a_pickle(
     if place == "folder":
         source, where = str(pickled), {}
     if place.startswith("cache"):
-        CLIPModel.from_pretrained(source, **where)
+        snapshot_download(source, **where)
         if place == "cache with a conversion":
-            CLIPModel.from_pretrained(source, revision="refs/pr/1", **where)
+            snapshot_download(source, revision="refs/pr/1", **where)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         where.pop("token")
     names = (backbones / "text", backbones / "vision", source)
