@@ -143,7 +143,12 @@ def label_fields(names: list[str] | None) -> dict[str, Any]:
 
 
 def limit_and_freeze(model: PreTrainedModel, processor: ClipCaCgProcessor, arguments: ModelArguments) -> None:
-    """Truncate texts at `--max_length`, and freeze the backbones that the flags name."""
+    """Truncate texts at `--max_length`, and freeze the backbones that the flags name.
+
+    Convolutions get channels_last weights, with which a training step of EfficientNet-Lite0 takes half the time on a
+    CPU.
+    """
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if arguments.max_length:
         processor.tokenizer.model_max_length = min(arguments.max_length, processor.tokenizer.model_max_length)
     model.freeze_backbones(
@@ -247,9 +252,6 @@ def make_trainer(
     Raises:
         InputError: If checkpoints are to be averaged whose weights are spread over several files.
     """
-    if arguments.device.type == "cpu":
-        # A training step of EfficientNet-Lite0 takes half the time.
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     names = label_names(posts["train"])
     train = posts["train"] if model.config.use_modality_heads else labelled(posts["train"])
     collator = PostCollator(processor, model.config, features or {})
