@@ -22,6 +22,12 @@ CLIP_MODES = ("encoder", "feature", "none")
 MODALITIES = ("both", "image", "text")
 MODALITY_COMBINATIONS = ("classifier", "average")
 
+# Dual encoders that `clip_mode="encoder"` runs: two towers, and patches and words that can be pooled one at a time.
+DUAL_ENCODERS = (
+    "altclip", "chinese_clip", "clip", "clipseg", "metaclip_2", "siglip", "vision-text-dual-encoder"
+)  # fmt: skip
+PADDED_DUAL_ENCODERS = ("siglip",)  # they read texts that are padded to the full length, the padding included
+
 # Every checkpoint names all four classes, whichever of them wrote it; see `ClipCaCgConfig.save_pretrained`.
 AUTO_MAP = {
     "AutoConfig": "configuration_clipcacg.ClipCaCgConfig",
@@ -207,9 +213,10 @@ class ClipCaCgConfig(PreTrainedConfig):
                 "clip_mode='encoder' runs CLIP's own towers and needs a clip_config, but clip_config is None. Give "
                 "one (from_backbones: clip_model=), or choose clip_mode='feature' or 'none'."
             )
-        if self.clip_config is not None and self.clip_config.model_type != "clip":
+        if self.clip_config is not None and self.clip_config.model_type not in DUAL_ENCODERS:
             raise ValueError(
-                f"clip_config must be of a CLIP model (model_type 'clip'), not of {self.clip_config.model_type!r}."
+                f"clip_config must be of a dual encoder ({', '.join(DUAL_ENCODERS)}), not of "
+                f"{self.clip_config.model_type!r}."
             )
         for name in ("hidden_size", "num_attention_heads", "projection_dim"):
             if getattr(self, name) < 1:

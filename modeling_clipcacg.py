@@ -50,6 +50,8 @@ Where the paper is silent, our reading:
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -63,7 +65,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -74,7 +75,13 @@ from transformers.utils import (
     logging,
 )
 
-from .configuration_clipcacg import LOADING_KEYWORDS, ClipCaCgConfig, check_keywords, split_keywords
+from .configuration_clipcacg import (
+    LOADING_KEYWORDS,
+    PADDED_DUAL_ENCODERS,
+    ClipCaCgConfig,
+    check_keywords,
+    split_keywords,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -256,9 +263,8 @@ class TextBranch(nn.Module):
 
     def __init__(self, config: ClipCaCgConfig) -> None:
         super().__init__()
-        self.backbone = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
-        drop_pooler(self.backbone)
-        self.bi_gru = BiGru(config.text_config.hidden_size, config.hidden_size)
+        self.backbone, width = build_encoder(config.text_config, "text")
+        self.bi_gru = BiGru(width, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, input_ids: Tensor, mask: Tensor, text_features: Tensor | None = None) -> Tensor:
@@ -281,11 +287,8 @@ class ImageBranch(nn.Module):
 
     def __init__(self, config: ClipCaCgConfig) -> None:
         super().__init__()
-        self.backbone = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
-        channels, unused = dry_run(config.vision_config)
-        for name in unused:
-            self.backbone.set_submodule(name, nn.Identity())
-        self.projection = nn.Linear(channels, config.hidden_size)
+        self.backbone, width = build_encoder(config.vision_config, "vision")
+        self.projection = nn.Linear(width, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, pixel_values: Tensor, image_features: Tensor | None = None) -> Tensor:
@@ -326,10 +329,49 @@ def feature_map(encoder: PreTrainedModel, pixel_values: Tensor, features: Tensor
         pixel_values: (batch, channels, height, width); not read with `features`.
         features: (batch, width, rows, columns), an earlier result of `frozen_output`.
     """
-    if features is not None:
-        any_image = features.new_zeros(len(features), getattr(encoder.config, "num_channels", 3), 32, 32)
-        return continue_from(encoder, features, pixel_values=any_image.to(encoder.dtype))
-    return encoder(pixel_values.to(encoder.dtype)).last_hidden_state
+    if features is None:
+        states = encoder(pixel_values.to(encoder.dtype)).last_hidden_state
+        return as_map(encoder, states, *pixel_values.shape[-2:])
+    if not frozen_layers(encoder):
+        return features.to(encoder.dtype)
+    any_image = example_image(encoder).to(features.device, encoder.dtype).expand(len(features), -1, -1, -1)
+    states = continue_from(encoder, features, pixel_values=any_image)
+    return as_map(encoder, states, *any_image.shape[-2:])
+
+
+def as_map(encoder: PreTrainedModel, states: Tensor, height: int, width: int) -> Tensor:
+    """Arrange the last hidden state of a vision encoder as a feature map (batch, width, rows, columns).
+
+    Tokens are a grid of the image's shape behind any number of prefix tokens, such as CLS. In a 4-D state, the two
+    axes of the image's shape are rows and columns; some encoders put the channels last.
+
+    Args:
+        encoder: The vision encoder; the `patch_size` in its config limits the number of rows and columns.
+        states: (batch, prefix + rows * columns, width), or 4-D.
+        height, width: Size of the image in pixels.
+    """
+    if states.dim() == 4:
+        _, first, second, third = states.shape
+        channels_last = abs(first * width - second * height) < abs(second * width - third * height)
+        return states.permute(0, 3, 1, 2) if channels_last else states
+    tokens, patch = states.shape[1], getattr(encoder.config, "patch_size", None) or 1
+    patch = patch if isinstance(patch, int) else max(patch)
+    rows = min(math.isqrt(tokens * height // width), height // patch)
+    columns = min(math.isqrt(tokens * width // height), width // patch)
+    return states[:, tokens - rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def example_image(encoder: Any) -> Tensor:
+    """Return an image of zeros (1, channels, height, width) of the size that a vision encoder was made for."""
+    encoder = encoder.encoder if isinstance(encoder, ClipTower) else encoder
+    config, timm_model = encoder.config, getattr(encoder, "timm_model", None)
+    size: Any = getattr(config, "image_size", None)
+    if timm_model is not None:
+        settings = getattr(config, "pretrained_cfg", None) or timm_model.pretrained_cfg
+        size = (getattr(config, "model_args", None) or {}).get("img_size") or settings["input_size"][-2:]
+    size = size or 224
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return torch.zeros(1, getattr(config, "num_channels", 3), height, width, dtype=torch.float32)
 
 
 def frozen_layers(encoder: PreTrainedModel) -> list[str]:
@@ -359,7 +401,7 @@ def frozen_output(encoder: PreTrainedModel, **inputs: Tensor) -> Tensor:
         encoder(**inputs)
     finally:
         hook.remove()
-    return outputs[0]
+    return outputs[-1]  # ALBERT runs the same layer many times
 
 
 def continue_from(encoder: PreTrainedModel, features: Tensor, **inputs: Tensor) -> Tensor:
@@ -388,49 +430,263 @@ def continue_from(encoder: PreTrainedModel, features: Tensor, **inputs: Tensor) 
             encoder.set_submodule(name, layer)
 
 
-def drop_pooler(encoder: PreTrainedModel) -> None:
-    """Replace a text encoder's pooler, which nothing reads: no gradient reaches it, and many checkpoints lack it."""
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = nn.Identity()  # some encoders call their pooler without a check for None
-
-
-DRY_RUNS: dict[str, tuple[int, list[str]]] = {}  # vision config to result: a ResNet-50 takes half a second
-
-
-def dry_run(vision_config: Any) -> tuple[int, list[str]]:
-    """Infer the channel count and the unused modules with a dry run on the meta device.
-
-    No field of a config tells them for every family, timm included.
+class EncoderFacts(NamedTuple):
+    """What no field of a config tells for every family of encoders, timm included.
 
     Args:
-        vision_config: Config of the vision encoder.
+        width: Width of the output.
+        unused: Names of the outermost modules that the output does not depend on, such as poolers and ConvNeXt's last
+            norm, and that the encoder can run without.
+        frozen: Names of the other parameters that the output does not depend on, such as DINOv2's mask token.
+            Distributed training would wait for their gradients for ever.
+        max_tokens: Length of the longest text that the encoder has positions for, or None without a limit.
+    """
 
-    Returns:
-        Channels of the last feature map, and the names of the modules that it does not depend on, such as ConvNeXt's
-        last norm, innermost first. Distributed training would wait for their gradients for ever.
+    width: int
+    unused: list[str]
+    frozen: list[str]
+    max_tokens: int | None
+
+
+ENCODER_FACTS: dict[tuple[str, str], EncoderFacts] = {}  # by part and config: a ResNet-50 takes half a second
+# Fields of vision encoders that return more tokens than regions, or tokens without a place in the image.
+NOT_REGIONS = ("num_queries", "num_detection_tokens", "num_output_groups")
+MOST_PREFIX_TOKENS = 16
+
+
+def encoder_facts(config: Any, part: str) -> EncoderFacts:
+    """Learn about an encoder from a dry run on the meta device or, where its code reads values, on the CPU.
+
+    Args:
+        config: Config of the encoder or, for an encoder that is part of a model, of that model.
+        part: "text", "vision", "clip.text" or "clip.vision".
 
     Raises:
-        ValueError: If the encoder's last hidden state is not a feature map (batch, channels, height, width).
+        ValueError: If the encoder does not turn token ids into token states, or an image into a map of regions.
     """
-    key = vision_config.to_json_string(use_diff=False)
-    if key in DRY_RUNS:
-        return DRY_RUNS[key]
-    size = getattr(vision_config, "image_size", None) or 224
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    with torch.inference_mode(False), torch.device("meta"):  # the dry run needs gradients
-        encoder = AutoModel.from_config(vision_config, dtype=torch.float32).eval()
-        image = torch.zeros(1, getattr(vision_config, "num_channels", 3), height, width, dtype=torch.float32)
-        feature_map = encoder(image).last_hidden_state
-        if feature_map.dim() != 4:
-            raise ValueError(
-                f"vision_config: the last hidden state of {vision_config.model_type!r} has shape "
-                f"{tuple(feature_map.shape)}, not (batch, channels, height, width). Choose a convolutional encoder."
-            )
-        feature_map.sum().backward()
-    weights = {name: list(module.parameters()) for name, module in encoder.named_modules()}
-    unused = [name for name, parameters in weights.items() if parameters and all(p.grad is None for p in parameters)]
-    DRY_RUNS[key] = feature_map.shape[1], unused[::-1]
-    return DRY_RUNS[key]
+    key = part, config.to_json_string(use_diff=False)
+    if key not in ENCODER_FACTS:
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            try:
+                ENCODER_FACTS[key] = dry_run(config, part, "meta")
+            except Exception:  # whatever such a family's own code raises
+                try:
+                    ENCODER_FACTS[key] = dry_run(config, part, "cpu")
+                except Exception as error:
+                    what = "a text encoder" if part.endswith("text") else "an image encoder with a map of regions"
+                    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                    raise ValueError(
+                        f"{part.partition('.')[0]}_config: {architecture(config)!r} does not work as {what}: {reason}"
+                    ) from error
+    return ENCODER_FACTS[key]
+
+
+def architecture(config: Any) -> str:
+    """Return the name of an architecture: timm's, or the model type."""
+    return getattr(config, "architecture", None) or config.model_type
+
+
+def dry_run(config: Any, part: str, device: str) -> EncoderFacts:
+    """Build an encoder, run it on a small input, and see which parameters get a gradient; see `encoder_facts`."""
+    with torch.device(device):
+        encoder = part_of(AutoModel.from_config(config, dtype=torch.float32), part).eval()
+
+        def run() -> Tensor:
+            if part.endswith("text"):
+                ids = torch.full((2, 8), 5)
+                # Of a mask on the meta device, many encoders ask whether it masks anything.
+                mask = {} if device == "meta" else {"attention_mask": torch.ones_like(ids)}
+                if part == "text":
+                    return encoder(input_ids=ids, **mask).last_hidden_state
+                return encoder(ids, **mask)
+            images = example_image(encoder).repeat(2, 1, 1, 1)
+            check_regions(encoder, images)
+            return feature_map(encoder, images) if part == "vision" else encoder(images)
+
+        output = run()
+        if part == "text" and output.shape[:2] != (2, 8):
+            raise ValueError(f"its last hidden state has shape {tuple(output.shape)} for two texts of 8 tokens")
+        output.sum().backward()
+        unused: dict[str, nn.Module] = {}
+        for name, module in encoder.named_modules():
+            weights = list(module.parameters())
+            is_part = any(name.startswith(f"{outer}.") for outer in unused)
+            if weights and not is_part and all(weight.grad is None for weight in weights):
+                unused[name] = module
+        try:
+            for name in unused:
+                encoder.set_submodule(name, nn.Identity())
+            run()
+        except Exception:  # it calls such a module with more than one argument, or reads an attribute
+            for name, module in unused.items():
+                encoder.set_submodule(name, module)
+            unused = {}
+    frozen = [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
+    return EncoderFacts(output.shape[1 if part == "vision" else -1], list(unused), frozen, max_tokens(encoder))
+
+
+def check_regions(encoder: Any, images: Tensor) -> None:
+    """Raise a ValueError if the last hidden state of a vision encoder holds no map of regions.
+
+    Args:
+        encoder: A vision encoder, or a `ClipTower` with one.
+        images: (batch, channels, height, width).
+    """
+    encoder = encoder.encoder if isinstance(encoder, ClipTower) else encoder
+    outputs = encoder(images)
+    states = outputs.last_hidden_state
+    if getattr(outputs, "ids_restore", None) is not None:
+        raise ValueError("it masks random patches")
+    found = [name for name in NOT_REGIONS if getattr(encoder.config, name, None)]
+    if found:
+        raise ValueError(f"its tokens are not regions of the image ({found[0]})")
+    shape = tuple(states.shape)
+    if states.dim() not in (3, 4) or len(states) != len(images):
+        raise ValueError(f"its last hidden state has shape {shape}")
+    if states.dim() == 3:
+        prefix = states.shape[1] - as_map(encoder, states, *images.shape[-2:]).flatten(2).shape[-1]
+        if prefix > MOST_PREFIX_TOKENS:
+            raise ValueError(f"its last hidden state has shape {shape}, which is no grid of regions")
+
+
+def max_tokens(encoder: nn.Module) -> int | None:
+    """Return the length of the longest text that a text encoder has positions for, or None without a limit."""
+    encoder = encoder.encoder if isinstance(encoder, ClipTower) else encoder
+    limits = [getattr(encoder.config, f"max_{name}position_embeddings", None) for name in ("", "encoder_")]
+    if not (limits := [limit for limit in limits if isinstance(limit, int) and limit > 0]):
+        return None
+    # RoBERTa and models like it count positions from the one after that of padding.
+    tables = [module for name, module in encoder.named_modules() if "position" in name.rpartition(".")[2]]
+    padding = [index for table in tables if (index := getattr(table, "padding_idx", None)) is not None]
+    return min(limits) - max((index + 1 for index in padding), default=0)
+
+
+def part_of(model: PreTrainedModel, part: str) -> Any:
+    """Return the encoder of texts or images in a model that AutoModel builds.
+
+    Args:
+        model: An encoder, a dual encoder such as CLIP, or an encoder with a decoder such as T5.
+        part: "text" or "vision"; "clip.text" or "clip.vision" for that side of a dual encoder.
+    """
+    modality = part.rpartition(".")[2]
+    if part.startswith("clip."):
+        return ClipTower(model, modality)
+    tower = getattr(model, f"{modality}_model", None)
+    if isinstance(tower, PreTrainedModel):
+        return tower
+    has_decoder = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    return model.get_encoder() if modality == "text" and has_decoder else model
+
+
+def build_encoder(config: Any, part: str) -> tuple[Any, int]:
+    """Build an encoder without the modules that its output does not depend on.
+
+    Args:
+        config, part: As in `encoder_facts`.
+
+    Returns:
+        The encoder and the width of its output.
+
+    Raises:
+        ValueError: If it does not work as such an encoder.
+    """
+    facts = encoder_facts(config, part)
+    encoder = part_of(AutoModel.from_config(config, dtype=torch.get_default_dtype()), part)
+    for name in facts.unused:
+        encoder.set_submodule(name, nn.Identity())
+    for name in facts.frozen:
+        encoder.get_parameter(name).requires_grad_(False)
+    return encoder, facts.width
+
+
+class ClipTower(nn.Module):
+    """One side of a dual encoder: the encoder of texts or images, and its projection into the shared space.
+
+    The output begins with what the dual encoder's own `get_text_features` or `get_image_features` returns. The tokens
+    after it go through the same pooler or norm and the same projection, each as a sequence of its own.
+
+    Args:
+        model: A dual encoder, which AutoModel builds.
+        modality: "text" or "vision".
+    """
+
+    def __init__(self, model: PreTrainedModel, modality: str) -> None:
+        super().__init__()
+        self.modality, self.model_type = modality, model.config.model_type
+        for name in (f"{modality}_model", self._projection_name):  # the names in the dual encoder's weights
+            if hasattr(model, name):
+                self.add_module(name, getattr(model, name))
+
+    @property
+    def _projection_name(self) -> str:
+        return "text_projection" if self.modality == "text" else "visual_projection"
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        """The encoder without the projection."""
+        return self.get_submodule(f"{self.modality}_model")  # type: ignore[return-value]
+
+    @property
+    def config(self) -> Any:
+        """Config of the encoder."""
+        return self.encoder.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the encoder's weights."""
+        return self.encoder.dtype
+
+    @property
+    def _no_split_modules(self) -> Any:
+        return self.encoder._no_split_modules
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embeddings of tokens or patches."""
+        return self.encoder.get_input_embeddings()
+
+    def initialize_weights(self) -> None:
+        """Initialise what a checkpoint lacks; the projection as CLIP does."""
+        self.encoder.initialize_weights()
+        projection: Any = getattr(self, self._projection_name, None)
+        if projection is not None:
+            init.normal_(projection.weight, std=projection.in_features**-0.5)
+            projection._is_hf_initialized = True
+
+    def forward(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Encode texts or images.
+
+        Args:
+            inputs: (batch, text_len) token ids, or (batch, channels, height, width).
+            attention_mask: (batch, text_len), for texts.
+
+        Returns:
+            (batch, 1 + tokens, projection), unit length: t and t_word, or v and v_patch.
+        """
+        if self.modality == "text":
+            # SigLIP was trained on texts that are padded to the full length, with attention to the padding.
+            mask = None if self.model_type in PADDED_DUAL_ENCODERS else attention_mask
+            outputs = self.encoder(input_ids=inputs, attention_mask=mask)
+            tokens = outputs.last_hidden_state
+        else:
+            outputs = self.encoder(pixel_values=inputs.to(self.dtype))
+            regions = as_map(self.encoder, outputs.last_hidden_state, *inputs.shape[-2:])
+            tokens = regions.flatten(2).transpose(1, 2)
+        pooled = outputs.pooler_output
+        pooled = outputs.last_hidden_state[:, 0] if pooled is None else pooled
+        pooled = self._project(pooled).unsqueeze(1)
+        return functional.normalize(torch.cat([pooled, self._project(self._pool(tokens))], dim=1), dim=-1)
+
+    def _pool(self, tokens: Tensor) -> Tensor:
+        """Do to each token (batch, tokens, width) what the encoder does to its last hidden state to pool it."""
+        modules = [getattr(self.encoder, name, None) for name in ("head", "pooler", "post_layernorm")]
+        module: Any = next((module for module in modules if module is not None), nn.Identity())
+        # Each token twice: some poolers take the first, some leave it out and average the others.
+        pooled = module(tokens.flatten(0, 1).unsqueeze(1).expand(-1, 2, -1))
+        return (pooled[:, 0] if pooled.dim() == 3 else pooled).unflatten(0, tokens.shape[:2])
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        projection: Any = getattr(self, self._projection_name, nn.Identity())
+        return projection(pooled)
 
 
 class Interaction(NamedTuple):
@@ -472,20 +728,13 @@ def joint_mask(num_other_positions: int, text_mask: Tensor) -> Tensor:
 
 
 class ClipEncoderInteraction(nn.Module):
-    """Equation 5 with CLIP's pretrained towers, which read the raw image and text.
-
-    Each patch and word token goes through CLIP's own final norm and projection into the shared space.
-    """
+    """Equation 5 with the pretrained towers of CLIP or another dual encoder, which read the raw image and text."""
 
     def __init__(self, config: ClipCaCgConfig) -> None:
         super().__init__()
-        clip: Any = config.clip_config
-        dtype = torch.get_default_dtype()
-        # CLIPModel projects to the width that its own config names, whatever the configs of its towers say.
-        clip.text_config.projection_dim = clip.vision_config.projection_dim = clip.projection_dim
-        self.clip_text = CLIPTextModelWithProjection._from_config(clip.text_config, dtype=dtype)
-        self.clip_vision = CLIPVisionModelWithProjection._from_config(clip.vision_config, dtype=dtype)
-        self.output_projection = nn.Linear(clip.projection_dim, config.hidden_size)
+        self.clip_text, width = build_encoder(config.clip_config, "clip.text")
+        self.clip_vision, _ = build_encoder(config.clip_config, "clip.vision")
+        self.output_projection = nn.Linear(width, config.hidden_size)
 
     def forward(
         self,
@@ -513,16 +762,11 @@ class ClipEncoderInteraction(nn.Module):
 
     def encode_image(self, clip_pixel_values: Tensor) -> Tensor:
         """Return v and v_patch, (batch, 1 + patches, projection), unit length."""
-        outputs = self.clip_vision(clip_pixel_values)
-        patches = self.clip_vision.vision_model.post_layernorm(outputs.last_hidden_state[:, 1:])
-        patches = self.clip_vision.visual_projection(patches)
-        return functional.normalize(torch.cat([outputs.image_embeds.unsqueeze(1), patches], dim=1), dim=-1)
+        return self.clip_vision(clip_pixel_values)
 
     def encode_text(self, clip_input_ids: Tensor, mask: Tensor) -> Tensor:
         """Return t and t_word, (batch, 1 + clip_text_len, projection), unit length."""
-        outputs = self.clip_text(clip_input_ids, attention_mask=encoder_mask(mask))
-        words = self.clip_text.text_projection(outputs.last_hidden_state)
-        return functional.normalize(torch.cat([outputs.text_embeds.unsqueeze(1), words], dim=1), dim=-1)
+        return self.clip_text(clip_input_ids, encoder_mask(mask))
 
 
 class FeatureInteraction(nn.Module):
@@ -842,7 +1086,7 @@ def known_cross_entropy(
     return total / torch.where(count > 0, count, 1.0)
 
 
-def load_backbone(encoder: PreTrainedModel, source: str | Path, **options: Any) -> None:
+def load_backbone(encoder: Any, source: str | Path, config: Any, part: str, **options: Any) -> None:
     """Copy pretrained weights into an encoder, and warn about weights that the source lacks.
 
     transformers would also report every head, pooler and tower that this model does not use.
@@ -850,6 +1094,7 @@ def load_backbone(encoder: PreTrainedModel, source: str | Path, **options: Any) 
     Args:
         encoder: The encoder to fill.
         source: Hub name or folder.
+        config, part: What it was built from, as in `build_encoder`.
         **options: Loading options of `from_backbones`.
 
     Raises:
@@ -858,8 +1103,8 @@ def load_backbone(encoder: PreTrainedModel, source: str | Path, **options: Any) 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        loaded: Any = type(encoder).from_pretrained(
-            source, config=encoder.config, dtype=encoder.dtype, output_loading_info=True, **options
+        loaded: Any = AutoModel.from_pretrained(
+            source, config=config, dtype=encoder.dtype, output_loading_info=True, **options
         )
     except UnpicklingError as error:
         raise OSError(
@@ -867,9 +1112,13 @@ def load_backbone(encoder: PreTrainedModel, source: str | Path, **options: Any) 
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    pretrained, report = loaded
+    model, report = loaded
+    pretrained = part_of(model, part)
+    prefix = next((f"{name}." for name, module in model.named_modules() if name and module is pretrained), "")
     used = encoder.state_dict().keys()
-    missing = sorted(used & set(report["missing_keys"]))
+    missing = sorted(used & {name.removeprefix(prefix) for name in report["missing_keys"]})
+    if len(missing) == len(used):
+        raise OSError(f"{source} has no weight of this {architecture(encoder.config)} encoder.")
     if missing:
         logger.warning(f"{source} lacks {', '.join(missing)}. These weights start at random.")
     encoder.load_state_dict({key: value for key, value in pretrained.state_dict().items() if key in used})
@@ -910,6 +1159,24 @@ def warn_of_pickle(source: str | Path, options: dict[str, Any]) -> None:
         f'{download}python -c "from transformers import AutoModel; '
         f"AutoModel.from_pretrained('{folder}').save_pretrained('{folder}')\""
     )
+
+
+def check_padding(encoder: PreTrainedModel) -> None:
+    """Raise a ValueError if the padding of a text changes the states of its tokens, as where convolutions see it.
+
+    Args:
+        encoder: A text encoder with its pretrained weights, in evaluation mode.
+    """
+    ids = torch.tensor([[6, 7, 8, *[getattr(encoder.config, "pad_token_id", None) or 0] * 5]], device=encoder.device)
+    with torch.no_grad():
+        padded = token_states(encoder, ids, torch.arange(8, device=ids.device)[None] < 3)[:, :3].float()
+        alone = token_states(encoder, ids[:, :3], torch.ones_like(ids[:, :3], dtype=torch.bool)).float()
+    tolerance = 1e-3 if encoder.dtype == torch.float32 else 0.1
+    if not torch.allclose(padded, alone, rtol=0, atol=tolerance * alone.abs().max().item()):
+        raise ValueError(
+            f"text_model: the padding of a text changes what the encoder {architecture(encoder.config)!r} returns for "
+            "its words. Choose another text encoder."
+        )
 
 
 def layers_of_modules(encoder: nn.Module) -> dict[str, int]:
@@ -1080,8 +1347,10 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
                 AutoModel.from_pretrained(sources[name], **options[name])
         model = cls._from_config(built)
         for name, encoder in model.backbones().items():
-            part = name.partition(".")[0]
-            load_backbone(encoder, sources[part], **options[part])
+            kind = name.partition(".")[0]
+            load_backbone(encoder, sources[kind], getattr(built, f"{kind}_config"), name, **options[kind])
+            if name == "text":
+                check_padding(encoder.eval())
         for name in built.encoders:
             warn_of_pickle(sources[name], options[name])
         return model.eval()
@@ -1124,7 +1393,10 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
             return frozen_output(base.text_branch.backbone, input_ids=inputs, attention_mask=mask)
         if backbone == "vision":
             encoder = base.image_branch.backbone
-            return frozen_output(encoder, pixel_values=inputs.to(encoder.dtype))
+            pixels = inputs.to(encoder.dtype)
+            if frozen_layers(encoder):
+                return frozen_output(encoder, pixel_values=pixels)
+            return feature_map(encoder, pixels)
         if backbone == "clip.text":
             return base.interaction.encode_text(inputs, as_mask(attention_mask, inputs))
         return base.interaction.encode_image(inputs)

@@ -9,16 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPTextModelWithProjection,
-    CLIPVisionModelWithProjection,
-)
+from transformers import AutoConfig, AutoTokenizer, CLIPConfig
 
-from clipcacg.modeling_clipcacg import ClipEncoderInteraction, load_backbone
+from clipcacg.modeling_clipcacg import ClipEncoderInteraction, build_encoder, load_backbone
 
 NUMBERS = re.compile(r"\[(sentiment|#imgs):\s*([-+]?[\d.]+)\]")
 LOGIT_SCALE = 100.0  # as in the published CLIP models
@@ -58,10 +51,8 @@ class ClipConcepts(nn.Module):
 
     def __init__(self, clip: CLIPConfig, phrases: Sequence[Sequence[Any]]) -> None:
         super().__init__()
-        dtype = torch.get_default_dtype()
-        clip.vision_config.projection_dim = clip.projection_dim
-        self.clip_vision = CLIPVisionModelWithProjection._from_config(clip.vision_config, dtype=dtype)
-        self.register_buffer("phrase_embeds", torch.zeros(len(phrases), clip.projection_dim))
+        self.clip_vision, width = build_encoder(clip, "clip.vision")
+        self.register_buffer("phrase_embeds", torch.zeros(len(phrases), width))
         self.register_buffer("sentiments", torch.tensor([sentiment for _, sentiment in phrases]))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -75,10 +66,8 @@ class ClipConcepts(nn.Module):
         """Store the phrases' embeddings; CLIP's text tower is not kept. The options are those of `from_pretrained`."""
         tokenizer = AutoTokenizer.from_pretrained(clip_model, **options)
         config = AutoConfig.from_pretrained(clip_model, **options)
-        config.text_config.projection_dim = config.projection_dim
-        tower = CLIPTextModelWithProjection._from_config(config.text_config, dtype=torch.float32).eval()
-        load_backbone(tower, clip_model, **options)
+        tower = build_encoder(config, "clip.text")[0].float().eval()
+        load_backbone(tower, clip_model, config, "clip.text", **options)
         for row, (phrase, _) in enumerate(phrases):
             tokens = tokenizer(f"a photo of a {phrase}", return_tensors="pt", truncation=True)
-            embeds = tower(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).text_embeds
-            self.phrase_embeds[row] = F.normalize(embeds[0], dim=-1)
+            self.phrase_embeds[row] = tower(tokens["input_ids"], tokens["attention_mask"])[0, 0]

@@ -143,7 +143,7 @@ class Clmlf(BaselineForSequenceClassification):
     def __init__(self, config: ClmlfConfig) -> None:
         super().__init__(config)
         size, channels = config.hidden_size, self.image_branch.channels
-        self.text_projection = nn.Sequential(nn.Linear(config.text_config.hidden_size, size), nn.GELU())
+        self.text_projection = nn.Sequential(nn.Linear(self.text_branch.width, size), nn.GELU())
         self.cell_projection = nn.Sequential(nn.Linear(channels, size), nn.GELU())
         self.pooled_projection = nn.Sequential(nn.Linear(channels, size), nn.GELU())
         self.image_layers = bert_layers(config, config.image_layers)

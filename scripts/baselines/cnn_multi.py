@@ -106,7 +106,7 @@ class CnnMulti(BaselineForSequenceClassification):
         if config.image_cnn == "alexnet":
             self.image_branch = AlexNet(config.alexnet_width)
         size, labels, dropout = config.hidden_size, config.num_labels, config.dropout
-        self.text_cnn = TextCnn(config.text_config.hidden_size, config.maps)
+        self.text_cnn = TextCnn(self.text_branch.width, config.maps)
         self.image_fc = nn.Sequential(nn.Linear(self.image_branch.channels, size), nn.ReLU())
         self.dropout = nn.Dropout(dropout)
         self.text_head = nn.Linear(self.text_cnn.output_size, labels)

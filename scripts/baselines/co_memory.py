@@ -92,7 +92,7 @@ class CoMemory(BaselineForSequenceClassification):
     def __init__(self, config: CoMemoryConfig) -> None:
         super().__init__(config)
         size, sets = config.hidden_size, 1 if config.tied else config.hops
-        self.lstm = Recurrent(nn.LSTM(config.text_config.hidden_size, size, batch_first=True))
+        self.lstm = Recurrent(nn.LSTM(self.text_branch.width, size, batch_first=True))
         self.projection = nn.Linear(self.image_branch.channels, size)
         self.hops = nn.ModuleList(Hop(size) for _ in range(sets))
         self.updates = nn.ModuleList(Update(size) for _ in range(min(sets, config.hops - 1)))

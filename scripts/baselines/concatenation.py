@@ -40,7 +40,7 @@ class Concatenation(BaselineForSequenceClassification):
     def __init__(self, config: ConcatenationConfig) -> None:
         super().__init__(config)
         self.dropout = nn.Dropout(config.dropout)
-        widths = config.text_config.hidden_size, self.image_branch.channels
+        widths = self.text_branch.width, self.image_branch.channels
         self.classifier = nn.Linear(sum(widths), config.num_labels)
         self.modality_heads = ModalityHeads(*widths, config) if config.use_modality_heads else None
         self.post_init()

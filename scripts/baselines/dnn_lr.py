@@ -86,7 +86,7 @@ class DnnLr(BaselineForSequenceClassification):
 
     def __init__(self, config: DnnLrConfig) -> None:
         super().__init__(config)
-        self.text_cnn = TextCnn(config.text_config.hidden_size, config.maps)
+        self.text_cnn = TextCnn(self.text_branch.width, config.maps)
         self.image_fc = DropConnect(self.image_branch.channels, config.hidden_size, config.dropconnect)
         self.dropout = nn.Dropout(config.dropout)
         self.text_head = nn.Linear(self.text_cnn.output_size, config.num_labels)

@@ -145,9 +145,9 @@ class Itin(BaselineForSequenceClassification):
     def __init__(self, config: ItinConfig) -> None:
         super().__init__(config)
         size, channels = config.hidden_size, self.image_branch.channels
-        self.word_gru = ContextGru(config.text_config.hidden_size, config)
+        self.word_gru = ContextGru(self.text_branch.width, config)
         if not config.share_gru:
-            self.context_gru = ContextGru(config.text_config.hidden_size, config)
+            self.context_gru = ContextGru(self.text_branch.width, config)
         self.region_projection = XavierLinear(config.region_size or channels, size)
         self.region_side = Side(size)
         if config.use_word_side:

@@ -95,7 +95,7 @@ class Mvan(BaselineForSequenceClassification):
     def __init__(self, config: MvanConfig) -> None:
         super().__init__(config)
         size, channels = config.hidden_size, self.image_branch.channels
-        self.lstm = Recurrent(nn.LSTM(config.text_config.hidden_size, size // 2, batch_first=True, bidirectional=True))
+        self.lstm = Recurrent(nn.LSTM(self.text_branch.width, size // 2, batch_first=True, bidirectional=True))
         self.object_projection = nn.Linear(channels, size)
         self.scene_projection = nn.Linear(config.scene_channels or channels, size)
         self.memory = InteractiveMemory(size)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
@@ -28,8 +28,7 @@ from clipcacg.modeling_clipcacg import (
     ClipCaCgForSequenceClassification,
     ClipCaCgPreTrainedModel,
     as_mask,
-    drop_pooler,
-    dry_run,
+    build_encoder,
     feature_map,
     token_states,
 )
@@ -92,8 +91,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__()
-        self.backbone = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
-        drop_pooler(self.backbone)
+        self.backbone, self.width = build_encoder(config.text_config, "text")
 
     def forward(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, text_features: Tensor | None
@@ -111,10 +109,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__()
-        self.backbone = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
-        self.channels, unused = dry_run(config.vision_config)
-        for name in unused:
-            self.backbone.set_submodule(name, nn.Identity())
+        self.backbone, self.channels = build_encoder(config.vision_config, "vision")
 
     def forward(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
         """Return the feature map (batch, channels, height, width)."""

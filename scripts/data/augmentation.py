@@ -1,4 +1,4 @@
-"""Random changes of training posts, new in every epoch (`--augment`)."""
+"""Random changes of training posts (`--augment`): new in every epoch, or drawn from a few that are stored."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,11 @@ def augment_text(text: str, rate: float = WORD_RATE) -> str:
     return " ".join(kept)
 
 
+def view_name(digest: str, view: int) -> str:
+    """The name of the stored output of an augmented post."""
+    return f"{digest}-{view}"
+
+
 @dataclass
 class Augmentation:
     """A transform of `datasets.Dataset` that changes texts and images at random.
@@ -46,14 +51,23 @@ class Augmentation:
 
     Args:
         processor: Says how large the image must be.
+        views: Number of stored versions of each post, from which a digest draws one.
     """
 
     processor: ClipCaCgProcessor
+    views: int = 0
 
     def __call__(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Change the columns "text" and "image", those of them that are there; images become PIL images."""
+        """Change the columns "text" and "image", and draw a view in the columns "text_digest" and "image_digest".
+
+        Only the columns that are there change. Images become PIL images.
+        """
         change = {"text": lambda text: augment_text(text or ""), "image": self.augment_image}
+        change |= dict.fromkeys(("text_digest", "image_digest"), self.draw_view)
         return {name: [change[name](value) for value in values] for name, values in columns.items()}
+
+    def draw_view(self, digest: str) -> str:
+        return view_name(digest, int(torch.randint(self.views, ())))
 
     def augment_image(self, value: Any) -> Any:
         """Change an image that is not decoded yet. One that cannot be read stays as it is: the collator names it."""

@@ -36,7 +36,7 @@ class PostCollator:
         Raises:
             InputError: a text or image cannot be read; the message names the post.
         """
-        columns = [column for column in ("text", "image") if self._reads(column)]
+        columns = [column for column in ("text", "image") if self.reads(column)]
         batch = read_posts(self.processor, rows, columns) | cached_inputs(rows, self.features)
         for encoder in self.features:
             batch.pop(FEATURES[encoder].input, None)
@@ -48,7 +48,7 @@ class PostCollator:
                 batch[name] = torch.tensor([row[column] for row in rows])
         return batch
 
-    def _reads(self, column: str) -> bool:
+    def reads(self, column: str) -> bool:
         """Whether an input that the processor makes of this column has no stored output in its place."""
         inputs = [f.input for name, f in FEATURES.items() if f.column == column and name not in self.features]
         return column in self.config.modalities and any(name in self.processor.model_input_names for name in inputs)

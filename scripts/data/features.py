@@ -8,6 +8,9 @@ outputs are kept in safetensors files, which are memory-mapped, in one folder pe
 digest of everything the outputs depend on: weights, settings of the tokenizer or image processor, code and library
 versions. The name of an output is a digest of its text or of the bytes of its image. So a changed input never gets an
 old output, and splits, folds and data sets share what they have in common. The folder may be deleted at any time.
+
+With `--augment` each training post also has `--augment_views` augmented versions, whose outputs are stored in the same
+way. An epoch draws one of them.
 """
 
 import ast
@@ -43,6 +46,7 @@ from clipcacg.modeling_clipcacg import (
     token_states,
 )
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.data.augmentation import Augmentation, view_name
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.images import image_bytes, image_source
 from clipcacg.scripts.data.reading import read_posts
@@ -118,6 +122,7 @@ def cache_features(
     folder: Path | None = None,
     device: torch.device | str = "cpu",
     num_workers: int = 0,
+    views: int = 0,
 ) -> tuple[datasets.DatasetDict, dict[str, FeatureStore]]:
     """Compute the outputs of the frozen encoders that are not stored yet.
 
@@ -132,6 +137,7 @@ def cache_features(
             `HF_HOME`.
         device (`torch.device` or `str`): where the encoders run.
         num_workers (`int`): number of processes that read images.
+        views (`int`): number of augmented versions of each training post that are stored too.
 
     Returns:
         The posts with one more column per modality, the digests that name their outputs; and one store per encoder.
@@ -159,7 +165,7 @@ def cache_features(
             for leftover in store_folder.glob(f"{PARTIAL}*"):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             stores[name] = FeatureStore(store_folder)
-            _fill(stores[name], model, processor, name, posts, DTYPES[dtype], num_workers)
+            _fill(stores[name], model, processor, name, posts, DTYPES[dtype], num_workers, views)
     model.train(training)
     return posts, stores
 
@@ -226,7 +232,7 @@ def key(model: ClipCaCgPreTrainedModel, processor: ClipCaCgProcessor, encoder_na
     encoder, settings = model.backbones()[encoder_name], _input_settings(processor, encoder_name)
     config = encoder.config.to_dict() | {"_name_or_path": ""}
     versions = {name: _installed_version(name) for name in LIBRARIES}
-    sources = (type(encoder), ClipCaCgPreTrainedModel, ClipCaCgProcessor, image_source, key)
+    sources = (type(encoder), ClipCaCgPreTrainedModel, ClipCaCgProcessor, image_source, Augmentation, key)
     code = [_without_comments(Path(inspect.getfile(source)).read_text(encoding="utf-8")) for source in sources]
     facts = [encoder_name, dtype, frozen_layers(encoder), config, settings, versions, code]
     digest = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode())
@@ -279,52 +285,76 @@ def _fill(
     posts: datasets.DatasetDict,
     dtype: torch.dtype,
     num_workers: int,
+    views: int,
 ) -> None:
-    """Compute and store the outputs of these posts that the store lacks."""
+    """Compute and store the outputs of these posts, and of views of the training posts, that the store lacks."""
     column = FEATURES[encoder_name].column
     needed = ("id", column, f"{column}_digest")  # the ID is for messages
-    splits = [
-        split.select_columns([name for name in needed if name in split.column_names]) for split in posts.values()
-    ]
-    rows = datasets.concatenate_datasets(splits)
-    first = {digest: row for row, digest in enumerate(rows[f"{column}_digest"][:]) if digest not in store}
-    if not first:
+    splits = {
+        name: split.select_columns([name for name in needed if name in split.column_names])
+        for name, split in posts.items()
+    }
+    rows = datasets.concatenate_datasets(list(splits.values()))
+    digests, wanted = rows[f"{column}_digest"][:], dict[str, tuple[int, int | None]]()
+    for row, digest in enumerate(digests):
+        wanted.setdefault(digest, (row, None))
+    augmented = set(splits["train"][f"{column}_digest"][:]) if views else set()
+    for row, digest in enumerate(digests):
+        if digest in augmented:
+            wanted |= {view_name(digest, view): (row, view) for view in range(views)}
+    order = [(name, *source) for name, source in wanted.items() if name not in store]
+    if not order:
         return
-    order = list(first.values())
     if column == "text":
         texts = rows["text"][:]
-        order.sort(key=lambda row: len(texts[row] or ""))  # texts of similar length need little padding
-    loader = DataLoader(
-        rows.select(order),
+        order.sort(key=lambda item: len(texts[item[1]] or ""))  # texts of similar length need little padding
+    loader: DataLoader[Any] = DataLoader(
+        order,  # type: ignore[arg-type]  # a list serves as a data set
         batch_size=32,
         num_workers=num_workers,
-        collate_fn=partial(_encoder_inputs, processor=processor, encoder_name=encoder_name),
+        collate_fn=partial(_encoder_inputs, rows=rows, processor=processor, encoder_name=encoder_name),
     )
     pending: dict[str, Tensor] = {}
     with tqdm(total=len(order), desc=f"features of {encoder_name}", unit=" posts") as bar:
-        for digests, inputs, mask in loader:
-            for digest, output in zip(digests, outputs(model, encoder_name, inputs, mask), strict=True):
-                pending[digest] = output.to(dtype).contiguous()
-                if not pending[digest].isfinite().all():
+        for names, inputs, mask in loader:
+            for name, output in zip(names, outputs(model, encoder_name, inputs, mask), strict=True):
+                pending[name] = output.to(dtype).contiguous()
+                if not pending[name].isfinite().all():
                     hint = ": try --cache_dtype float32" if dtype == torch.float16 else ""
                     raise InputError(f"An output of the {encoder_name} encoder is not finite in {dtype}{hint}.")
             if len(pending) >= POSTS_PER_FILE:
                 store.add(pending)
                 pending = {}
-            bar.update(len(digests))
+            bar.update(len(names))
     if pending:
         store.add(pending)
     logger.info("Features of %d %ss of %s are in %s", len(order), column, encoder_name, store.folder)
 
 
 def _encoder_inputs(
-    rows: list[dict[str, Any]], processor: ClipCaCgProcessor, encoder_name: str
+    order: list[tuple[str, int, int | None]], rows: datasets.Dataset, processor: ClipCaCgProcessor, encoder_name: str
 ) -> tuple[list[str], Tensor, Tensor | None]:
-    """Collate rows into their digests, the input of one encoder and, for a text, its mask."""
-    feature = FEATURES[encoder_name]
-    batch = read_posts(processor, rows, [feature.column])
+    """Make the names of outputs, the input of one encoder and, for a text, its mask.
+
+    Args:
+        order: Name of the output, number of the row, and of its view; None for the post as it is.
+        rows: Posts.
+        processor: Makes the inputs.
+        encoder_name: Key of `FEATURES`.
+    """
+    feature, augmentation = FEATURES[encoder_name], Augmentation(processor)
+    posts = []
+    for name, row, view in order:
+        post = rows[row]
+        if view is not None:
+            with torch.random.fork_rng(devices=[]):  # a view depends on its name alone
+                torch.manual_seed(int(name[:8], 16) + view)
+                post |= augmentation({feature.column: [post[feature.column]]})
+                post[feature.column] = post[feature.column][0]
+        posts.append(post)
+    batch = read_posts(processor, posts, [feature.column])
     mask = None if feature.mask is None else batch[feature.mask]
-    return [row[f"{feature.column}_digest"] for row in rows], batch[feature.input], mask
+    return [name for name, _, _ in order], batch[feature.input], mask
 
 
 @torch.inference_mode()

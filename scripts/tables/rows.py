@@ -289,10 +289,10 @@ def check(model: ModelArguments, training: RecipeArguments) -> None:
     if model.clip_mode == "none":
         raise InputError("--clip_mode none is a row of Table IV: choose encoder or feature for the full model.")
     frozen = ["freeze_text", "freeze_text_layers", "freeze_vision", *["freeze_clip"] * (model.clip_mode == "encoder")]
-    if training.augment and any(getattr(model, flag) for flag in frozen):
+    if training.augment and not training.augment_views and any(getattr(model, flag) for flag in frozen):
         raise InputError(
-            f"--augment needs encoders that train, because outputs of frozen ones are cached: leave out "
-            f"{', '.join(f'--{flag}' for flag in frozen if getattr(model, flag))}."
+            "--augment needs --augment_views, because outputs of frozen encoders are cached, or encoders that train: "
+            f"leave out {', '.join(f'--{flag}' for flag in frozen if getattr(model, flag))}."
         )
     if training.world_size > 1:
         raise InputError(

@@ -151,7 +151,7 @@ def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetD
         model, processor = build(settings.model, settings.data.is_sample, label_names(posts["train"]))
     set_loss(model, training, settings.model, posts["train"])
     features = None
-    if not training.augment and frozen_backbones(model):
+    if (training.augment_views or not training.augment) and frozen_backbones(model):
         posts, features = compute_features(training, settings.model, model, processor, posts)
     trainer = make_trainer(training, model, processor, posts, features)
     trainer.remove_callback(PrinterCallback)

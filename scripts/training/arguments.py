@@ -159,6 +159,13 @@ class RecipeArguments(TrainingArguments):
         default=False,
         metadata={"help": "Change training images (TrivialAugment) and texts (words deleted and swapped) at random."},
     )
+    augment_views: int = field(
+        default=0,
+        metadata={
+            "help": "With --augment and --cache_features, store this many changed versions of each training post, and "
+            "draw one per epoch."
+        },
+    )
     # TrainingArguments has this flag too, but demands a value for it.
     debug: str | None = field(
         default="",

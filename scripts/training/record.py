@@ -133,6 +133,7 @@ def recipe(arguments: RecipeArguments, model_arguments: ModelArguments, label_sm
         "class_weights": model_arguments.class_weights.replace("none", ""),
         "average_checkpoints": arguments.average_checkpoints if arguments.average_checkpoints > 1 else 0,
         "augment": arguments.augment,
+        "augment_views": arguments.augment_views if arguments.augment else 0,
         "modality_combination": "the better one on the validation split" * chosen,
         "label_smoothing": label_smoothing,
     }

@@ -1,8 +1,10 @@
 """The steps of a training run, which `train.py` and `reproduce.py` share: build, resume, train, evaluate."""
 
+import ctypes
 import json
 import logging
 import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.augmentation import Augmentation
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
-from clipcacg.scripts.data.features import FeatureStore, cache_features
+from clipcacg.scripts.data.features import FEATURES, FeatureStore, cache_features
 from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, label_names, load_posts
 from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import make_tiny_backbones
@@ -34,6 +36,8 @@ from clipcacg.scripts.training.metrics import load_metric, score
 from clipcacg.scripts.training.trainer import SentimentTrainer
 
 logger = logging.getLogger(__name__)
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt, which Python does not name
 
 
 def load_training_posts(
@@ -144,7 +148,13 @@ def label_fields(names: list[str] | None) -> dict[str, Any]:
 
 
 def limit_and_freeze(model: PreTrainedModel, processor: ClipCaCgProcessor, arguments: ModelArguments) -> None:
-    """Truncate texts at `--max_length`, and freeze the backbones that the flags name."""
+    """Truncate texts at `--max_length`, and freeze the backbones that the flags name.
+
+    Convolutions get channels_last weights, with which a training step of EfficientNet-Lite0 takes half the time on a
+    CPU.
+    """
+    keep_freed_memory()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if arguments.max_length:
         processor.tokenizer.model_max_length = min(arguments.max_length, processor.tokenizer.model_max_length)
     model.freeze_backbones(
@@ -154,6 +164,19 @@ def limit_and_freeze(model: PreTrainedModel, processor: ClipCaCgProcessor, argum
         arguments.freeze_text_layers,
         arguments.freeze_vision_blocks,
     )
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large blocks that PyTorch frees, for the next step.
+
+    It would return them to the kernel, which clears every page that it gives out again. In a virtual machine, six
+    training steps of the end-to-end recipe with their start took 0.74 times the processor time and 1.2 times the
+    memory.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # other systems have other allocators
+        glibc = ctypes.CDLL("libc.so.6")
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**27)):
+            glibc.mallopt(option, value)
 
 
 def backbone_names(arguments: ModelArguments, is_sample: bool) -> dict[str, str | None]:
@@ -218,10 +241,13 @@ def compute_features(
     """Store the frozen backbones' outputs; see `cache_features`.
 
     Raises:
-        InputError: If posts are augmented too.
+        InputError: If posts are augmented anew in every epoch.
     """
-    if arguments.augment:
-        raise InputError("--augment changes every post in every epoch, --cache_features stores it: choose one.")
+    if arguments.augment and not arguments.augment_views:
+        raise InputError(
+            "--augment changes every post in every epoch, --cache_features stores it: choose one, or store a few "
+            "changed versions of each post with --augment_views 4."
+        )
     return cache_features(
         model,
         processor,
@@ -229,6 +255,7 @@ def compute_features(
         dtype=model_arguments.cache_dtype,
         device=arguments.device,
         num_workers=arguments.dataloader_num_workers,
+        views=arguments.augment_views if arguments.augment else 0,
     )
 
 
@@ -255,7 +282,7 @@ def make_trainer(
         model=model,
         args=arguments,
         data_collator=collator,
-        train_dataset=prepare_training(train, processor, collator, arguments.augment),
+        train_dataset=prepare_training(train, collator, arguments),
         eval_dataset=posts.get("validation"),
         processing_class=processor,
         compute_metrics=partial(compute_metrics, metric=load_metric(names is None), names=names),
@@ -267,15 +294,19 @@ def make_trainer(
 
 
 def prepare_training(
-    dataset: datasets.Dataset, processor: ClipCaCgProcessor, collator: PostCollator, augment: bool
+    dataset: datasets.Dataset, collator: PostCollator, arguments: RecipeArguments
 ) -> datasets.Dataset:
     """Add the number of tokens, to group batches by, and augmentation if asked for."""
-    if "text" in collator.config.modalities:
+    modalities, processor = collator.config.modalities, collator.processor
+    if "text" in modalities:
         encoded = processor.tokenizer([text or "" for text in dataset["text"]], truncation=True)
         dataset = dataset.add_column("length", [len(ids) for ids in encoded["input_ids"]])
-    if augment:
-        columns = list(collator.config.modalities)
-        dataset = dataset.with_transform(Augmentation(processor), columns=columns, output_all_columns=True)
+    if arguments.augment:
+        stored = {FEATURES[encoder].column for encoder in collator.features}
+        columns = [column for column in modalities if collator.reads(column)]
+        columns += [f"{column}_digest" for column in sorted(stored)]
+        augmentation = Augmentation(processor, arguments.augment_views)
+        dataset = dataset.with_transform(augmentation, columns=columns, output_all_columns=True)
     return dataset
 
 

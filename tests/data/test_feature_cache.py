@@ -22,11 +22,14 @@ from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts import train
 from clipcacg.scripts.data import features as feature_cache
 from clipcacg.scripts.data import load_posts, reading
+from clipcacg.scripts.data.augmentation import Augmentation
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES, cache_features, key
 from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.reporting.predictions import load_checkpoint
+from clipcacg.scripts.training import run
+from clipcacg.scripts.training.arguments import parse_arguments
 
 MODES = {
     "encoder": {},
@@ -317,6 +320,36 @@ def test_images_that_change_or_are_remote_are_refused(posts_folder: Path, backbo
         train.main(flags(posts_folder, backbones, tmp_path, "--freeze_vision", "--cache_features", "--augment"))
     with pytest.raises(ValueError, match="https://example.org/a.jpg"):
         feature_cache.image_bytes({"bytes": None, "path": "https://example.org/a.jpg"})
+
+
+def test_training_draws_from_the_stored_views_and_evaluation_from_none(
+    posts_folder: Path, backbones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_cache, "CACHE_FOLDER", tmp_path / "cache")
+    words = "--augment --augment_views 3 --cache_features --freeze_text_layers 1 --clip_mode none --freeze_vision"
+    parsed = parse_arguments(flags(posts_folder, backbones, tmp_path, *words.split(), "--max_train_samples", "8"))
+    model_arguments, data_arguments, arguments = parsed
+    posts = run.load_training_posts(model_arguments, data_arguments, arguments)
+    model, processor = run.build(model_arguments, data_arguments.is_sample, run.label_names(posts["train"]))
+    posts, stores = run.compute_features(arguments, model_arguments, model, processor, posts)
+    trainer = run.make_trainer(arguments, model, processor, posts, stores)
+
+    post, row = posts["train"][0], trainer.train_dataset[0]
+    drawn = {trainer.train_dataset[0]["image_digest"] for _ in range(40)}
+    assert drawn == {f"{post['image_digest']}-{view}" for view in range(3)} and row["text"] == post["text"]
+    views = [stores["vision"][name] for name in sorted(drawn)]
+    assert len({tuple(view.flatten().tolist()) for view in [*views, stores["vision"][post["image_digest"]]]}) > 2
+    with torch.random.fork_rng():
+        torch.manual_seed(int(post["image_digest"][:8], 16) + 1)
+        changed = Augmentation(processor).augment_image(post["image"])
+    pixels = processor(images=[changed], return_tensors="pt")["pixel_values"]
+    assert torch.allclose(model.encode("vision", pixels)[0], views[1], atol=1e-5)
+
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(8)])
+    assert batch["text_features"].shape[:2] == batch["attention_mask"].shape and "pixel_values" not in batch
+    held_out = trainer.data_collator([trainer.eval_dataset[0]])
+    assert torch.equal(held_out["image_features"][0], stores["vision"][posts["validation"][0]["image_digest"]])
+    assert f"{posts['validation'][0]['image_digest']}-0" not in stores["vision"]
 
 
 def test_an_output_too_large_for_the_dtype_is_reported(

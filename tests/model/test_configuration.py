@@ -119,9 +119,10 @@ def test_sub_configs_may_be_dicts_or_objects_and_stay_the_callers(tiny_config: M
         assert part._attn_implementation == before[0][name]._attn_implementation
 
 
-def test_a_relative_of_clip_is_refused(tiny_config: MakeConfig) -> None:
-    with pytest.raises(ValueError, match="clip_config must be of a CLIP model .*not of 'siglip'"):
-        tiny_config(clip_config={"model_type": "siglip"})
+@pytest.mark.parametrize("family", ["groupvit", "siglip2", "xclip"])
+def test_a_dual_encoder_that_does_not_fit_is_refused(tiny_config: MakeConfig, family: str) -> None:
+    with pytest.raises(ValueError, match=f"clip_config must be of a dual encoder .*not of '{family}'"):
+        tiny_config(clip_config={"model_type": family})
 
 
 @pytest.mark.parametrize(

@@ -661,12 +661,6 @@ def test_backbones_that_are_not_named(fields: dict[str, object], missing: str) -
         ClipCaCgModel.from_backbones(**fields)
 
 
-def test_a_vision_encoder_without_a_feature_map_is_refused(build: Build) -> None:
-    vit = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
-    with pytest.raises(ValueError, match=r"'vit' has shape \(1, 5, 16\).*convolutional"):
-        build("feature", vision_config={**vit, "patch_size": 16})
-
-
 def test_a_backbone_that_the_model_has_not_is_told(tiny_config: Callable[..., ClipCaCgConfig]) -> None:
     model = ClipCaCgForSequenceClassification(tiny_config(clip_mode="feature"))
     for name in ("image", "clip.text"):

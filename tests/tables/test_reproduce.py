@@ -101,7 +101,7 @@ def test_flags_override_the_config_and_both_are_checked(tmp_path: Path) -> None:
         "--rows image_only --table 3": "has none of the rows image_only", "--seeds -1": "from 0 to",
         "--jobs 0": "at least 1",
         "--model_name_or_path x": "same backbones",
-        "--clip_mode none": "row of Table IV", "--augment --freeze_text_layers 1": "leave out --freeze_text_layers",
+        "--clip_mode none": "row of Table IV", "--augment --freeze_text_layers 1": "--augment_views",
         "--trials": "key tuning",
     }  # fmt: skip
     for words, message in faults.items():
