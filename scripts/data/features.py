@@ -308,7 +308,7 @@ def _fill(
     if column == "text":
         texts = rows["text"][:]
         order.sort(key=lambda item: len(texts[item[1]] or ""))  # texts of similar length need little padding
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         order,  # type: ignore[arg-type]  # a list serves as a data set
         batch_size=32,
         num_workers=num_workers,

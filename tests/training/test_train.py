@@ -1,7 +1,9 @@
 """Training, from the command line to the files of a finished run."""
 
 import json
+import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -297,3 +299,13 @@ def test_posts_of_one_class_are_refused(tmp_path: Path) -> None:
     (tmp_path / "posts.csv").write_text(f"text,label\n{rows}")
     with pytest.raises(SystemExit, match="at least two classes; the data has only happy"):
         train.main(f"--dataset_name {tmp_path}/posts.csv --modality text --output_dir {tmp_path}/out".split())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_freed_memory_is_used_again() -> None:
+    run.keep_freed_memory()
+    torch.ones(10_000_000)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(10_000_000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < 1_000, "40 MB have 10,000 pages"
