@@ -1086,6 +1086,20 @@ def known_cross_entropy(
     return total / torch.where(count > 0, count, 1.0)
 
 
+def load_config(source: str | Path, options: dict[str, Any]) -> Any:
+    """Load the config of a backbone.
+
+    Args:
+        source: Hub name or folder.
+        options: Loading options of `from_backbones`. With `trust_remote_code`, `AutoModel.from_config` will know the
+            custom class, since transformers registers it for this config when it loads it.
+    """
+    config = AutoConfig.from_pretrained(source, **options)
+    if options.get("trust_remote_code") and hasattr(config, "auto_map"):
+        AutoModel.from_pretrained(source, config=config, **options)
+    return config
+
+
 def load_backbone(encoder: Any, source: str | Path, config: Any, part: str, **options: Any) -> None:
     """Copy pretrained weights into an encoder, and warn about weights that the source lacks.
 
@@ -1296,7 +1310,16 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
 
         transformers has no class attribute that excludes pickles.
         """
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+        loaded: Any = super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_unused()
+        return loaded
+
+    def freeze_unused(self) -> None:
+        """Freeze the parameters of the backbones that nothing depends on; loading makes all parameters trainable."""
+        for name, encoder in self.backbones().items():
+            facts = encoder_facts(getattr(self.config, f"{name.partition('.')[0]}_config"), name)
+            for parameter in facts.frozen:
+                encoder.get_parameter(parameter).requires_grad_(False)
 
     @classmethod
     def from_backbones(
@@ -1331,7 +1354,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         sources: dict[str, Any] = {"text": text_model, "vision": vision_model, "clip": clip_model}
         for name, source in sources.items():
             if source is not None:
-                fields[f"{name}_config"] = AutoConfig.from_pretrained(source, **options[name])
+                fields[f"{name}_config"] = load_config(source, options[name])
         if clip_model is None:
             fields.setdefault("clip_config", None)
         built = cls.config_class(**fields)
@@ -1341,10 +1364,6 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
                 f"from_backbones: {cls.__name__} with modality={built.modality!r} and clip_mode={built.clip_mode!r} "
                 f"needs {', '.join(missing)}, a Hub name or a folder."
             )
-        for name in built.encoders:
-            if options[name].get("trust_remote_code") and hasattr(getattr(built, f"{name}_config"), "auto_map"):
-                # Loading a class of custom code makes `AutoModel.from_config` know it.
-                AutoModel.from_pretrained(sources[name], **options[name])
         model = cls._from_config(built)
         for name, encoder in model.backbones().items():
             kind = name.partition(".")[0]

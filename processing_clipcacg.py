@@ -15,10 +15,17 @@ import numpy as np
 import torch
 from huggingface_hub.utils import httpx
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, BitImageProcessor
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, BitImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from .configuration_clipcacg import LOADING_KEYWORDS, ClipCaCgConfig, check_keywords, split_keywords
+from .configuration_clipcacg import (
+    LOADING_KEYWORDS,
+    PADDED_DUAL_ENCODERS,
+    ClipCaCgConfig,
+    check_keywords,
+    split_keywords,
+)
+from .modeling_clipcacg import encoder_facts, load_config
 
 # Tokenizers that know no limit set `model_max_length` to a very large number.
 NO_LIMIT = 10**9
@@ -41,6 +48,8 @@ class ClipCaCgProcessor(ProcessorMixin):
         tokenizer: Tokenizer of the text encoder.
         clip_image_processor: CLIP's image processor, or None for a model without CLIP inputs.
         clip_tokenizer: CLIP's tokenizer. Give both parts of the CLIP pair or neither.
+        clip_padding: "longest" pads CLIP's texts to the longest one, "max_length" to the tokenizer's limit, which is
+            what SigLIP was trained on.
 
     Raises:
         ValueError: If only one of the CLIP pair is given.
@@ -53,13 +62,19 @@ class ClipCaCgProcessor(ProcessorMixin):
     _auto_class = "AutoProcessor"  # type: ignore[assignment]  # transformers declares it as None
 
     def __init__(
-        self, image_processor: Any, tokenizer: Any, clip_image_processor: Any = None, clip_tokenizer: Any = None
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        clip_image_processor: Any = None,
+        clip_tokenizer: Any = None,
+        clip_padding: str = "longest",
     ) -> None:
         if (clip_image_processor is None) != (clip_tokenizer is None):
             raise ValueError("clip_image_processor and clip_tokenizer go together: give both or neither.")
         super().__init__(image_processor, tokenizer)
         self.clip_image_processor = clip_image_processor
         self.clip_tokenizer = clip_tokenizer
+        self.clip_padding = clip_padding
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -81,15 +96,25 @@ class ClipCaCgProcessor(ProcessorMixin):
             clip_model: Hub name or folder of the CLIP model, or None.
             **keywords: Loading options, and fields of `ClipCaCgConfig`. The fields are checked, but the processor does
                 not depend on them.
+
+        Raises:
+            TypeError: For an unknown keyword.
+            ValueError: For a text encoder or a dual encoder that the model does not take either.
         """
         options, fields = split_keywords(keywords)
         check_keywords("from_backbones", fields, ClipCaCgConfig.known_fields() | LOADING_KEYWORDS)
-        ClipCaCgConfig(**{"clip_mode": "none", **fields})
-        clip: tuple[Any, ...] = ()
-        if clip_model is not None:
-            image_processor = AutoImageProcessor.from_pretrained(clip_model, **options["clip"])
-            clip = (image_processor, _tokenizer(clip_model, options["clip"]))
-        return cls(_image_processor(vision_model, options["vision"]), _tokenizer(text_model, options["text"]), *clip)
+        clip_config = None if clip_model is None else load_config(clip_model, options["clip"])
+        ClipCaCgConfig(**{"clip_mode": "none", "clip_config": clip_config, **fields})
+        parts = {
+            "image_processor": _image_processor(vision_model, options["vision"]),
+            "tokenizer": _tokenizer(text_model, "text", options["text"]),
+        }
+        if clip_model is not None and clip_config is not None:
+            parts["clip_image_processor"] = AutoImageProcessor.from_pretrained(clip_model, **options["clip"])
+            parts["clip_tokenizer"] = _tokenizer(clip_model, "clip.text", options["clip"])
+            if clip_config.model_type in PADDED_DUAL_ENCODERS:
+                parts["clip_padding"] = "max_length"
+        return cls(**parts)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -213,11 +238,14 @@ class ClipCaCgProcessor(ProcessorMixin):
     def _tokenize(self, texts: list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs = {"padding": True, "truncation": True, **kwargs}
         with LOCKS.setdefault(os.getpid(), threading.Lock()):
-            data = dict(self.tokenizer(texts, **_within_limit(self.tokenizer, kwargs)))
+            data = _encode(self.tokenizer, texts, _within_limit(self.tokenizer, kwargs))
             if self.clip_tokenizer is not None:
                 # CLIP has no positions beyond its limit, and pools at the closing token.
                 kwargs |= {"truncation": True, "padding_side": "right", "add_special_tokens": True}
-                clip = self.clip_tokenizer(texts, **_within_limit(self.clip_tokenizer, kwargs))
+                if self.clip_padding == "max_length":
+                    kwargs |= {"padding": "max_length", "max_length": self.clip_tokenizer.model_max_length}
+                    kwargs.pop("pad_to_multiple_of", None)
+                clip = _encode(self.clip_tokenizer, texts, _within_limit(self.clip_tokenizer, kwargs))
                 data |= {f"clip_{name}": value for name, value in clip.items()}
         return data
 
@@ -283,6 +311,16 @@ def _view(image_processor: Any, arrays: list[np.ndarray], kwargs: dict[str, Any]
     """The `pixel_values` that one image processor makes; it gets the keywords that it knows."""
     known = image_processor.valid_kwargs.__annotations__
     return image_processor(arrays, **{name: kwargs[name] for name in known & kwargs.keys()})["pixel_values"]
+
+
+def _encode(tokenizer: Any, texts: list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what the tokenizer makes of the texts, with a mask also where it would make none by default."""
+    data = tokenizer(texts, return_attention_mask=True, **kwargs)
+    lengths = [len(ids) for ids in data["input_ids"]]
+    if 0 in lengths:  # an empty text and a tokenizer without special tokens: the encoders need one token at least
+        longest = {**kwargs, "padding": "max_length", "max_length": max(1, *lengths), "pad_to_multiple_of": None}
+        data = tokenizer(texts, return_attention_mask=True, **longest)
+    return dict(data)
 
 
 def _within_limit(tokenizer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -444,8 +482,13 @@ def _image_processor(vision_model: str | Path, options: dict[str, Any]) -> Any:
         return processor
     data = processor.data_config
     height, width = data["input_size"][-2:]
+    resized = {"height": int(height / data["crop_pct"]), "width": int(width / data["crop_pct"])}
+    if data.get("crop_mode") == "border":
+        raise ValueError(
+            f"vision_model: {vision_model} pads images with a border (crop_mode), which is not supported."
+        )
     return BitImageProcessor(
-        size={"shortest_edge": int(min(height, width) / data["crop_pct"])},
+        size=resized if data.get("crop_mode") == "squash" else {"shortest_edge": min(resized.values())},
         crop_size={"height": height, "width": width},
         resample=Image.Resampling[data["interpolation"].upper()],
         image_mean=list(data["mean"]),
@@ -453,15 +496,23 @@ def _image_processor(vision_model: str | Path, options: dict[str, Any]) -> Any:
     )
 
 
-def _tokenizer(model: str | Path, options: dict[str, Any]) -> Any:
-    """The encoder's tokenizer; without its own limit it gets the encoder's."""
+def _tokenizer(model: str | Path, part: str, options: dict[str, Any]) -> Any:
+    """The encoder's tokenizer, which makes no more tokens than the encoder has positions, and pads on the right.
+
+    Args:
+        model: Hub name or folder.
+        part: "text" or "clip.text".
+        options: Loading options of `from_backbones`.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model, **options)
-    if tokenizer.model_max_length > NO_LIMIT:
-        config = AutoConfig.from_pretrained(model, **options)
-        positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
-        if positions is not None:
-            # RoBERTa and models like it, whose padding ID is 1, count positions from 2.
-            tokenizer.model_max_length = positions - 2 * (getattr(config, "pad_token_id", None) == 1)
+    limit = encoder_facts(load_config(model, options), part).max_tokens
+    if limit is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    tokenizer.padding_side = "right"  # decoders count positions from the first token, padding or not
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise ValueError(f"The tokenizer of {model} has no token to pad texts with: set its pad_token.")
     return tokenizer
 
 
