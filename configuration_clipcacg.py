@@ -55,11 +55,12 @@ class ClipCaCgConfig(PreTrainedConfig):
     """Everything that fixes the shape and the loss of a CLIP-CA-CG model.
 
     Args:
-        text_config: Config object or dict of any text encoder that `AutoConfig` knows. Default: roberta-base.
-        vision_config: Config object or dict of any encoder whose `AutoModel` returns a `last_hidden_state` of shape
-            (batch, channels, height, width), timm's included. Default: resnet-50.
-        clip_config: Config object or dict of a CLIP model, or None for none. Default: clip-vit-base-patch32. Only
-            `clip_mode="encoder"` builds it.
+        text_config: Config object or dict of any text encoder that `AutoConfig` knows. Of a model with a decoder, such
+            as T5, the encoder is built; of a dual encoder, such as CLIP, the text tower. Default: roberta-base.
+        vision_config: Config object or dict of any encoder whose `AutoModel` returns a feature map or a grid of tokens
+            as its `last_hidden_state`, timm's included, or of a dual encoder. Default: resnet-50.
+        clip_config: Config object or dict of a model in `DUAL_ENCODERS`, or None for none. Default:
+            clip-vit-base-patch32. Only `clip_mode="encoder"` builds it.
         hidden_size: Width d of the fusion.
         num_attention_heads: Heads of each cross-attention; must divide `hidden_size`.
         dropout: Dropout probability of the fusion, in [0, 1). The paper's value is 0.3.

@@ -1238,7 +1238,16 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
 
         transformers has no class attribute that excludes pickles.
         """
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+        loaded: Any = super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_unused()
+        return loaded
+
+    def freeze_unused(self) -> None:
+        """Freeze the parameters of the backbones that nothing depends on; loading makes all parameters trainable."""
+        for name, encoder in self.backbones().items():
+            facts = encoder_facts(getattr(self.config, f"{name.partition('.')[0]}_config"), name)
+            for parameter in facts.frozen:
+                encoder.get_parameter(parameter).requires_grad_(False)
 
     @classmethod
     def from_backbones(

@@ -18,7 +18,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, BitImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from .configuration_clipcacg import ClipCaCgConfig
+from .configuration_clipcacg import PADDED_DUAL_ENCODERS, ClipCaCgConfig
+from .modeling_clipcacg import encoder_facts
 
 # Tokenizers that know no limit set `model_max_length` to a very large number.
 NO_LIMIT = 10**9
@@ -41,6 +42,8 @@ class ClipCaCgProcessor(ProcessorMixin):
         tokenizer: Tokenizer of the text encoder.
         clip_image_processor: CLIP's image processor, or None for a model without CLIP inputs.
         clip_tokenizer: CLIP's tokenizer. Give both parts of the CLIP pair or neither.
+        clip_padding: "longest" pads CLIP's texts to the longest one, "max_length" to the tokenizer's limit, which is
+            what SigLIP was trained on.
 
     Raises:
         ValueError: If only one of the CLIP pair is given.
@@ -53,13 +56,19 @@ class ClipCaCgProcessor(ProcessorMixin):
     _auto_class = "AutoProcessor"  # type: ignore[assignment]  # transformers declares it as None
 
     def __init__(
-        self, image_processor: Any, tokenizer: Any, clip_image_processor: Any = None, clip_tokenizer: Any = None
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        clip_image_processor: Any = None,
+        clip_tokenizer: Any = None,
+        clip_padding: str = "longest",
     ) -> None:
         if (clip_image_processor is None) != (clip_tokenizer is None):
             raise ValueError("clip_image_processor and clip_tokenizer go together: give both or neither.")
         super().__init__(image_processor, tokenizer)
         self.clip_image_processor = clip_image_processor
         self.clip_tokenizer = clip_tokenizer
+        self.clip_padding = clip_padding
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -80,10 +89,19 @@ class ClipCaCgProcessor(ProcessorMixin):
             vision_model: Hub name or folder of the vision encoder.
             clip_model: Hub name or folder of the CLIP model, or None.
             **config: Fields of `ClipCaCgConfig`. They are checked, but the processor does not depend on them.
+
+        Raises:
+            ValueError: For a text encoder or a dual encoder that the model does not take either.
         """
-        ClipCaCgConfig(**{"clip_mode": "none", **config})
-        clip = () if clip_model is None else (AutoImageProcessor.from_pretrained(clip_model), _tokenizer(clip_model))
-        return cls(_image_processor(vision_model), _tokenizer(text_model), *clip)
+        clip_config = None if clip_model is None else AutoConfig.from_pretrained(clip_model)
+        ClipCaCgConfig(**{"clip_mode": "none", "clip_config": clip_config, **config})
+        parts = {"image_processor": _image_processor(vision_model), "tokenizer": _tokenizer(text_model, "text")}
+        if clip_config is not None:
+            parts["clip_image_processor"] = AutoImageProcessor.from_pretrained(clip_model)
+            parts["clip_tokenizer"] = _tokenizer(clip_model, "clip.text")
+            if clip_config.model_type in PADDED_DUAL_ENCODERS:
+                parts["clip_padding"] = "max_length"
+        return cls(**parts)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -207,11 +225,14 @@ class ClipCaCgProcessor(ProcessorMixin):
     def _tokenize(self, texts: list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs = {"padding": True, "truncation": True, **kwargs}
         with LOCKS.setdefault(os.getpid(), threading.Lock()):
-            data = dict(self.tokenizer(texts, **_within_limit(self.tokenizer, kwargs)))
+            data = _encode(self.tokenizer, texts, _within_limit(self.tokenizer, kwargs))
             if self.clip_tokenizer is not None:
                 # CLIP has no positions beyond its limit, and pools at the closing token.
                 kwargs |= {"truncation": True, "padding_side": "right", "add_special_tokens": True}
-                clip = self.clip_tokenizer(texts, **_within_limit(self.clip_tokenizer, kwargs))
+                if self.clip_padding == "max_length":
+                    kwargs |= {"padding": "max_length", "max_length": self.clip_tokenizer.model_max_length}
+                    kwargs.pop("pad_to_multiple_of", None)
+                clip = _encode(self.clip_tokenizer, texts, _within_limit(self.clip_tokenizer, kwargs))
                 data |= {f"clip_{name}": value for name, value in clip.items()}
         return data
 
@@ -277,6 +298,16 @@ def _view(image_processor: Any, arrays: list[np.ndarray], kwargs: dict[str, Any]
     """The `pixel_values` that one image processor makes; it gets the keywords that it knows."""
     known = image_processor.valid_kwargs.__annotations__
     return image_processor(arrays, **{name: kwargs[name] for name in known & kwargs.keys()})["pixel_values"]
+
+
+def _encode(tokenizer: Any, texts: list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what the tokenizer makes of the texts, with a mask also where it would make none by default."""
+    data = tokenizer(texts, return_attention_mask=True, **kwargs)
+    lengths = [len(ids) for ids in data["input_ids"]]
+    if 0 in lengths:  # an empty text and a tokenizer without special tokens: the encoders need one token at least
+        longest = {**kwargs, "padding": "max_length", "max_length": max(1, *lengths), "pad_to_multiple_of": None}
+        data = tokenizer(texts, return_attention_mask=True, **longest)
+    return dict(data)
 
 
 def _within_limit(tokenizer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -438,8 +469,13 @@ def _image_processor(vision_model: str | Path) -> Any:
         return processor
     data = processor.data_config
     height, width = data["input_size"][-2:]
+    resized = {"height": int(height / data["crop_pct"]), "width": int(width / data["crop_pct"])}
+    if data.get("crop_mode") == "border":
+        raise ValueError(
+            f"vision_model: {vision_model} pads images with a border (crop_mode), which is not supported."
+        )
     return BitImageProcessor(
-        size={"shortest_edge": int(min(height, width) / data["crop_pct"])},
+        size=resized if data.get("crop_mode") == "squash" else {"shortest_edge": min(resized.values())},
         crop_size={"height": height, "width": width},
         resample=Image.Resampling[data["interpolation"].upper()],
         image_mean=list(data["mean"]),
@@ -447,15 +483,22 @@ def _image_processor(vision_model: str | Path) -> Any:
     )
 
 
-def _tokenizer(model: str | Path) -> Any:
-    """The encoder's tokenizer; without its own limit it gets the encoder's."""
+def _tokenizer(model: str | Path, part: str) -> Any:
+    """The encoder's tokenizer, which makes no more tokens than the encoder has positions, and pads on the right.
+
+    Args:
+        model: Hub name or folder.
+        part: "text" or "clip.text".
+    """
     tokenizer = AutoTokenizer.from_pretrained(model)
-    if tokenizer.model_max_length > NO_LIMIT:
-        config = AutoConfig.from_pretrained(model)
-        positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
-        if positions is not None:
-            # RoBERTa and models like it, whose padding ID is 1, count positions from 2.
-            tokenizer.model_max_length = positions - 2 * (getattr(config, "pad_token_id", None) == 1)
+    limit = encoder_facts(AutoConfig.from_pretrained(model), part).max_tokens
+    if limit is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    tokenizer.padding_side = "right"  # decoders count positions from the first token, padding or not
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise ValueError(f"The tokenizer of {model} has no token to pad texts with: set its pad_token.")
     return tokenizer
 
 

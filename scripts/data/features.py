@@ -40,6 +40,8 @@ from transformers import PreTrainedModel
 
 from clipcacg.modeling_clipcacg import (
     ClipCaCgPreTrainedModel,
+    ClipTower,
+    example_image,
     feature_map,
     frozen_layers,
     frozen_output,
@@ -200,8 +202,8 @@ def _continues_from_features(name: str, encoder: PreTrainedModel) -> bool:
         ids = torch.arange(8, device=encoder.device).view(2, 4)
         run, inputs = partial(token_states, encoder, ids, ids < 7), {"input_ids": ids, "attention_mask": ids < 7}
     else:
-        image = torch.linspace(-1, 1, 64 * 64, device=encoder.device, dtype=encoder.dtype).view(1, 1, 64, 64)
-        image = image.repeat(1, getattr(encoder.config, "num_channels", 3), 1, 1)
+        image = example_image(encoder).to(encoder.device, encoder.dtype)
+        image = torch.linspace(-1, 1, image.numel(), device=image.device, dtype=image.dtype).view_as(image)
         run, inputs = partial(feature_map, encoder, image), {"pixel_values": image}
     training = encoder.training
     encoder.eval()
@@ -232,7 +234,8 @@ def key(model: ClipCaCgPreTrainedModel, processor: ClipCaCgProcessor, encoder_na
     encoder, settings = model.backbones()[encoder_name], _input_settings(processor, encoder_name)
     config = encoder.config.to_dict() | {"_name_or_path": ""}
     versions = {name: _installed_version(name) for name in LIBRARIES}
-    sources = (type(encoder), ClipCaCgPreTrainedModel, ClipCaCgProcessor, image_source, Augmentation, key)
+    coder = encoder.encoder if isinstance(encoder, ClipTower) else encoder
+    sources = (type(coder), ClipCaCgPreTrainedModel, ClipCaCgProcessor, image_source, Augmentation, key)
     code = [_without_comments(Path(inspect.getfile(source)).read_text(encoding="utf-8")) for source in sources]
     facts = [encoder_name, dtype, frozen_layers(encoder), config, settings, versions, code]
     digest = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode())
@@ -266,15 +269,15 @@ def _input_settings(processor: ClipCaCgProcessor, encoder_name: str) -> Any:
         settings = getattr(processor, f"{prefix}image_processor").to_dict()
         # Saving adds the first two. A large JPEG is decoded at a scale that depends on the sizes of both inputs.
         return settings | {"auto_map": None, "processor_class": None, "needed": processor.needed_edge({})}
-    tokenizer = getattr(processor, f"{prefix}tokenizer")
+    tokenizer, padding = getattr(processor, f"{prefix}tokenizer"), prefix and processor.clip_padding
     if not tokenizer.is_fast:
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(file).read_text(encoding="utf-8") for file in tokenizer.save_vocabulary(folder)]
-        return [files, tokenizer.init_kwargs, tokenizer.model_max_length, tokenizer.truncation_side]
+        return [files, tokenizer.init_kwargs, tokenizer.model_max_length, tokenizer.truncation_side, padding]
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     # These two hold the settings of the last call; every call sets them anew.
     rules |= {"padding": None, "truncation": None}
-    return [rules, tokenizer.model_max_length, tokenizer.truncation_side]
+    return [rules, tokenizer.model_max_length, tokenizer.truncation_side, padding]
 
 
 def _fill(

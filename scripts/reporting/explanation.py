@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from clipcacg.modeling_clipcacg import as_map
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES
@@ -195,7 +196,9 @@ def find_words(processor: Any, text: str, inputs: dict[str, Tensor]) -> tuple[li
     for name, tokenizer in (("input_ids", processor.tokenizer), ("clip_input_ids", processor.clip_tokenizer)):
         if name in inputs:
             # The last character tells the word: some tokenizers prepend the space before a token.
-            last = np.array([end - 1 for _, end in token_spans(tokenizer, text, inputs[name][0].tolist())])
+            ids = inputs[name][0].tolist()
+            last = np.array([end - 1 for _, end in token_spans(tokenizer, text, ids)])
+            last = np.pad(last, (0, len(ids) - len(last)), constant_values=-1)  # SigLIP's texts are padded
             index = np.searchsorted(starts, last, side="right") - 1
             inside = (index >= 0) & (last < (ends[index] if spans else 0))
             owners[name] = np.where(inside, index, -1)
@@ -305,7 +308,10 @@ def attribute(
         tuple(points), tuple(starts), n_steps=N_STEPS, internal_batch_size=STEPS_AT_ONCE
     )
     values = {name: value[0].detach().cpu().double() for name, value in zip(names, found, strict=True)}
-    regions = {ENCODERS[name]: HeatMap(views[name], values[name].sum(dim=0).numpy()) for name in views}
+    regions = {}
+    for name, image in views.items():  # prefix tokens such as CLS are no regions, and nothing reads them
+        placed = as_map(probed[name], values[name].unsqueeze(0), *image.shape[:2])
+        regions[ENCODERS[name]] = HeatMap(image, placed[0].sum(dim=0).numpy())
     words = [add_up(values[name].sum(dim=-1).numpy(), owners[name], count) for name in owners]
     return Attribution(regions, sum(words) if words else None, difference)
 

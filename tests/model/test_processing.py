@@ -408,10 +408,12 @@ def test_from_backbones(backbones: Path, tmp_path: Path):
     assert (processor.tokenizer.model_max_length, processor.clip_tokenizer.model_max_length) == (128, 77)
 
 
-def test_a_timm_encoder(backbones: Path, tmp_path: Path):
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_a_timm_encoder(backbones: Path, tmp_path: Path, crop_mode: str):
     pytest.importorskip("timm")
     scale = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    transform = {"input_size": [3, 96, 96], "crop_pct": 0.9, "interpolation": "bicubic", **scale}
+    transform = {"input_size": [3, 96, 96], "crop_pct": 0.9, "interpolation": "bicubic", "crop_mode": crop_mode}
+    transform |= scale
     hf.TimmWrapperConfig(architecture="test_resnet", pretrained_cfg=transform).save_pretrained(tmp_path / "timm")
     stock = hf.AutoImageProcessor.from_pretrained(tmp_path / "timm")(RGB, return_tensors="pt")["pixel_values"]
     ClipCaCgProcessor.from_backbones(backbones / "text", tmp_path / "timm").save_pretrained(tmp_path / "processor")
