@@ -41,7 +41,7 @@ Where the paper is silent, our reading:
 - Dropout: on the attention's output before the residual, inside every MLP, and on F before equation 16.
 - "MLP" is Linear, GELU, dropout, Linear. lambda of equation 15 is a learned scalar that starts at 0.5.
 - The Bi-GRU starts near the identity and each cross-attention near its residual, so that the pretrained encoders'
-  features reach the classifier from the first step. scripts/configs/mvsa_single_offline.yaml has the evidence.
+  features reach the classifier from the first step.
 - The contrastive loss of `clip_mode="feature"`, its weight of 0.1, and that it is added in training only.
 - w/o Clip has no joint token, so equation 12 sees F_VT alone. w/o CG has one MLP that reads everything that equations
   12-15 read, so that only the gate is missing.
