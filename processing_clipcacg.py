@@ -93,10 +93,10 @@ class ClipCaCgProcessor(ProcessorMixin):
         Raises:
             ValueError: For a text encoder or a dual encoder that the model does not take either.
         """
-        clip_config = None if clip_model is None else AutoConfig.from_pretrained(clip_model)
+        clip_config: Any = None if clip_model is None else AutoConfig.from_pretrained(clip_model)
         ClipCaCgConfig(**{"clip_mode": "none", "clip_config": clip_config, **config})
         parts = {"image_processor": _image_processor(vision_model), "tokenizer": _tokenizer(text_model, "text")}
-        if clip_config is not None:
+        if clip_model is not None:
             parts["clip_image_processor"] = AutoImageProcessor.from_pretrained(clip_model)
             parts["clip_tokenizer"] = _tokenizer(clip_model, "clip.text")
             if clip_config.model_type in PADDED_DUAL_ENCODERS:
