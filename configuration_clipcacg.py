@@ -6,12 +6,16 @@ Source: Lu, Ni and Ding, "Cross-Modal Sentiment Analysis Based on CLIP Image-Tex
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 import os
 import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import __version__ as transformers_version
 
 LABELS = ("negative", "neutral", "positive")
 CLIP_MODES = ("encoder", "feature", "none")
@@ -30,6 +34,34 @@ AUTO_MAP = {
     "AutoModel": "modeling_clipcacg.ClipCaCgModel",
     "AutoModelForSequenceClassification": "modeling_clipcacg.ClipCaCgForSequenceClassification",
     "AutoProcessor": "processing_clipcacg.ClipCaCgProcessor",
+}
+
+# Keywords of every config besides those that `PreTrainedConfig().to_dict()` lists.
+COMMON_FIELDS = (
+    "num_labels",
+    "torch_dtype",
+    "attn_implementation",
+    "experts_implementation",
+    "name_or_path",
+    "auto_map",
+    "custom_pipelines",
+    "quantization_config",
+)
+# What `from_backbones` passes to every `from_pretrained` that loads a part of a backbone.
+LOADING_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+BACKBONES = ("text", "vision", "clip")
+LOADING_KEYWORDS = {
+    *LOADING_OPTIONS,
+    *(f"{backbone}_{option}" for backbone in BACKBONES for option in LOADING_OPTIONS),
 }
 
 CUSTOM_PIPELINES = {
@@ -85,6 +117,7 @@ class ClipCaCgConfig(PreTrainedConfig):
             Three labels without names are 0 negative, 1 neutral, 2 positive, and that is also the default.
 
     Raises:
+        TypeError: For a keyword that is no field.
         ValueError: For a combination that cannot be built; the message prints the values.
 
     Source:
@@ -133,9 +166,10 @@ class ClipCaCgConfig(PreTrainedConfig):
         modality_combination: str = "classifier",
         **kwargs: Any,
     ) -> None:
-        self.text_config = _sub_config(text_config or ROBERTA_BASE, "roberta")
-        self.vision_config = _sub_config(vision_config or RESNET_50, "resnet")
-        self.clip_config = None if clip_config is None else _sub_config(clip_config, "clip")
+        check_keywords(type(self).__name__, kwargs, self.known_fields())
+        self.text_config = _sub_config("text", text_config or ROBERTA_BASE, "roberta")
+        self.vision_config = _sub_config("vision", vision_config or RESNET_50, "resnet")
+        self.clip_config = None if clip_config is None else _sub_config("clip", clip_config, "clip")
         self.hidden_size = hidden_size
         self.num_attention_heads = num_attention_heads
         self.dropout = dropout
@@ -255,6 +289,30 @@ class ClipCaCgConfig(PreTrainedConfig):
         """Whether the labels are negative, neutral and positive, in any order."""
         return sorted(self.label_names) == sorted(LABELS)
 
+    @classmethod
+    def known_fields(cls) -> set[str]:
+        """Names of the keywords of `__init__`, those of subclasses and of every transformers config among them."""
+        names = {*PreTrainedConfig().to_dict(), *COMMON_FIELDS}
+        for owner in cls.__mro__[: cls.__mro__.index(ClipCaCgConfig) + 1]:
+            names |= inspect.signature(owner).parameters.keys()
+        return names - {"kwargs"}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a config from the content of `config.json`; arguments as in `PreTrainedConfig.from_dict`.
+
+        Fields that only a newer release knows become attributes. A sub-config given as an object replaces the saved
+        one, whose model type may be known to custom code alone.
+        """
+        newer = config_dict.keys() - cls.known_fields()
+        known = {name: config_dict[name] for name in config_dict.keys() - newer}
+        objects = {name for name, value in kwargs.items() if isinstance(value, PreTrainedConfig)}
+        built = super().from_dict(known | {name: kwargs.pop(name) for name in objects}, **kwargs)
+        config = built[0] if isinstance(built, tuple) else built
+        for name in newer:
+            setattr(config, name, config_dict[name])
+        return built
+
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what `config.json` holds.
 
@@ -288,12 +346,53 @@ class ClipCaCgConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-def _sub_config(config: PreTrainedConfig | dict[str, Any], default_model_type: str) -> PreTrainedConfig:
+def check_keywords(subject: str, keywords: Iterable[str], known: Collection[str]) -> None:
+    """Refuse unknown keywords; names with a leading underscore are transformers' own.
+
+    Args:
+        subject: What takes the keywords, for the message.
+        keywords: Their names.
+        known: The allowed names.
+
+    Raises:
+        TypeError: The message has the nearest allowed name.
+    """
+    for name in keywords:
+        if name not in known and not name.startswith("_"):
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{subject} has no keyword {name!r}.{hint}")
+
+
+def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Split the keywords of `from_backbones`.
+
+    Args:
+        keywords: Loading options, for all backbones (`token`) or for one (`text_token`), and fields of the config.
+
+    Returns:
+        "text", "vision" and "clip" to the loading options of that backbone; and the rest, which are fields.
+    """
+    options = {}
+    for backbone in BACKBONES:
+        given = {option: keywords.get(f"{backbone}_{option}", keywords.get(option)) for option in LOADING_OPTIONS}
+        options[backbone] = {option: value for option, value in given.items() if value is not None}
+    return options, {name: value for name, value in keywords.items() if name not in LOADING_KEYWORDS}
+
+
+def _sub_config(backbone: str, config: PreTrainedConfig | dict[str, Any], default_model_type: str) -> PreTrainedConfig:
     """Return a new config object from the caller's object or dict, which is not changed."""
     config = copy.deepcopy(config)
     if isinstance(config, PreTrainedConfig):
         return config
-    return AutoConfig.for_model(**{"model_type": default_model_type, **config})
+    config = {"model_type": default_model_type, **config}
+    if config["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{backbone}_config: transformers {transformers_version} has no model type {config['model_type']!r}. If "
+            "the encoder has its own code, load it first with AutoModel.from_pretrained(SOURCE, "
+            f"trust_remote_code=True), and pass its config as {backbone}_config; otherwise update transformers."
+        )
+    return AutoConfig.for_model(**config)
 
 
 def _code_files() -> list[Path]:

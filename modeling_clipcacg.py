@@ -41,7 +41,7 @@ Where the paper is silent, our reading:
 - Dropout: on the attention's output before the residual, inside every MLP, and on F before equation 16.
 - "MLP" is Linear, GELU, dropout, Linear. lambda of equation 15 is a learned scalar that starts at 0.5.
 - The Bi-GRU starts near the identity and each cross-attention near its residual, so that the pretrained encoders'
-  features reach the classifier from the first step. scripts/configs/mvsa_single_offline.yaml has the evidence.
+  features reach the classifier from the first step.
 - The contrastive loss of `clip_mode="feature"`, its weight of 0.1, and that it is added in training only.
 - w/o Clip has no joint token, so equation 12 sees F_VT alone. w/o CG has one MLP that reads everything that equations
   12-15 read, so that only the gate is missing.
@@ -54,18 +54,34 @@ import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    ModelOutput,
+    can_return_tuple,
+    logging,
+)
 
-from .configuration_clipcacg import PADDED_DUAL_ENCODERS, ClipCaCgConfig
+from .configuration_clipcacg import (
+    LOADING_KEYWORDS,
+    PADDED_DUAL_ENCODERS,
+    ClipCaCgConfig,
+    check_keywords,
+    split_keywords,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -1070,7 +1086,21 @@ def known_cross_entropy(
     return total / torch.where(count > 0, count, 1.0)
 
 
-def load_backbone(encoder: Any, source: str | Path, config: Any, part: str) -> None:
+def load_config(source: str | Path, options: dict[str, Any]) -> Any:
+    """Load the config of a backbone.
+
+    Args:
+        source: Hub name or folder.
+        options: Loading options of `from_backbones`. With `trust_remote_code`, `AutoModel.from_config` will know the
+            custom class, since transformers registers it for this config when it loads it.
+    """
+    config = AutoConfig.from_pretrained(source, **options)
+    if options.get("trust_remote_code") and hasattr(config, "auto_map"):
+        AutoModel.from_pretrained(source, config=config, **options)
+    return config
+
+
+def load_backbone(encoder: Any, source: str | Path, config: Any, part: str, **options: Any) -> None:
     """Copy pretrained weights into an encoder, and warn about weights that the source lacks.
 
     transformers would also report every head, pooler and tower that this model does not use.
@@ -1079,16 +1109,21 @@ def load_backbone(encoder: Any, source: str | Path, config: Any, part: str) -> N
         encoder: The encoder to fill.
         source: Hub name or folder.
         config, part: What it was built from, as in `build_encoder`.
+        **options: Loading options of `from_backbones`.
 
     Raises:
-        OSError: If the source has no weights as safetensors.
+        OSError: If the source has no weights, or none that can be read without executing code.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         loaded: Any = AutoModel.from_pretrained(
-            source, config=config, dtype=encoder.dtype, output_loading_info=True, use_safetensors=True
+            source, config=config, dtype=encoder.dtype, output_loading_info=True, **options
         )
+    except UnpicklingError as error:
+        raise OSError(
+            f"{source} holds more than weights in its .bin file; convert it to model.safetensors."
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
     model, report = loaded
@@ -1101,6 +1136,43 @@ def load_backbone(encoder: Any, source: str | Path, config: Any, part: str) -> N
     if missing:
         logger.warning(f"{source} lacks {', '.join(missing)}. These weights start at random.")
     encoder.load_state_dict({key: value for key, value in pretrained.state_dict().items() if key in used})
+
+
+def weights_file(source: str | Path, options: dict[str, Any]) -> str | None:
+    """Return the name of the file that a loaded backbone's weights came from, or None if it has an unusual name.
+
+    Args:
+        source: Hub name or folder.
+        options: Loading options of `from_backbones`.
+    """
+    where = {name: options[name] for name in ("cache_dir", "revision") if name in options}
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        path = Path(options.get("subfolder", ""), name)
+        if Path(source).is_dir():
+            found: Any = Path(source, path).is_file()
+        else:  # loading has put it into the cache
+            found = isinstance(try_to_load_from_cache(str(source), path.as_posix(), **where), str)
+        if found:
+            return name
+    return None
+
+
+def warn_of_pickle(source: str | Path, options: dict[str, Any]) -> None:
+    """Warn if a backbone's weights are in a pickle, and say how to convert them."""
+    name = weights_file(source, options)
+    if name not in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        return
+    folder, download = Path(source), ""
+    if not folder.is_dir():
+        folder = Path(folder.name)
+        revision = f" --revision {options['revision']}" if "revision" in options else ""
+        download = f"hf download {source}{revision} --local-dir {folder} && "
+    folder = folder / options.get("subfolder", "")
+    logger.warning(
+        f"{source} has its weights in {name}, a pickle, which is slower to load than safetensors. To convert it: "
+        f'{download}python -c "from transformers import AutoModel; '
+        f"AutoModel.from_pretrained('{folder}').save_pretrained('{folder}')\""
+    )
 
 
 def check_padding(encoder: PreTrainedModel) -> None:
@@ -1255,30 +1327,37 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         text_model: str | Path | None = None,
         vision_model: str | Path | None = None,
         clip_model: str | Path | None = None,
-        **config: Any,
+        **keywords: Any,
     ) -> ClipCaCgPreTrainedModel:
         """Build a model on pretrained backbones; the fusion starts from random weights.
+
+        Weights are read from safetensors or, if a source has none, from a `.bin` file without executing code.
 
         Args:
             text_model: Hub name or folder of a text encoder, such as "FacebookAI/roberta-base".
             vision_model: Hub name or folder of a vision encoder, such as "microsoft/resnet-50".
             clip_model: Hub name or folder of a CLIP model; needed by `clip_mode="encoder"`, which is the default.
-            **config: Fields of `ClipCaCgConfig`.
+            **keywords: Fields of `ClipCaCgConfig`, and options of `from_pretrained` for all backbones (`token`) or for
+                one (`text_token`, `vision_revision`, `clip_subfolder`): cache_dir, force_download, local_files_only,
+                proxies, revision, subfolder, token and trust_remote_code. Options are not saved.
 
         Returns:
             The model, in evaluation mode like every loaded model.
 
         Raises:
+            TypeError: For an unknown keyword.
             ValueError: If a backbone that the modality or the clip mode needs is not named.
-            OSError: If a backbone has no weights as safetensors.
+            OSError: If a backbone cannot be loaded.
         """
+        options, fields = split_keywords(keywords)
+        check_keywords("from_backbones", fields, cls.config_class.known_fields() | LOADING_KEYWORDS)
         sources: dict[str, Any] = {"text": text_model, "vision": vision_model, "clip": clip_model}
         for name, source in sources.items():
             if source is not None:
-                config[f"{name}_config"] = AutoConfig.from_pretrained(source)
+                fields[f"{name}_config"] = load_config(source, options[name])
         if clip_model is None:
-            config.setdefault("clip_config", None)
-        built = cls.config_class(**config)
+            fields.setdefault("clip_config", None)
+        built = cls.config_class(**fields)
         missing = [f"{name}_model" for name in built.encoders if sources[name] is None]
         if missing:
             raise ValueError(
@@ -1288,9 +1367,11 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         model = cls._from_config(built)
         for name, encoder in model.backbones().items():
             kind = name.partition(".")[0]
-            load_backbone(encoder, sources[kind], getattr(built, f"{kind}_config"), name)
+            load_backbone(encoder, sources[kind], getattr(built, f"{kind}_config"), name, **options[kind])
             if name == "text":
                 check_padding(encoder.eval())
+        for name in built.encoders:
+            warn_of_pickle(sources[name], options[name])
         return model.eval()
 
     def backbones(self) -> dict[str, PreTrainedModel]:

@@ -15,11 +15,17 @@ import numpy as np
 import torch
 from huggingface_hub.utils import httpx
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, BitImageProcessor
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, BitImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from .configuration_clipcacg import PADDED_DUAL_ENCODERS, ClipCaCgConfig
-from .modeling_clipcacg import encoder_facts
+from .configuration_clipcacg import (
+    LOADING_KEYWORDS,
+    PADDED_DUAL_ENCODERS,
+    ClipCaCgConfig,
+    check_keywords,
+    split_keywords,
+)
+from .modeling_clipcacg import encoder_facts, load_config
 
 # Tokenizers that know no limit set `model_max_length` to a very large number.
 NO_LIMIT = 10**9
@@ -77,7 +83,7 @@ class ClipCaCgProcessor(ProcessorMixin):
 
     @classmethod
     def from_backbones(
-        cls, text_model: str | Path, vision_model: str | Path, clip_model: str | Path | None = None, **config: Any
+        cls, text_model: str | Path, vision_model: str | Path, clip_model: str | Path | None = None, **keywords: Any
     ) -> ClipCaCgProcessor:
         """Build the processor of a model on these backbones.
 
@@ -88,17 +94,24 @@ class ClipCaCgProcessor(ProcessorMixin):
             text_model: Hub name or folder of the text encoder.
             vision_model: Hub name or folder of the vision encoder.
             clip_model: Hub name or folder of the CLIP model, or None.
-            **config: Fields of `ClipCaCgConfig`. They are checked, but the processor does not depend on them.
+            **keywords: Loading options, and fields of `ClipCaCgConfig`. The fields are checked, but the processor does
+                not depend on them.
 
         Raises:
+            TypeError: For an unknown keyword.
             ValueError: For a text encoder or a dual encoder that the model does not take either.
         """
-        clip_config: Any = None if clip_model is None else AutoConfig.from_pretrained(clip_model)
-        ClipCaCgConfig(**{"clip_mode": "none", "clip_config": clip_config, **config})
-        parts = {"image_processor": _image_processor(vision_model), "tokenizer": _tokenizer(text_model, "text")}
-        if clip_model is not None:
-            parts["clip_image_processor"] = AutoImageProcessor.from_pretrained(clip_model)
-            parts["clip_tokenizer"] = _tokenizer(clip_model, "clip.text")
+        options, fields = split_keywords(keywords)
+        check_keywords("from_backbones", fields, ClipCaCgConfig.known_fields() | LOADING_KEYWORDS)
+        clip_config = None if clip_model is None else load_config(clip_model, options["clip"])
+        ClipCaCgConfig(**{"clip_mode": "none", "clip_config": clip_config, **fields})
+        parts = {
+            "image_processor": _image_processor(vision_model, options["vision"]),
+            "tokenizer": _tokenizer(text_model, "text", options["text"]),
+        }
+        if clip_model is not None and clip_config is not None:
+            parts["clip_image_processor"] = AutoImageProcessor.from_pretrained(clip_model, **options["clip"])
+            parts["clip_tokenizer"] = _tokenizer(clip_model, "clip.text", options["clip"])
             if clip_config.model_type in PADDED_DUAL_ENCODERS:
                 parts["clip_padding"] = "max_length"
         return cls(**parts)
@@ -459,12 +472,12 @@ def _pil_to_rgb(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _image_processor(vision_model: str | Path) -> Any:
+def _image_processor(vision_model: str | Path, options: dict[str, Any]) -> Any:
     """The encoder's image processor, in a form that can be reloaded inside a `ProcessorMixin`.
 
     A timm encoder's wrapper cannot; an equal `BitImageProcessor` with timm's evaluation transform replaces it.
     """
-    processor = AutoImageProcessor.from_pretrained(vision_model)
+    processor = AutoImageProcessor.from_pretrained(vision_model, **options)
     if type(processor).__name__ != "TimmWrapperImageProcessor":
         return processor
     data = processor.data_config
@@ -483,15 +496,16 @@ def _image_processor(vision_model: str | Path) -> Any:
     )
 
 
-def _tokenizer(model: str | Path, part: str) -> Any:
+def _tokenizer(model: str | Path, part: str, options: dict[str, Any]) -> Any:
     """The encoder's tokenizer, which makes no more tokens than the encoder has positions, and pads on the right.
 
     Args:
         model: Hub name or folder.
         part: "text" or "clip.text".
+        options: Loading options of `from_backbones`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    limit = encoder_facts(AutoConfig.from_pretrained(model), part).max_tokens
+    tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    limit = encoder_facts(load_config(model, options), part).max_tokens
     if limit is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     tokenizer.padding_side = "right"  # decoders count positions from the first token, padding or not

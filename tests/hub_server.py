@@ -11,11 +11,17 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+
+import pytest
+import transformers.utils.hub
+from huggingface_hub import constants
 
 LFS_SUFFIXES, LFS_BYTES = (".safetensors", ".png"), 1_000_000  # such files are uploaded before the commit
 API = r"/api/(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
@@ -86,6 +92,17 @@ class HubServer(ThreadingHTTPServer):
         repo = self.repos[kind, name]
         files = repo.revisions[repo.branches.get(revision, revision)]
         return {path: (self.folder / oid).read_bytes() for path, oid in files.items()}
+
+    @contextmanager
+    def used_here(self) -> Iterator[pytest.MonkeyPatch]:
+        """Let this process, which is offline otherwise, load from the server and push to it."""
+        settings = {"ENDPOINT": self.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        settings["HUGGINGFACE_CO_URL_TEMPLATE"] = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in settings.items():
+                patch.setattr(constants, name, value)
+            patch.setattr(transformers.utils.hub, "_hf_api", None)  # it remembers an endpoint
+            yield patch
 
     def store(self, content: bytes, lfs: bool = False) -> str:
         oid = hashlib.sha256(content) if lfs else hashlib.sha1(b"blob %d\0%b" % (len(content), content))

@@ -62,11 +62,12 @@ class ClipConcepts(nn.Module):
         return torch.cat([cosine, sentiment.unsqueeze(-1)], dim=-1)
 
     @torch.no_grad()
-    def read_phrases(self, clip_model: str | Path, phrases: Sequence[Sequence[Any]]) -> None:
-        """Store the phrases' embeddings; CLIP's text tower is not kept."""
-        tokenizer, config = AutoTokenizer.from_pretrained(clip_model), AutoConfig.from_pretrained(clip_model)
+    def read_phrases(self, clip_model: str | Path, phrases: Sequence[Sequence[Any]], options: dict[str, Any]) -> None:
+        """Store the phrases' embeddings; CLIP's text tower is not kept. The options are those of `from_pretrained`."""
+        tokenizer = AutoTokenizer.from_pretrained(clip_model, **options)
+        config = AutoConfig.from_pretrained(clip_model, **options)
         tower = build_encoder(config, "clip.text")[0].float().eval()
-        load_backbone(tower, clip_model, config, "clip.text")
+        load_backbone(tower, clip_model, config, "clip.text", **options)
         for row, (phrase, _) in enumerate(phrases):
             tokens = tokenizer(f"a photo of a {phrase}", return_tensors="pt", truncation=True)
             self.phrase_embeds[row] = tower(tokens["input_ids"], tokens["attention_mask"])[0, 0]

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from clipcacg.configuration_clipcacg import split_keywords
 from clipcacg.scripts.baselines.clip_concepts import ClipConcepts
 from clipcacg.scripts.baselines.shared import BaselineConfig, BaselineForSequenceClassification, Scores
 
@@ -154,7 +155,8 @@ class SentiBankSentiStrength(BaselineForSequenceClassification):
         model = super().from_backbones(*args, **kwargs)
         if model.config.phrases:
             clip_model = args[2] if len(args) > 2 else kwargs["clip_model"]
-            model.concepts.read_phrases(clip_model, model.config.phrases)
+            options = split_keywords(kwargs)[0]
+            model.concepts.read_phrases(clip_model, model.config.phrases, options["clip"])
         return model
 
     @torch.no_grad()

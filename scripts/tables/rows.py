@@ -169,7 +169,7 @@ class Settings:
         if not model.use_modality_heads:
             model.modality_loss_weight, model.modality_combination = 1.0, "auto"
         if name in WORD_VECTORS and self.word_vectors:
-            model.text_model, model.freeze_text_layers = self.word_vectors, 0
+            model.text_model, model.freeze_text_layers, model.text_subfolder = self.word_vectors, 0, None
         for key, value in (values or {}).items():
             setattr(model if hasattr(model, key) else training, key, value)
             if key in own_fields(row):

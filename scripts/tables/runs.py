@@ -125,7 +125,7 @@ def protocol(data: DataArguments, posts: datasets.DatasetDict) -> str:
 
 def build_system(name: str, settings: Settings, names: list[str]) -> tuple[PreTrainedModel, ClipCaCgProcessor]:
     """Build one of the other systems and its processor, as `training.run.build` builds ours."""
-    backbones = backbone_names(settings.model, settings.data.is_sample)
+    backbones = {**backbone_names(settings.model, settings.data.is_sample), **settings.model.loading_options()}
     fields = {**settings.systems.get(name, {}), **label_fields(names), **settings.model.head_fields()}
     fields["dropout"] = settings.model.dropout
     model = SYSTEMS[name].from_backbones(**backbones, **fields)

@@ -11,15 +11,38 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from clipcacg.configuration_clipcacg import BACKBONES
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.loading import DataArguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OF_TABLES = ("tuning", "systems")  # keys of a config that only reproduce.py reads
 
+# Of the loading options of `from_backbones` those that make sense as a flag.
+LOADING_FLAGS = {
+    "revision": "Branch, tag or commit of --{0}_model on the Hub.",
+    "subfolder": "Folder inside --{0}_model.",
+    "token": "Access token for --{0}_model; not stored.",
+    "cache_dir": "Folder for the download of --{0}_model.",
+    "trust_remote_code": "Run the code that --{0}_model brings.",
+}
+
+LoadingArguments = dataclasses.make_dataclass(
+    "LoadingArguments",
+    [
+        (
+            f"{backbone}_{option}",
+            bool if option == "trust_remote_code" else str | None,
+            field(default=False if option == "trust_remote_code" else None, metadata={"help": text.format(backbone)}),
+        )
+        for backbone in BACKBONES
+        for option, text in LOADING_FLAGS.items()
+    ],
+)
+
 
 @dataclass
-class ModelArguments:
+class ModelArguments(LoadingArguments):
     """The model to train: a CLIP-CA-CG checkpoint, or backbones and fields of `ClipCaCgConfig`."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Start from this CLIP-CA-CG checkpoint."})
@@ -80,6 +103,11 @@ class ModelArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "Truncate texts to this many tokens; stays in the checkpoint."}
     )
+
+    def loading_options(self) -> dict[str, Any]:
+        """The loading options among the flags, under the names that `from_backbones` takes."""
+        options = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(LoadingArguments)}
+        return {name: value for name, value in options.items() if value}
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of `ClipCaCgConfig` among the flags."""

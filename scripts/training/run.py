@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import AutoConfig, EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
 
-from clipcacg.configuration_clipcacg import MODALITY_COMBINATIONS, ClipCaCgConfig
+from clipcacg.configuration_clipcacg import MODALITY_COMBINATIONS, ClipCaCgConfig, split_keywords
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.augmentation import Augmentation
@@ -118,15 +118,16 @@ def build(
             **labels,
         )
     else:
-        backbones = backbone_names(arguments, is_sample)
+        backbones, loading = backbone_names(arguments, is_sample), arguments.loading_options()
+        options = split_keywords(loading)[0]
         for flag, name in backbones.items():
             with as_input_error(f"--{flag} {name} cannot be loaded", OSError, ValueError):
-                AutoConfig.from_pretrained(name)
+                AutoConfig.from_pretrained(name, **options[flag.removesuffix("_model")])
         with as_input_error("The model cannot be built", OSError, ValueError, SafetensorError):
             model = ClipCaCgForSequenceClassification.from_backbones(
-                **backbones, **arguments.config_fields(), **labels
+                **backbones, **loading, **arguments.config_fields(), **labels
             )
-            processor = ClipCaCgProcessor.from_backbones(**backbones)
+            processor = ClipCaCgProcessor.from_backbones(**backbones, **loading)
     with as_input_error("--freeze_text_layers or --freeze_vision_blocks", ValueError):
         limit_and_freeze(model, processor, arguments)
     return model, processor

@@ -101,9 +101,7 @@ import app
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     """The server, which this process uses with the owner's token."""
     folder = tmp_path_factory.mktemp("hub") / "files"
-    with HubServer(folder, {TOKEN: "user", STRANGER: "stranger"}) as hub, pytest.MonkeyPatch.context() as patch:
-        for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
-            patch.setattr(constants, name, value)
+    with HubServer(folder, {TOKEN: "user", STRANGER: "stranger"}) as hub, hub.used_here() as patch:
         patch.setenv("HF_TOKEN", TOKEN)
         yield hub
 
