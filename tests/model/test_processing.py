@@ -21,6 +21,9 @@ import transformers as hf
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from sklearn.datasets import load_sample_images
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from clipcacg import processing_clipcacg
 from clipcacg.processing_clipcacg import ClipCaCgProcessor, label_scores
@@ -421,6 +424,21 @@ def test_a_timm_encoder(backbones: Path, tmp_path: Path, crop_mode: str):
     assert isinstance(processor.image_processor, hf.BitImageProcessor)
     pixels = processor(images=RGB, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels, stock, atol=0.02, rtol=0)  # a byte, which two resizing codes round apart
+
+
+def test_a_tokenizer_without_special_tokens_masks_and_limit(backbones: Path, tmp_path: Path):
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "day": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", model_input_names=["input_ids"])
+    tokenizer.save_pretrained(tmp_path)
+    hf.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=6, vocab_size=8).save_pretrained(tmp_path)
+    processor = ClipCaCgProcessor.from_backbones(tmp_path, backbones / "vision")
+    for texts in ([""], ["", "a day"], ["", "a day " * 9]):
+        for form in ({"return_tensors": "pt"}, {"padding": False}):
+            inputs = processor(text=texts, **form)
+            lengths = [len(ids) for ids in inputs["input_ids"]]
+            assert 1 <= min(lengths) and max(lengths) <= 6
+            assert sum(inputs["attention_mask"][0]) == 0 and inputs["input_ids"][0][0] == 0
 
 
 def photograph(width: int, height: int) -> Image.Image:
