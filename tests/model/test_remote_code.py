@@ -3,7 +3,10 @@
 import importlib.util
 import inspect
 import json
+import os
+import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ PRELUDE = """
 from __future__ import annotations
 import sys
 sys.modules["clipcacg"] = None  # whoever imports it gets a ModuleNotFoundError
-import importlib.util, json, os, traceback
+import importlib.util, json, os, pickle, traceback
 import torch
 import transformers as hf
 """
@@ -251,3 +254,60 @@ def test_a_subclass_in_remote_code_that_initialises_in_place_reloads_every_weigh
     config["auto_map"]["AutoModelForSequenceClassification"] = "modeling_clipcacg.InPlaceInit"
     (folder / "config.json").write_text(json.dumps(config))
     assert fresh(tmp_path / "work", {"changed": (changed_weights, folder)})["changed"] == []
+
+
+# What the second generation of the code computes differently.
+CHANGES = {
+    "configuration_clipcacg.py": ('model_type = "clipcacg"', 'model_type, added = "clipcacg", 100'),
+    "modeling_clipcacg.py": ("logits = self.classifier(", "logits = 100 + self.classifier("),
+    "processing_clipcacg.py": ("return BatchFeature({", "data['pixel_values'] += 100; return BatchFeature({"),
+    "pipeline_clipcacg.py": ('"score": scores', '"score": 100 + scores'),
+}
+
+
+def load_both(folders: list[str], installed: bool, posts: dict[str, list[str]], out: str) -> dict[str, Any]:
+    """Load with every Auto class and as a pipeline from each folder in turn; return what each computes and saves."""
+    if installed:
+        del sys.modules["clipcacg"]
+    classes = ("AutoConfig", "AutoProcessor", "AutoModelForSequenceClassification")
+    loaded: dict[str, list] = {}
+    for folder in folders:
+        loaded[folder] = [getattr(hf, name).from_pretrained(folder, trust_remote_code=True) for name in classes]
+        loaded[folder].append(hf.pipeline("image-text-sentiment", model=folder, trust_remote_code=True, device=-1))
+    rows = [{"image": posts["images"][0], "text": posts["text"][0], "label": 0}]
+    batch = loaded[folders[0]][1].collate(rows)
+    result = {}
+    for folder, (config, processor, model, sentiment) in loaded.items():
+        collate = pickle.loads(pickle.dumps(processor.collate))
+        computed = [
+            getattr(config, "added", 0),
+            collate(rows)["pixel_values"].mean().item(),
+            model(**batch).logits.mean().item(),
+            sentiment(rows[0])[0]["score"],
+        ]
+        saved = []
+        for number, part in enumerate((config, processor, model, sentiment)):
+            part.save_pretrained(f"{out}/{number}")
+            for name in sorted(os.listdir(f"{out}/{number}")):
+                if name.endswith(".py"):
+                    saved.append(open(f"{out}/{number}/{name}").read() == open(f"{folder}/{name}").read())
+        result[folder] = [["A", "B"][value > 50] for value in computed], saved
+    return result
+
+
+def test_two_checkpoints_of_different_code_each_run_and_save_their_own(
+    here: dict, checkpoints: Path, posts: dict, tmp_path: Path
+):
+    """In one order where this project is installed, and in the other where it is not."""
+    folders = {name: str(shutil.copytree(checkpoints / "first/classifier", tmp_path / name / "run")) for name in "AB"}
+    for name, (old, new) in CHANGES.items():
+        code = Path(folders["B"], name).read_text()
+        assert old in code
+        Path(folders["B"], name).write_text(code.replace(old, new))
+    calls = {}
+    for order, installed in (("AB", False), ("BA", True)):
+        calls[order] = (load_both, [folders[name] for name in order], installed, posts, tmp_path / order)
+    for result in fresh(tmp_path / "work", calls).values():
+        assert isinstance(result, dict), result
+        for name, folder in folders.items():
+            assert result[folder] == [[name] * 4, [True] * 16]
