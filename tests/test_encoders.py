@@ -152,8 +152,6 @@ DUALS = "clip_config must be of a dual encoder (altclip, chinese_clip, clip, cli
 TEXT_REFUSED: dict[str, tuple[Fields, str]] = {
     "convbert": ({**WORDS, "embedding_size": 16}, PADDING.format("'convbert'")),
     "fnet": (WORDS, PADDING.format("'fnet'")),
-    "mobilebert": ({**WORDS, "embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
-                   PADDING.format("'mobilebert'")),
     "nystromformer": ({**WORDS, "num_landmarks": 4, "segment_means_seq_len": 40},
                       "text_config: 'nystromformer' does not work as a text encoder: "),
     "perceiver": ({}, "text_config: 'perceiver' does not work as a text encoder: "),
