@@ -7,8 +7,9 @@ registers itself: a second checkpoint, with other code, would then run the first
 from importlib.metadata import PackageNotFoundError, version
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
-from .configuration_clipcacg import ClipCaCgConfig
+from .configuration_clipcacg import CUSTOM_PIPELINES, ClipCaCgConfig
 from .modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel, ClipCaCgPreTrainedModel
 from .pipeline_clipcacg import ImageTextSentimentPipeline
 from .processing_clipcacg import ClipCaCgProcessor
@@ -23,6 +24,8 @@ if __name__ == "clipcacg":  # pytest also imports a checkout, as a package with 
     AutoModel.register(ClipCaCgConfig, ClipCaCgModel)
     AutoModelForSequenceClassification.register(ClipCaCgConfig, ClipCaCgForSequenceClassification)
     AutoProcessor.register(ClipCaCgConfig, ClipCaCgProcessor)
+    for task in CUSTOM_PIPELINES:
+        PIPELINE_REGISTRY.register_pipeline(task, ImageTextSentimentPipeline, AutoModelForSequenceClassification)
 
 __all__ = [
     "ClipCaCgConfig",

@@ -159,6 +159,16 @@ def as_mask(attention_mask: Tensor | None, tokens: Tensor) -> Tensor:
     return attention_mask.bool()
 
 
+def check_axes(axes: str, **inputs: Tensor | None) -> None:
+    """Raise a ValueError if an input does not have these axes, such as "(batch, text_len)"."""
+    for name, value in inputs.items():
+        if value is not None and value.dim() != axes.count(",") + 1:
+            raise ValueError(
+                f"{name} must have the axes {axes}, but its shape is {tuple(value.shape)}. The processor returns a "
+                "batch even for one example: concatenate such batches, or call the processor on all examples at once."
+            )
+
+
 def encoder_mask(mask: Tensor) -> Tensor:
     """Return an encoder's attention mask (batch, text_len), in which every row has a token to attend to.
 
@@ -1576,6 +1586,9 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         tokens: Any = input_ids if text_features is None else text_features
+        check_axes("(batch, text_len)", input_ids=input_ids, clip_input_ids=clip_input_ids)
+        check_axes("(batch, text_len)", attention_mask=attention_mask, clip_attention_mask=clip_attention_mask)
+        check_axes("(batch, channels, height, width)", pixel_values=pixel_values, clip_pixel_values=clip_pixel_values)
         self._check_inputs(
             input_ids=tokens,
             pixel_values=pixel_values if image_features is None else image_features,

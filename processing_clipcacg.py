@@ -8,6 +8,7 @@ import io
 import math
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,35 @@ class ClipCaCgProcessor(ProcessorMixin):
             if self.clip_image_processor is not None:
                 data["clip_pixel_values"] = _view(self.clip_image_processor, arrays, images_kwargs)
         return BatchFeature({name: data[name] for name in self.model_input_names if name in data})
+
+    def collate(
+        self, rows: Sequence[dict[str, Any]], image: str = "image", text: str = "text", label: str = "label"
+    ) -> dict[str, torch.Tensor]:
+        """Turn rows of a data set into a padded batch: the `data_collator` of a `Trainer` or a `DataLoader`.
+
+        The Trainer needs `remove_unused_columns=False`. For other column names use `functools.partial`.
+
+        Args:
+            rows: One dict for each example.
+            image, text, label: Names of the columns; those that the rows lack are left out, and an empty text may be
+                None.
+
+        Returns:
+            What `__call__` returns, and `labels` (batch,).
+
+        Raises:
+            ValueError: If the rows have neither an image nor a text, and as in `__call__`.
+        """
+        columns = rows[0].keys()
+        if not {image, text} & columns:
+            raise ValueError(
+                f"The rows have no column {image} or {text}, only {', '.join(columns)}. With the Trainer set "
+                "remove_unused_columns=False; for other names use functools.partial(processor.collate, text=NAME)."
+            )
+        images = [row[image] for row in rows] if image in columns else None
+        texts = [row[text] or "" for row in rows] if text in columns else None
+        batch = dict(self(images=images, text=texts, return_tensors="pt"))
+        return batch | ({"labels": torch.tensor([row[label] for row in rows])} if label in columns else {})
 
     @staticmethod
     def post_process(logits: torch.Tensor, config: ClipCaCgConfig) -> list[dict[str, Any]]:

@@ -166,6 +166,12 @@ def test_the_code_loads_and_splits_mvsa(place: Path, capsys: pytest.CaptureFixtu
     assert re.search(r"'train': \d+, 'validation': \d+, 'test': \d+", capsys.readouterr().out)
 
 
+def test_the_code_trains(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(CODE[4].replace("num_train_epochs=1", "max_steps=2, report_to='none', disable_tqdm=True"), {})
+    assert (place / "outputs/notebook/processor_config.json").exists()
+    assert 0 < float(capsys.readouterr().out.splitlines()[-1]) < 5
+
+
 @pytest.mark.parametrize("command", [command for command in RUNS if "reproduce.py" in command])
 def test_reproduce_knows_its_flags(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

@@ -735,3 +735,13 @@ def test_checkpointing_goes_on_and_off(build: Build, inputs: Inputs, variant: st
     assert not model.is_gradient_checkpointing
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert_close(gradients(model, inputs), plain)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "clip_attention_mask", "clip_pixel_values"])
+def test_an_extra_axis_is_refused_in_a_sentence(
+    tiny_config: Callable[..., ClipCaCgConfig], inputs: dict[str, Tensor], name: str
+) -> None:
+    """As the stacked outputs of a processor that was called on one example at a time."""
+    model = ClipCaCgForSequenceClassification(tiny_config())
+    with pytest.raises(ValueError, match=rf"^{name} must have the axes \(batch, .* but its shape is \(3, 1, "):
+        model(**inputs | {name: inputs[name].unsqueeze(1)})

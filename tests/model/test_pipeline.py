@@ -50,6 +50,13 @@ def test_it_gives_the_numbers_of_predict(checkpoint: Path, posts_folder: Path, t
         assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(scores, abs=1e-5)
 
 
+def test_it_takes_objects(sentiment: ImageTextSentimentPipeline, checkpoint: Path, posts_folder: Path) -> None:
+    model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint)
+    built = pipeline(TASK, model=model, processor=ClipCaCgProcessor.from_pretrained(checkpoint))
+    (post,) = posts_of(posts_folder, 1)
+    assert built(post) == sentiment(post)
+
+
 def test_batches_and_datasets_give_the_same_as_single_posts(
     sentiment: ImageTextSentimentPipeline, posts_folder: Path
 ) -> None:

@@ -508,3 +508,16 @@ def test_one_rule_turns_logits_into_answers(
         assert first.pop("scores") == pytest.approx(dict(zip("ab", scores, strict=True)), abs=1e-4)
         assert second.get("label", second.get("labels")) == ("b" if "label" in answer else [])
     assert first == answer
+
+
+def test_the_collator_makes_batches_of_rows_and_can_be_pickled(checkpoint: Path, posts_folder: Path) -> None:
+    processor = ClipCaCgProcessor.from_pretrained(checkpoint)
+    images, text = [str(posts_folder / f"data/{number}.jpg") for number in (1, 2)], ["one", "a longer text"]
+    rows = [{"image": image, "text": words, "label": 2} for image, words in zip(images, text, strict=True)]
+    batch = pickle.loads(pickle.dumps(processor.collate))(rows)
+    expected = processor(images=images, text=text, return_tensors="pt")
+    assert batch.pop("labels").tolist() == [2, 2] and batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    assert "pixel_values" not in processor.collate([{"tweet": None}], text="tweet")
+    with pytest.raises(ValueError, match="no column image or text, only label. With the Trainer set remove_unused"):
+        processor.collate([{"label": 1}])
