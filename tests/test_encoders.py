@@ -81,13 +81,14 @@ TEXT: dict[str, Fields] = {
     "data2vec-text": WORDS, "deberta": DISENTANGLED, "deberta-v2": DISENTANGLED,
     "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, **WORDS}, "electra": WORDS,
     "ernie": WORDS, "flaubert": XLM, "gpt2": GPT, "ibert": WORDS,
-    "led": {**BART, "max_encoder_position_embeddings": 42, "attention_window": 8}, "llama": WORDS,
+    "led": {**BART, "max_encoder_position_embeddings": 40, "attention_window": 8}, "llama": WORDS,
     "longformer": {**WORDS, "attention_window": 8}, "luke": {**WORDS, "entity_vocab_size": 9, "entity_emb_size": 16},
     "m2m_100": BART, "marian": {**BART, "pad_token_id": 59, "decoder_start_token_id": 59}, "mbart": BART,
     "megatron-bert": WORDS, "metaclip_2, the text tower": {"model_type": "metaclip_2", **CLIP},
     "modernbert": {**WORDS, **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
                    "cls_token_id": 2, "sep_token_id": 3},
-    "mpnet": WORDS, "mt5": T5, "mvp": BART, "openai-gpt": GPT, "pegasus": BART, "qwen2": WORDS,
+    "mpnet": WORDS, "mt5": T5, "mvp": BART, "openai-gpt": GPT, "pegasus": BART,
+    "qwen2": {**WORDS, "num_key_value_heads": 2},
     "rembert": {**WORDS, "input_embedding_size": 8, "output_embedding_size": 8}, "roberta": WORDS,
     "roberta-prelayernorm": WORDS, "roc_bert": {**WORDS, "pronunciation_vocab_size": 60, "shape_vocab_size": 60},
     "roformer": {**WORDS, "embedding_size": 16}, "siglip, the text tower": {"model_type": "siglip", **SIGLIP},
@@ -151,8 +152,6 @@ DUALS = "clip_config must be of a dual encoder (altclip, chinese_clip, clip, cli
 TEXT_REFUSED: dict[str, tuple[Fields, str]] = {
     "convbert": ({**WORDS, "embedding_size": 16}, PADDING.format("'convbert'")),
     "fnet": (WORDS, PADDING.format("'fnet'")),
-    "mobilebert": ({**WORDS, "embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
-                   PADDING.format("'mobilebert'")),
     "nystromformer": ({**WORDS, "num_landmarks": 4, "segment_means_seq_len": 40},
                       "text_config: 'nystromformer' does not work as a text encoder: "),
     "perceiver": ({}, "text_config: 'perceiver' does not work as a text encoder: "),
@@ -204,7 +203,9 @@ def save_with_head(config: Any, folder: Path) -> hf.PreTrainedModel:
     )  # fmt: skip
     whole = hasattr(config, "vision_config")
     classes = [] if whole else [mapping[type(config)] for mapping in heads if type(config) in mapping]
-    model = classes[0](config) if classes else hf.AutoModel.from_config(config)
+    head = classes[0] if classes else None
+    head = head[0] if isinstance(head, tuple) else head  # DeiT and LeViT have two
+    model = hf.AutoModel.from_config(config) if head is None else head(config)
     model.save_pretrained(folder)
     return model
 
