@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 from clipcacg.scripts.bench import SECTIONS, Setting
 from clipcacg.scripts.bench.output import card, run_sections, table
-from clipcacg.scripts.data.errors import add_debug_flag, one_sentence
+from clipcacg.scripts.data.errors import add_debug_flag, one_sentence, parse_flags
 
 
 @dataclass
@@ -47,7 +47,7 @@ class BenchmarkArguments:
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(BenchmarkArguments, description=__doc__.split("\n")[0])
     add_debug_flag(parser)
-    values = vars(parser.parse_args_into_dataclasses(argv)[0])
+    values = vars(parse_flags(parser, argv)[0])
     names, output = values.pop("only") or list(SECTIONS), Path(values.pop("output") or f"benchmark_{card()}.json")
     with one_sentence(argv), tempfile.TemporaryDirectory() as folder:
         setting = Setting(folder=Path(folder), **values)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from clipcacg.scripts.data.errors import add_debug_flag, one_sentence, set_up_logging
+from clipcacg.scripts.data.errors import add_debug_flag, one_sentence, parse_flags, set_up_logging
 from clipcacg.scripts.reporting.page import build_demo
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="Folder or Hub name of a trained model.")
     add_debug_flag(parser)
     with one_sentence(argv):
-        arguments, rest = parser.parse_args_into_dataclasses(argv)
+        arguments, rest = parse_flags(parser, argv)
         page = build_demo(rest.checkpoint, arguments.trust_remote_code)
     page.launch(share=arguments.share, server_port=arguments.port)
 

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from clipcacg.scripts.data.collator import PostCollator
-from clipcacg.scripts.data.errors import InputError, add_debug_flag, one_sentence, set_up_logging
+from clipcacg.scripts.data.errors import InputError, add_debug_flag, one_sentence, parse_flags, set_up_logging
 from clipcacg.scripts.reporting.predictions import load_checkpoint, predict_file, predict_rows, prepare, write_line
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         parser = HfArgumentParser(PredictionArguments, description=__doc__.split("\n")[0])
         parser.add_argument("checkpoint", help="Folder or Hub name of a trained model.")
         add_debug_flag(parser)
-        arguments, rest = parser.parse_args_into_dataclasses(argv)
+        arguments, rest = parse_flags(parser, argv)
         model, processor = load_checkpoint(rest.checkpoint)
         # Convolutions are faster with the channels last.
         model.to(PartialState().device, memory_format=torch.channels_last)

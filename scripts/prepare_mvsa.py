@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from clipcacg.scripts.data.errors import add_debug_flag, one_sentence, set_up_logging
+from clipcacg.scripts.data.errors import add_debug_flag, one_sentence, parse_flags, set_up_logging
 from clipcacg.scripts.data.parquet import PrepareArguments, prepare
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
             "output_folder", metavar="OUTPUT_FOLDER", type=Path, help="new, empty or an earlier output"
         )
         add_debug_flag(parser)
-        arguments, rest = parser.parse_args_into_dataclasses(argv)
+        arguments, rest = parse_flags(parser, argv)
         prepare(rest.data_dir, rest.output_folder, arguments)
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from clipcacg.scripts.data.errors import InputError, add_debug_flag, one_sentence, set_up_logging
+from clipcacg.scripts.data.errors import InputError, add_debug_flag, one_sentence, parse_flags, set_up_logging
 from clipcacg.scripts.reporting.hub import push_checkpoint, push_space
 
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("repo_id", metavar="USER/NAME", help="Name of the model on the Hub.")
     add_debug_flag(parser)
     with one_sentence(argv):
-        arguments, names = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+        arguments, names = parse_flags(parser, sys.argv[1:] if argv is None else argv)
         if arguments.space and arguments.revision:
             raise InputError("--space shows the model's main branch: leave out --revision.")
         push_checkpoint(names.checkpoint, names.repo_id, arguments.private, arguments.revision)

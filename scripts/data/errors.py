@@ -7,7 +7,7 @@ A command's `main` looks like this:
         with one_sentence(argv):
             parser = HfArgumentParser((DataArguments, PredictArguments))
             add_debug_flag(parser)
-            data, arguments, rest = parser.parse_args_into_dataclasses(argv)
+            data, arguments, rest = parse_flags(parser, argv)
 
 `one_sentence` looks for `--debug` among the words of the command line itself, so the flag also works for errors that
 parsing raises. `add_debug_flag` makes it known to the parser; HfArgumentParser returns it in the last namespace.
@@ -20,12 +20,14 @@ input enters another library, turn that library's error into an `InputError` clo
 """
 
 import argparse
+import difflib
 import logging
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class InputError(ValueError):
@@ -78,6 +80,29 @@ def as_input_error(subject: str, *kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{subject}: {reason}") from error
+
+
+def parse_flags(parser: Any, argv: Sequence[str] | None) -> tuple[Any, ...]:
+    """Parse a command line with an `HfArgumentParser`.
+
+    Args:
+        parser: The parser.
+        argv: Words of the command line; None for those of this process.
+
+    Returns:
+        What `parse_args_into_dataclasses` returns.
+
+    Raises:
+        InputError: If a word is no flag or a value does not fit. The message has the nearest flag.
+    """
+    with as_input_error("The flags cannot be used", ValueError):
+        *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1, cutoff=0.75)
+        hint = f" Did you mean {close[0]}?" if close else " --help lists the flags."
+        raise InputError(f"Unknown argument {unknown[0]}.{hint}")
+    return tuple(parsed)
 
 
 def set_up_logging(is_main: bool = True) -> None:

@@ -13,9 +13,10 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 import numpy as np
 from transformers import HfArgumentParser
 
+from clipcacg.configuration_clipcacg import check_keywords
 from clipcacg.scripts.baselines import SYSTEMS
 from clipcacg.scripts.baselines.logistic_regression import CHOICES, LABELS, MAJORITY_LABEL, MODALITIES
-from clipcacg.scripts.data.errors import InputError, as_input_error
+from clipcacg.scripts.data.errors import InputError, as_input_error, parse_flags
 from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.training.arguments import (
     CONFIGS,
@@ -95,6 +96,7 @@ IRRELEVANT = (
     "push_", "dataloader_", "load_best",
 )  # fmt: skip
 
+SMALL = {"hidden_size": 48, "num_attention_heads": 4, "maps": 16}
 SMOKE = {
     "config": str(CONFIGS / "sample.yaml"),
     "output_dir": "outputs/smoke",
@@ -104,7 +106,10 @@ SMOKE = {
     "max_eval_samples": 48,
     "disable_tqdm": True,
     "use_cpu": True,
-    "systems": {name: {"hidden_size": 48, "num_attention_heads": 4, "maps": 16} for name in SYSTEMS},
+    "systems": {
+        name: {key: value for key, value in SMALL.items() if key in system.config_class.known_fields()}
+        for name, system in SYSTEMS.items()
+    },
 }
 
 
@@ -239,9 +244,11 @@ def parse(argv: Sequence[str]) -> tuple[ReproduceArguments, Settings]:
     grid, systems = read_grid(config, defaults.pop("tuning", {}), parser), defaults.pop("systems", {})
     if unknown := sorted(systems.keys() - SYSTEMS.keys()):
         raise InputError(f"Unknown key {', '.join(unknown)} under systems in {config}. Allowed: {', '.join(SYSTEMS)}.")
+    for name, sizes in systems.items():
+        with as_input_error(f"{config}: systems", TypeError):
+            check_keywords(name, sizes, SYSTEMS[name].config_class.known_fields())
     parser.set_defaults(**defaults)
-    with as_input_error("The flags cannot be used", ValueError):
-        own, model, data, training = parser.parse_args_into_dataclasses(list(argv))
+    own, model, data, training = parse_flags(parser, list(argv))
     if own.trials and not grid:
         raise InputError(f"--trials needs the key tuning in {config}.")
     check(model, training)

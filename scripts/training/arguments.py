@@ -12,7 +12,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from clipcacg.configuration_clipcacg import BACKBONES
-from clipcacg.scripts.data.errors import InputError, as_input_error
+from clipcacg.scripts.data.errors import InputError, parse_flags
 from clipcacg.scripts.data.loading import DataArguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -203,8 +203,7 @@ def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArgume
     if config.name == "sample.yaml" and any(word.startswith("--output_dir") for word in argv):
         defaults["overwrite_output_dir"] = False  # the sample's own folder may be overwritten, no other
     parser.set_defaults(**defaults)
-    with as_input_error("The flags cannot be used", ValueError):
-        parsed = parser.parse_args_into_dataclasses(argv)
+    parsed = parse_flags(parser, argv)
     if not 0 < parsed[-1].layerwise_lr_decay <= 1:
         raise InputError(f"--layerwise_lr_decay must be above 0 and at most 1, got {parsed[-1].layerwise_lr_decay}.")
     if parsed[-1].dataloader_drop_last:

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.collator import PostCollator
-from clipcacg.scripts.data.errors import InputError, add_debug_flag, as_input_error
+from clipcacg.scripts.data.errors import InputError, add_debug_flag, parse_flags
 from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts
 from clipcacg.scripts.training.arguments import names_data
 from clipcacg.scripts.training.metrics import load_metric, score
@@ -36,8 +36,7 @@ def parse_arguments(argv: list[str], own: type, description: str) -> tuple[str, 
     add_debug_flag(parser)
     if names_data(argv):
         parser.set_defaults(splits=None)
-    with as_input_error("The flags cannot be used", ValueError):
-        data_arguments, arguments, rest = parser.parse_args_into_dataclasses(argv)
+    data_arguments, arguments, rest = parse_flags(parser, argv)
     return rest.checkpoint, data_arguments, arguments
 
 

@@ -110,7 +110,9 @@ def test_flags_override_the_config_and_both_are_checked(tmp_path: Path) -> None:
     faults = [
         ({"tuning": {"seed": [1]}}, "Unknown key seed"), ({"tuning": {"modality": ["text"]}}, "Unknown key modality"),
         ({"tuning": {"dropout": 0.1}}, "list of values"), ({"tuning": {"dropout": ["high"]}}, "dropout must be"),
-        ({"systems": {"x": {}}}, "Unknown key x under"), ({"rate": 1}, "Unknown key rate"),
+        ({"systems": {"x": {}}}, "Unknown key x under"),
+        ({"systems": {"itin": {"hiden_size": 8}}}, "itin has no keyword 'hiden_size'. Did you mean 'hidden_size'?"),
+        ({"rate": 1}, "Unknown key rate"),
     ]  # fmt: skip
     for keys, message in faults:
         with pytest.raises(InputError, match=f"{message}.*config.yaml|config.yaml: .*{message}"):
