@@ -359,9 +359,13 @@ def check_keywords(subject: str, keywords: Iterable[str], known: Collection[str]
     """
     for name in keywords:
         if name not in known and not name.startswith("_"):
-            close = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"{subject} has no keyword {name!r}.{hint}")
+            raise TypeError(f"{subject} has no keyword {name!r}.{did_you_mean(name, known)}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question with the known name that is most like a misspelt one, or nothing if none is."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:

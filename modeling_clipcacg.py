@@ -64,6 +64,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -1102,11 +1103,12 @@ def load_config(source: str | Path, options: dict[str, Any]) -> Any:
     Args:
         source: Hub name or folder.
         options: Loading options of `from_backbones`. With `trust_remote_code`, `AutoModel.from_config` will know the
-            custom class, since transformers registers it for this config when it loads it.
+            custom class, which is registered for this config.
     """
     config = AutoConfig.from_pretrained(source, **options)
-    if options.get("trust_remote_code") and hasattr(config, "auto_map"):
-        AutoModel.from_pretrained(source, config=config, **options)
+    if options.get("trust_remote_code") and "AutoModel" in getattr(config, "auto_map", {}):
+        custom_class = get_class_from_dynamic_module(config.auto_map["AutoModel"], source, **options)
+        AutoModel.register(type(config), custom_class, exist_ok=True)
     return config
 
 

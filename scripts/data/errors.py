@@ -20,7 +20,6 @@ input enters another library, turn that library's error into an `InputError` clo
 """
 
 import argparse
-import difflib
 import logging
 import sys
 import traceback
@@ -28,6 +27,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from clipcacg.configuration_clipcacg import did_you_mean
 
 
 class InputError(ValueError):
@@ -99,9 +100,8 @@ def parse_flags(parser: Any, argv: Sequence[str] | None) -> tuple[Any, ...]:
         *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1, cutoff=0.75)
-        hint = f" Did you mean {close[0]}?" if close else " --help lists the flags."
-        raise InputError(f"Unknown argument {unknown[0]}.{hint}")
+        hint = did_you_mean(unknown[0].partition("=")[0], flags)
+        raise InputError(f"Unknown argument {unknown[0]}.{hint or ' --help lists the flags.'}")
     return tuple(parsed)
 
 

@@ -296,6 +296,8 @@ def check(model: ModelArguments, training: RecipeArguments) -> None:
     if model.clip_mode == "none":
         raise InputError("--clip_mode none is a row of Table IV: choose encoder or feature for the full model.")
     frozen = ["freeze_text", "freeze_text_layers", "freeze_vision", *["freeze_clip"] * (model.clip_mode == "encoder")]
+    if training.augment_views and not training.augment:
+        raise InputError("--augment_views needs --augment.")
     if training.augment and not training.augment_views and any(getattr(model, flag) for flag in frozen):
         raise InputError(
             "--augment needs --augment_views, because outputs of frozen encoders are cached, or encoders that train: "

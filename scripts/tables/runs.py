@@ -93,7 +93,7 @@ class Fold:
             names = ("text_features", "attention_mask", "image_features")
             pooled[split] = np.concatenate([pooled_features(*(batch[name] for name in names)) for batch in batches])
         encoders = sum(sizes(encoder)["total"] for encoder in model.backbones().values())
-        return pooled, model.config.text_config.hidden_size, encoders
+        return pooled, model.text_branch.width, encoders
 
 
 def load_fold(number: int | None, settings: Settings) -> Fold:

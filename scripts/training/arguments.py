@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from clipcacg.configuration_clipcacg import BACKBONES
+from clipcacg.configuration_clipcacg import BACKBONES, did_you_mean
 from clipcacg.scripts.data.errors import InputError, parse_flags
 from clipcacg.scripts.data.loading import DataArguments
 
@@ -204,9 +203,12 @@ def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArgume
         defaults["overwrite_output_dir"] = False  # the sample's own folder may be overwritten, no other
     parser.set_defaults(**defaults)
     parsed = parse_flags(parser, argv)
-    if not 0 < parsed[-1].layerwise_lr_decay <= 1:
-        raise InputError(f"--layerwise_lr_decay must be above 0 and at most 1, got {parsed[-1].layerwise_lr_decay}.")
-    if parsed[-1].dataloader_drop_last:
+    model, _, recipe = parsed
+    if not 0 < recipe.layerwise_lr_decay <= 1:
+        raise InputError(f"--layerwise_lr_decay must be above 0 and at most 1, got {recipe.layerwise_lr_decay}.")
+    if recipe.augment_views and not (recipe.augment and model.cache_features):
+        raise InputError("--augment_views needs --augment and --cache_features; without them nothing is stored.")
+    if recipe.dataloader_drop_last:
         raise InputError("--dataloader_drop_last would drop posts of validation and test too: leave it out.")
     return parsed
 
@@ -233,8 +235,7 @@ def read_config(file: Path, parser: argparse.ArgumentParser, other_keys: Sequenc
     flags = {action.dest: action for action in reversed(parser._actions)}  # of --x and --no_x the former
     unknown = sorted(set(keys) - flags.keys() - set(other_keys))
     if unknown:
-        close = difflib.get_close_matches(unknown[0], [*flags, *other_keys], n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(unknown[0], [*flags, *other_keys])
         raise InputError(f"Unknown key {', '.join(unknown)} in {file}. Allowed: the flags that --help lists.{hint}")
     return {key: value if key in other_keys else checked(file, flags[key], value) for key, value in values.items()}
 

@@ -102,6 +102,7 @@ def test_flags_override_the_config_and_both_are_checked(tmp_path: Path) -> None:
         "--jobs 0": "at least 1",
         "--model_name_or_path x": "same backbones",
         "--clip_mode none": "row of Table IV", "--augment --freeze_text_layers 1": "--augment_views",
+        "--augment_views 2": "needs --augment",
         "--trials": "key tuning",
     }  # fmt: skip
     for words, message in faults.items():
@@ -111,7 +112,7 @@ def test_flags_override_the_config_and_both_are_checked(tmp_path: Path) -> None:
         ({"tuning": {"seed": [1]}}, "Unknown key seed"), ({"tuning": {"modality": ["text"]}}, "Unknown key modality"),
         ({"tuning": {"dropout": 0.1}}, "list of values"), ({"tuning": {"dropout": ["high"]}}, "dropout must be"),
         ({"systems": {"x": {}}}, "Unknown key x under"),
-        ({"systems": {"itin": {"hiden_size": 8}}}, "itin has no keyword 'hiden_size'. Did you mean 'hidden_size'?"),
+        ({"systems": {"itin": {"hiden_size": 8}}}, "itin has no keyword 'hiden_size'. Did you mean hidden_size\\?"),
         ({"rate": 1}, "Unknown key rate"),
     ]  # fmt: skip
     for keys, message in faults:
