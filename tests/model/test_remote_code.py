@@ -295,19 +295,24 @@ def load_both(folders: list[str], installed: bool, posts: dict[str, list[str]], 
     return result
 
 
+@pytest.mark.parametrize(
+    ("order", "installed"),
+    [
+        ("AB", False),
+        ("BA", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("AB", True), ("BA", False), ("ABA", True))),
+    ],
+)
 def test_two_checkpoints_of_different_code_each_run_and_save_their_own(
-    here: dict, checkpoints: Path, posts: dict, tmp_path: Path
+    order: str, installed: bool, here: dict, checkpoints: Path, posts: dict, tmp_path: Path
 ):
-    """In one order where this project is installed, and in the other where it is not."""
     folders = {name: str(shutil.copytree(checkpoints / "first/classifier", tmp_path / name / "run")) for name in "AB"}
     for name, (old, new) in CHANGES.items():
         code = Path(folders["B"], name).read_text()
         assert old in code
         Path(folders["B"], name).write_text(code.replace(old, new))
-    calls = {}
-    for order, installed in (("AB", False), ("BA", True)):
-        calls[order] = (load_both, [folders[name] for name in order], installed, posts, tmp_path / order)
-    for result in fresh(tmp_path / "work", calls).values():
-        assert isinstance(result, dict), result
-        for name, folder in folders.items():
-            assert result[folder] == [[name] * 4, [True] * 16]
+    call = (load_both, [folders[name] for name in order], installed, posts, tmp_path / order)
+    result = fresh(tmp_path / "work", {"both": call})["both"]
+    assert isinstance(result, dict), result
+    for name, folder in folders.items():
+        assert result[folder] == [[name] * 4, [True] * 16]

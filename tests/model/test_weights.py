@@ -17,6 +17,8 @@ from transformers import AutoConfig, CLIPModel, PreTrainedModel
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.training import run
+from clipcacg.scripts.training.arguments import parse_arguments
 
 TOKEN = "hf_" + "Secret7" * 5
 SMALL = {"hidden_size": 32, "num_attention_heads": 4}
@@ -111,6 +113,15 @@ def test_every_place_that_loads_gets_the_options_of_its_own_backbone(
         other = expected.backbones()[name].state_dict()
         assert all(torch.equal(value, other[key]) for key, value in encoder.state_dict().items())
     assert processor(text="a word")["clip_input_ids"]
+
+    words = [f"--{name}={value}" for name, value in options.items()]
+    words += [f"--{name}_model=user/{name}" for name in ("text", "vision", "clip")]
+    sizes = [f"--{name}={value}" for name, value in SMALL.items()]
+    flags = parse_arguments([*words, *sizes, "--output_dir", str(tmp_path / "run")])[0]
+    trained, _ = run.build(flags, False, ["negative", "neutral", "positive"])
+    for name, encoder in trained.backbones().items():
+        other = expected.backbones()[name].state_dict()
+        assert all(torch.equal(value, other[key]) for key, value in encoder.state_dict().items())
 
 
 CUSTOM_CONFIG = """
