@@ -20,7 +20,7 @@ from inputs import table_of_images
 
 from clipcacg.scripts import reproduce
 from clipcacg.scripts.baselines import SYSTEMS
-from clipcacg.scripts.data import splitting
+from clipcacg.scripts.data import features, splitting
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.mvsa import load_mvsa
 from clipcacg.scripts.tables import runs, workers
@@ -435,3 +435,12 @@ def test_the_smoke_test_of_both_tables(tmp_path: Path) -> None:
     for table in (3, 4):
         for suffix in ("md", "csv", "png"):
             assert (tmp_path / f"outputs/smoke/table{table}.{suffix}").is_file()
+
+
+def test_a_row_trains_on_stored_views(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "CACHE_FOLDER", tmp_path / "cache")
+    views = "--augment --augment_views 2 --freeze_text_layers 1".split()
+    reproduce.main([*flags, *views, "--rows", "text_only"])
+    (store,) = (features.FeatureStore(folder) for folder in (tmp_path / "cache").iterdir())
+    views = [name for name in store.file_of if "-" in name]
+    assert len(views) == 2 * len({name.partition("-")[0] for name in views}) > 0
