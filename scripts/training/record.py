@@ -9,7 +9,8 @@ import datasets
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import NO_LIMIT
-from clipcacg.scripts.data.loading import SPLIT_NAMES, DataArguments, label_names
+from clipcacg.scripts.data.labels import label_names
+from clipcacg.scripts.data.loading import SPLIT_NAMES, DataArguments
 from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import MARKER
 from clipcacg.scripts.reporting.model_card import write_model_card

@@ -24,7 +24,8 @@ from clipcacg.scripts.data.augmentation import Augmentation
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.features import FEATURES, FeatureStore, cache_features
-from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, label_names, load_posts
+from clipcacg.scripts.data.labels import label_names
+from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, load_posts
 from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import make_tiny_backbones
 from clipcacg.scripts.reporting.hub import check_repo_id, push_checkpoint
