@@ -14,6 +14,7 @@ import sys
 from transformers import enable_full_determinism, set_seed
 
 from clipcacg.scripts.data.errors import one_sentence, set_up_logging
+from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import label_names
 from clipcacg.scripts.training.arguments import parse_arguments
 from clipcacg.scripts.training.record import complete_checkpoint
@@ -41,9 +42,13 @@ def main(argv: list[str] | None = None) -> None:
         (enable_full_determinism if arguments.full_determinism else set_seed)(arguments.seed)
         with training_faults(arguments.output_dir):
             pushes, token = take_over_push(arguments)
-            posts = load_training_posts(model_arguments, data_arguments, arguments)
+            faults = Faults(data_arguments.on_error)
+            posts = load_training_posts(model_arguments, data_arguments, arguments, faults)
             checkpoint = where_to_resume(arguments)
             model, processor = build(model_arguments, data_arguments.is_sample, label_names(posts["train"]))
+            if data_arguments.dataset_name:
+                model.config.text_columns = data_arguments.text_column
+                model.config.image_column = data_arguments.image_column
             set_loss(model, arguments, model_arguments, posts["train"])
             features = None
             if model_arguments.cache_features:
@@ -57,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer.save_model()
             trainer.save_state()
             trainer.save_metrics("train", trained.metrics)
+            trainer.save_metrics("skipped", faults.summary())
             results = evaluate_splits(trainer, posts)
             if trainer.is_world_process_zero():
                 seconds, resumed = trained.metrics["train_runtime"], checkpoint is not None

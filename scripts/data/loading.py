@@ -14,7 +14,8 @@ from clipcacg.scripts.data.columns import Columns, as_posts
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import with_labels, with_modality_labels
-from clipcacg.scripts.data.mvsa import load_mvsa
+from clipcacg.scripts.data.mending import Reasons
+from clipcacg.scripts.data.mvsa import load_mvsa, read_folder
 from clipcacg.scripts.data.sources import read_source
 from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
 
@@ -141,7 +142,7 @@ def load_posts(
 
             folder = make_sample(SAMPLE_FOLDER / "posts")
         keep_conflicting = arguments.use_conflicting_posts and arguments.splits is not None
-        dataset = load_mvsa(folder, on_error=arguments.on_error, keep_conflicting=keep_conflicting)
+        dataset = load_mvsa(folder, None, arguments.on_error, keep_conflicting, faults)
         if arguments.splits is None:
             posts = datasets.DatasetDict(test=dataset)
         else:
@@ -163,15 +164,21 @@ def _load_any(
     """Load a data set, and bring its splits and columns to the names and types that `load_posts` returns."""
     own_labels = {arguments.text_label_column: "text_label", arguments.image_label_column: "image_label"}
     labels = {arguments.label_column: "label"} | {column: label for column, label in own_labels.items() if column}
-    posts = read_rows(arguments, name, modality, remembered, labels)
+    posts, malformed = read_rows(arguments, name, modality, remembered, labels)
+    for split, dataset in posts.items():
+        faults.num_rows += len(dataset)
+        posts[split] = faults.leave_out(dataset, malformed.get(split, {}), _source(name, split, posts))
     posts = with_labels(posts, name)
     for column in {"text_label", "image_label"} & set(labels.values()):
         posts = with_modality_labels(posts, column)
     for split, dataset in posts.items():
-        source = name if len(posts) == 1 else f"the split {split} of {name}"
-        faults.num_rows += len(dataset)
-        posts[split] = faults.leave_out(dataset, bad_images(dataset), source).remove_columns("row")
-    return posts
+        posts[split] = faults.leave_out(dataset, bad_images(dataset), _source(name, split, posts))
+    return posts.remove_columns("row")
+
+
+def _source(name: str, split: str, posts: datasets.DatasetDict) -> str:
+    """What messages call a split."""
+    return name if len(posts) == 1 else f"the split {split} of {name}"
 
 
 def read_rows(
@@ -180,7 +187,7 @@ def read_rows(
     modality: str,
     remembered: ClipCaCgConfig | None,
     labels: Mapping[str, str],
-) -> datasets.DatasetDict:
+) -> tuple[datasets.DatasetDict, Reasons]:
     """Read a data set, and give its splits the columns of `as_posts`.
 
     Args:
@@ -190,17 +197,21 @@ def read_rows(
         remembered: Config of a checkpoint.
         labels: Column of labels to its new name.
 
+    Returns:
+        The splits, and by split what is wrong with a row that could not be parsed, by its index.
+
     Raises:
         InputError: If a column is missing.
     """
     texts = [arguments.text_column, getattr(remembered, "text_columns", None), ["text"]]
     images = [arguments.image_column, getattr(remembered, "image_column", None), "image"]
-    posts = read_source(
+    posts, malformed = read_source(
         name,
         config=arguments.dataset_config,
         splits=arguments.own_splits(),
         texts=["id", *(column for choice in texts for column in choice or ()), *filter(None, images)],
         labels=list(labels),
+        on_error=arguments.on_error,
     )
     present = next(iter(posts.values())).column_names
     if modality != "image":
@@ -221,12 +232,39 @@ def read_rows(
         )
     path = Path(name).expanduser()
     folder = path if path.is_dir() else path.parent
-    return datasets.DatasetDict(
-        {
-            split: as_posts(dataset, columns, folder, f"{split}-" if len(posts) > 1 else "", name)
-            for split, dataset in posts.items()
-        }
-    )
+    prefix = "{}-" if len(posts) > 1 else ""
+    for split, dataset in posts.items():
+        posts[split] = as_posts(dataset, columns, folder, prefix.format(split), name)
+    return posts, malformed
+
+
+def load_to_predict(arguments: ColumnArguments, name: str, split: str, config: ClipCaCgConfig) -> datasets.Dataset:
+    """Load posts without labels.
+
+    Args:
+        arguments: Says which columns and splits.
+        name: A source as `read_source` takes it, or a folder with <ID>.jpg and <ID>.txt in itself or in `data`, which
+            are read in the order of their IDs.
+        split: Which split, of a source that has several.
+        config: Config of the model: its `modality`, and the columns that it was trained on.
+
+    Returns:
+        Rows with id, text and image, those that the model reads, and error: why a row could not be parsed, or None.
+
+    Raises:
+        InputError: If the source or the split is not there.
+    """
+    folder = Path(name).expanduser()
+    if rows := read_folder(folder, config.modalities):
+        string = datasets.Value("string")
+        features = {"id": string, "text": string, "image": datasets.Image(decode=False), "error": string}
+        return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    posts, malformed = read_rows(arguments, name, config.modality, config, {})
+    split = next(iter(posts)) if len(posts) == 1 else split
+    if split not in posts:
+        raise InputError(f"{name} has no split {split}: name one with --split. Choices: {', '.join(posts)}.")
+    errors = [malformed.get(split, {}).get(index) for index in range(len(posts[split]))]
+    return posts[split].remove_columns("row").add_column("error", errors, feature=datasets.Value("string"))
 
 
 def _cap(posts: datasets.DatasetDict, arguments: DataArguments) -> datasets.DatasetDict:

@@ -13,6 +13,7 @@ import pyarrow
 from datasets.packaged_modules.csv.csv import CsvConfig
 
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.mending import mend
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ READERS = {
     ".arrow": "arrow",
 }  # fmt: skip
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+FAULTS = (datasets.exceptions.DatasetGenerationError, OSError, StopIteration, ValueError, pyarrow.ArrowException)
 SPLITS = ("train", "validation", "test")
 # Names of files and of splits, to ours.
 SPLIT_NAMES = {
@@ -38,8 +40,9 @@ def read_source(
     splits: Mapping[str, str] | None = None,
     texts: Sequence[str] = (),
     labels: Sequence[str] = (),
+    on_error: str = "raise",
     streaming: bool = False,
-) -> Any:
+) -> tuple[Any, dict[str, dict[int, str]]]:
     """Read the splits train, validation and test of any source, those of them that it has.
 
     Args:
@@ -48,11 +51,12 @@ def read_source(
         splits: Ours to the source's own name, where it is not one of `SPLIT_NAMES`.
         texts: Columns whose cells stay as they are written; others may become numbers.
         labels: Columns in which words such as NaN are empty cells.
+        on_error: With "skip", a row of a .csv or .jsonl file that cannot be parsed is an empty row.
         streaming: Read rows when they are asked for, without a copy on this machine.
 
     Returns:
-        `DatasetDict` or `IterableDatasetDict` of the splits, with their columns as they are. A source that is not
-        split has the one split "train".
+        A `DatasetDict` or `IterableDatasetDict` of the splits, with their columns as they are; a source that is not
+        split has the one split "train". And by split, what is wrong with a row that could not be parsed, by its index.
 
     Raises:
         InputError: If the source cannot be read, or a config or a split is not there.
@@ -65,17 +69,34 @@ def read_source(
             if config:
                 raise InputError(f"--dataset_config {config}: {name} has no configs.")
             first = next(iter(files.values()))[0]
-            builder = READERS[_suffix(first)]
+            builder = READERS[table_suffix(first)]
             options: dict[str, Any] = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
             options = {"csv": options | cells, "json": options}.get(builder, {})
-            if _suffix(first) == ".tsv":
+            if table_suffix(first) == ".tsv":
                 options["sep"] = "\t"
-            data_files = {split: list(map(str, part)) for split, part in files.items()}
-            return datasets.load_dataset(builder, data_files=data_files, streaming=streaming, **options)
+
+            def load(files: Mapping[str, list[Path]]) -> Any:
+                data_files = {split: list(map(str, part)) for split, part in files.items()}
+                return datasets.load_dataset(builder, data_files=data_files, streaming=streaming, **options)
+
+            try:
+                return load(files), {}
+            except FAULTS:
+                if builder not in ("csv", "json"):
+                    raise
+                files, bad = mend(files, options.get("sep", ","))
+                lines = [line for rows in bad.values() for line in rows.values()]
+                if not lines:
+                    raise
+                if on_error == "raise":
+                    raise InputError(
+                        f"{name} cannot be read: {lines[0]}. --on_error skip leaves out bad rows."
+                    ) from None
+            return load(files), bad
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))
             found = found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict(train=found)
-            return _ours(found, name, splits)
+            return _ours(found, name, splits), {}
         name = str(path) if path.exists() else name
         try:
             is_csv = isinstance(datasets.load_dataset_builder(name, config).config, CsvConfig)
@@ -83,7 +104,7 @@ def read_source(
             _check_config(name, config)
             raise
         found = datasets.load_dataset(name, config, streaming=streaming, **(cells if is_csv else {}))
-        return _ours(found, name, splits)
+        return _ours(found, name, splits), {}
 
 
 @contextmanager
@@ -93,18 +114,12 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (
-        datasets.exceptions.DatasetGenerationError,
-        OSError,
-        StopIteration,
-        ValueError,
-        pyarrow.ArrowException,
-    ) as error:
+    except FAULTS as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0] or "it is empty"
         raise InputError(f"{name} cannot be read as a data set: {reason}") from error
 
 
-def _suffix(path: Path) -> str:
+def table_suffix(path: Path) -> str:
     """The suffix that tells a table's format, in small letters and without that of its compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSED), "")
@@ -118,9 +133,9 @@ def _tables(path: Path, splits: Mapping[str, str]) -> dict[str, list[Path]]:
     """
     if path.is_dir():
         return _tables_of_folder(path, splits)
-    if path.exists() and _suffix(path) not in READERS:
+    if path.exists() and table_suffix(path) not in READERS:
         raise InputError(f"{path} is not a table that can be read. Allowed: {', '.join(READERS)}.")
-    if _suffix(path) in READERS:
+    if table_suffix(path) in READERS:
         if not path.is_file():
             raise InputError(f"There is no file {path}.")
         for ours, own in splits.items():
@@ -135,9 +150,9 @@ def _tables_of_folder(folder: Path, splits: Mapping[str, str]) -> dict[str, list
     own_rules = {"README.md", "dataset_dict.json", "state.json"}  # of the Hub, and of save_to_disk
     if any(path.name in own_rules or path.stem == "metadata" for path in files):
         return {}
-    tables = [path for path in files if _suffix(path) in READERS]
-    formats = Counter(_suffix(path) for path in tables)
-    tables = [path for path in tables if _suffix(path) == max(formats, key=formats.__getitem__)]
+    tables = [path for path in files if table_suffix(path) in READERS]
+    formats = Counter(table_suffix(path) for path in tables)
+    tables = [path for path in tables if table_suffix(path) == max(formats, key=formats.__getitem__)]
     found: dict[str | None, list[Path]] = {}
     for path in tables:
         found.setdefault(_split_of(path.relative_to(folder), splits), []).append(path)

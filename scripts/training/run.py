@@ -23,6 +23,7 @@ from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.augmentation import Augmentation
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
+from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.features import FEATURES, FeatureStore, cache_features
 from clipcacg.scripts.data.labels import label_names
 from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, load_posts
@@ -42,21 +43,21 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # options of glibc's mallo
 
 
 def load_training_posts(
-    model_arguments: ModelArguments, data_arguments: DataArguments, arguments: RecipeArguments
+    model_arguments: ModelArguments, data_arguments: DataArguments, arguments: RecipeArguments, faults: Faults
 ) -> datasets.DatasetDict:
     """Load the posts, in the main process first, and settle the flags that depend on them.
 
     Raises:
         InputError: If there is no training split, or the modality heads lack labels.
     """
-    has_heads = model_arguments.use_modality_heads
+    has_heads, config = model_arguments.use_modality_heads, None
     if model_arguments.model_name_or_path:
         config = checkpoint_config(model_arguments.model_name_or_path)
         model_arguments.modality, has_heads = config.modality, has_heads or config.use_modality_heads
     if data_arguments.use_conflicting_posts and not has_heads:
         raise InputError("--use_conflicting_posts trains modality heads alone: add --use_modality_heads.")
     with arguments.main_process_first(desc="loading the posts"):
-        posts = load_posts(data_arguments, model_arguments.modality)
+        posts = load_posts(data_arguments, model_arguments.modality, config, faults)
     if "train" not in posts:
         source = data_arguments.dataset_name or data_arguments.data_dir or "the drawn sample"
         if data_arguments.splits not in (None, "random"):
