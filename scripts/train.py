@@ -22,6 +22,7 @@ from clipcacg.scripts.training.record import complete_checkpoint
 from clipcacg.scripts.training.run import (
     average_checkpoints,
     build,
+    check_posts,
     choose_combination,
     compute_features,
     evaluate_splits,
@@ -51,19 +52,21 @@ def main(argv: list[str] | None = None) -> None:
             if data_arguments.dataset_name:
                 model.config.text_columns = data_arguments.text_column
                 model.config.image_column = data_arguments.image_column
+            check_posts(posts, model, processor, arguments, model_arguments.cache_features, faults)
             set_loss(model, arguments, model_arguments, posts["train"])
             features = None
             if model_arguments.cache_features:
                 with arguments.main_process_first(desc="computing features"):
                     posts, features = compute_features(arguments, model_arguments, model, processor, posts)
 
-            trainer = make_trainer(arguments, model, processor, posts, features)
+            trainer = make_trainer(arguments, model, processor, posts, features, faults)
             trained = trainer.train(resume_from_checkpoint=checkpoint)
             averaged = average_checkpoints(trainer)
             choose_combination(trainer, posts, model_arguments.modality_combination)
             trainer.save_model()
             trainer.save_state()
             trainer.save_metrics("train", trained.metrics)
+            faults.gather()
             trainer.save_metrics("skipped", faults.summary())
             results = evaluate_splits(trainer, posts)
             if trainer.is_world_process_zero():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+from accelerate.utils import gather_object
 
 from clipcacg.scripts.data.errors import InputError
 
@@ -66,6 +67,11 @@ class Faults:
             logger.warning(report(new, "replaced by other posts of their batches"))
             self.left_out |= new
             self.check_share()
+
+    def gather(self) -> None:
+        """Take over what the other processes of a run have left out."""
+        for row in gather_object(list(self.left_out.items())):
+            self.left_out.setdefault(*row)
 
     def check_share(self) -> None:
         """Refuse data of which too much was left out.

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from clipcacg.scripts.baselines.logistic_regression import fit, majority, pooled
 from clipcacg.scripts.baselines.sentibank_sentistrength import LexiconCollator, SentiBankSentiStrength
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.features import add_digests, cache_features, frozen_backbones
 from clipcacg.scripts.data.labels import label_names
 from clipcacg.scripts.data.loading import DataArguments, load_posts
@@ -49,6 +50,7 @@ class Fold:
     number: int | None
     posts: datasets.DatasetDict
     settings: Settings
+    faults: Faults = field(default_factory=Faults)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -62,6 +64,7 @@ class Fold:
             "posts": {split: len(dataset) for split, dataset in self.posts.items()},
             "measured": self.measured,
             "published_on": kind.replace("-", "_"),
+            **({"skipped_posts": len(self.faults.left_out)} if self.faults.left_out else {}),
         }
 
     def hash(self) -> str:
@@ -105,14 +108,15 @@ def load_fold(number: int | None, settings: Settings) -> Fold:
     """
     if number is not None:
         settings = replace(settings, data=replace(settings.data, splits=f"cheema:{number}"))
-    posts = load_posts(settings.data)
+    faults = Faults(settings.data.on_error)
+    posts = load_posts(settings.data, faults=faults)
     if not {"train", "validation"} <= posts.keys():
         raise InputError(f"reproduce.py needs the splits train and validation, got {', '.join(posts)}.")
     if label_names(posts["train"]) is None:
         raise InputError("reproduce.py needs posts with classes, and these labels are numbers.")
     for column in ("text", "image"):
         posts = datasets.DatasetDict({split: add_digests(dataset, column) for split, dataset in posts.items()})
-    return Fold(number, posts, settings)
+    return Fold(number, posts, settings, faults)
 
 
 def protocol(data: DataArguments, posts: datasets.DatasetDict) -> str:

@@ -24,7 +24,7 @@ from clipcacg.configuration_clipcacg import BACKBONES, MODALITY_COMBINATIONS, Cl
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.augmentation import Augmentation
-from clipcacg.scripts.data.collator import PostCollator
+from clipcacg.scripts.data.collator import PostCollator, leave_out_unreadable
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.features import FEATURES, FeatureStore, cache_features
@@ -268,6 +268,30 @@ def balanced_weights(dataset: datasets.Dataset) -> list[float]:
     return compute_class_weight("balanced", classes=classes, y=np.asarray(dataset["label"])).tolist()
 
 
+def check_posts(
+    posts: datasets.DatasetDict,
+    model: ClipCaCgForSequenceClassification,
+    processor: ClipCaCgProcessor,
+    arguments: RecipeArguments,
+    with_training: bool,
+    faults: Faults,
+) -> None:
+    """Leave out what cannot be read of the splits that must be readable; training replaces such posts as it goes.
+
+    Args:
+        posts: Splits, of which some are replaced.
+        model: Says what is read.
+        processor: Reads it.
+        arguments: The recipe.
+        with_training: The training split is read as a whole too, to store features of it.
+        faults: Says whether bad posts are left out, and counts them.
+    """
+    collator = PostCollator(processor, model.config)
+    for split in [split for split in posts if with_training or split != "train"]:
+        workers = arguments.dataloader_num_workers
+        posts[split] = leave_out_unreadable(posts[split], collator, faults, f"the {split} split", workers)
+
+
 def compute_features(
     arguments: RecipeArguments,
     model_arguments: ModelArguments,
@@ -302,8 +326,11 @@ def make_trainer(
     processor: ClipCaCgProcessor,
     posts: datasets.DatasetDict,
     features: dict[str, FeatureStore] | None = None,
+    faults: Faults | None = None,
 ) -> SentimentTrainer:
     """Make the Trainer; `features` come from `compute_features`. Conflicting posts train modality heads alone.
+
+    With `--on_error skip`, `faults` takes the training posts that cannot be read.
 
     Raises:
         InputError: If checkpoints are to be averaged whose weights are spread over several files.
@@ -324,6 +351,7 @@ def make_trainer(
         processing_class=processor,
         compute_metrics=partial(compute_metrics, metric=load_metric(names is None), names=names),
         callbacks=callbacks,
+        faults=faults,
     )
     if averaged > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise InputError("--average_checkpoints does not work with FSDP and DeepSpeed: use one process or DDP.")
