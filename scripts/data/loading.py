@@ -10,13 +10,13 @@ from huggingface_hub.constants import HF_HOME
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.scripts.data.checks import bad_images
-from clipcacg.scripts.data.columns import Columns, as_posts
+from clipcacg.scripts.data.columns import Columns, as_posts, stream_posts
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import with_labels, with_modality_labels
 from clipcacg.scripts.data.mending import Reasons
 from clipcacg.scripts.data.mvsa import load_mvsa, read_folder
-from clipcacg.scripts.data.sources import read_source
+from clipcacg.scripts.data.sources import column_names, read_source
 from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
 
 SAMPLE_FOLDER = Path(HF_HOME) / "clipcacg" / "sample"
@@ -38,6 +38,9 @@ class ColumnArguments:
     train_split: str | None = field(default=None, metadata={"help": "Its own name of the training split."})
     validation_split: str | None = field(default=None, metadata={"help": "Its own name of the validation split."})
     test_split: str | None = field(default=None, metadata={"help": "Its own name of the test split."})
+    streaming: bool = field(
+        default=False, metadata={"help": "For predict.py: read rows one after the other, without a copy on this disk."}
+    )
     on_error: Literal["raise", "skip"] = field(
         default="raise",
         metadata={"help": "Stop at rows that cannot be read, or leave them out, up to a tenth of all rows."},
@@ -90,6 +93,8 @@ class DataArguments(ColumnArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.streaming:
+            raise InputError("--streaming is for predict.py alone: leave it out.")
         if self.data_dir and self.dataset_name:
             raise InputError("--data_dir and --dataset_name both name the data: give one of them.")
         if self.dataset_name and self.splits not in (None, "random"):
@@ -212,8 +217,9 @@ def read_rows(
         texts=["id", *(column for choice in texts for column in choice or ()), *filter(None, images)],
         labels=list(labels),
         on_error=arguments.on_error,
+        streaming=arguments.streaming,
     )
-    present = next(iter(posts.values())).column_names
+    present = column_names(next(iter(posts.values())), name)
     if modality != "image":
         arguments.text_column = next(c for c in texts if c and (c in texts[::2] or set(c) <= set(present)))
     if modality != "text":
@@ -234,7 +240,10 @@ def read_rows(
     folder = path if path.is_dir() else path.parent
     prefix = "{}-" if len(posts) > 1 else ""
     for split, dataset in posts.items():
-        posts[split] = as_posts(dataset, columns, folder, prefix.format(split), name)
+        if arguments.streaming:
+            posts[split] = stream_posts(dataset, columns, present, folder, prefix.format(split))
+        else:
+            posts[split] = as_posts(dataset, columns, folder, prefix.format(split), name)
     return posts, malformed
 
 
@@ -242,7 +251,7 @@ def load_to_predict(arguments: ColumnArguments, name: str, split: str, config: C
     """Load posts without labels.
 
     Args:
-        arguments: Says which columns and splits.
+        arguments: Says which columns and splits, and with `streaming` that no row is kept.
         name: A source as `read_source` takes it, or a folder with <ID>.jpg and <ID>.txt in itself or in `data`, which
             are read in the order of their IDs.
         split: Which split, of a source that has several.
@@ -263,6 +272,8 @@ def load_to_predict(arguments: ColumnArguments, name: str, split: str, config: C
     split = next(iter(posts)) if len(posts) == 1 else split
     if split not in posts:
         raise InputError(f"{name} has no split {split}: name one with --split. Choices: {', '.join(posts)}.")
+    if arguments.streaming:
+        return posts[split]
     errors = [malformed.get(split, {}).get(index) for index in range(len(posts[split]))]
     return posts[split].remove_columns("row").add_column("error", errors, feature=datasets.Value("string"))
 

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ READERS = {
 }  # fmt: skip
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 FAULTS = (datasets.exceptions.DatasetGenerationError, OSError, StopIteration, ValueError, pyarrow.ArrowException)
+METADATA = "metadata.csv"  # of an imagefolder, with the column file_name
 SPLITS = ("train", "validation", "test")
 # Names of files and of splits, to ours.
 SPLIT_NAMES = {
@@ -64,8 +65,8 @@ def read_source(
     path, splits = Path(name).expanduser(), splits or {}
     cells = {"converters": dict.fromkeys(texts, str), "keep_default_na": False}
     cells["na_values"] = dict.fromkeys(labels, EMPTY_CELLS)
-    with _reading(name):
-        if files := _tables(path, splits):
+    with reading(name):
+        if files := _tables(path, splits, streaming):
             if config:
                 raise InputError(f"--dataset_config {config}: {name} has no configs.")
             first = next(iter(files.values()))[0]
@@ -79,6 +80,8 @@ def read_source(
                 data_files = {split: list(map(str, part)) for split, part in files.items()}
                 return datasets.load_dataset(builder, data_files=data_files, streaming=streaming, **options)
 
+            if first.name == METADATA:
+                return _imagefolder(files, load), {}
             try:
                 return load(files), {}
             except FAULTS:
@@ -107,8 +110,16 @@ def read_source(
         return _ours(found, name, splits), {}
 
 
+def column_names(dataset: datasets.Dataset | datasets.IterableDataset, name: str) -> list[str]:
+    """Return the names of the columns; a stream of text has them in its first row."""
+    if dataset.column_names is None:
+        with reading(name):
+            return list(next(iter(dataset)))
+    return list(dataset.column_names)
+
+
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def reading(name: str) -> Iterator[None]:
     """Turn what the readers raise into an InputError that names the source."""
     try:
         yield
@@ -125,14 +136,16 @@ def table_suffix(path: Path) -> str:
     return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSED), "")
 
 
-def _tables(path: Path, splits: Mapping[str, str]) -> dict[str, list[Path]]:
+def _tables(path: Path, splits: Mapping[str, str], streaming: bool) -> dict[str, list[Path]]:
     """The tables to read, by split; none for a folder or Hub data set that datasets understands by itself.
 
     Raises:
         InputError: If there is no such file, or it is no table.
     """
     if path.is_dir():
-        return _tables_of_folder(path, splits)
+        files = _tables_of_folder(path, splits)
+        is_imagefolder = any(file.name == METADATA for part in files.values() for file in part)
+        return {} if is_imagefolder and streaming else files
     if path.exists() and table_suffix(path) not in READERS:
         raise InputError(f"{path} is not a table that can be read. Allowed: {', '.join(READERS)}.")
     if table_suffix(path) in READERS:
@@ -147,10 +160,11 @@ def _tables(path: Path, splits: Mapping[str, str]) -> dict[str, list[Path]]:
 def _tables_of_folder(folder: Path, splits: Mapping[str, str]) -> dict[str, list[Path]]:
     """The tables of a folder by the split that their names or folders tell, those of the commonest format."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    metadata = {path.name for path in files if path.stem == "metadata"}
     own_rules = {"README.md", "dataset_dict.json", "state.json"}  # of the Hub, and of save_to_disk
-    if any(path.name in own_rules or path.stem == "metadata" for path in files):
+    if any(path.name in own_rules for path in files) or metadata - {METADATA}:
         return {}
-    tables = [path for path in files if table_suffix(path) in READERS]
+    tables = [path for path in files if path.name == METADATA or (not metadata and table_suffix(path) in READERS)]
     formats = Counter(table_suffix(path) for path in tables)
     tables = [path for path in tables if table_suffix(path) == max(formats, key=formats.__getitem__)]
     found: dict[str | None, list[Path]] = {}
@@ -165,6 +179,19 @@ def _tables_of_folder(folder: Path, splits: Mapping[str, str]) -> dict[str, list
     if without and not found:
         return {"train": without}
     return {split: found[split] for split in SPLITS if split in found}
+
+
+def _imagefolder(files: Mapping[str, list[Path]], load: Callable[..., Any]) -> datasets.DatasetDict:
+    """Read the metadata.csv of an imagefolder; the reader of `datasets` would take the text NA for an empty cell."""
+    posts = datasets.DatasetDict()
+    for split, part in files.items():
+        pieces = []
+        for path in part:
+            rows = load({split: [path]})[split]
+            images = [str(path.parent / name) for name in rows["file_name"]]
+            pieces.append(rows.remove_columns("file_name").add_column("image", images))
+        posts[split] = datasets.concatenate_datasets(pieces)
+    return posts
 
 
 def _split_of(path: Path, splits: Mapping[str, str]) -> str | None:

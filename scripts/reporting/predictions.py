@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import datasets
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
@@ -22,6 +23,7 @@ from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.faults import ALLOWED_SHARE
 from clipcacg.scripts.data.loading import ColumnArguments, load_to_predict
+from clipcacg.scripts.data.sources import reading
 
 logger = logging.getLogger(__name__)
 
@@ -217,25 +219,37 @@ def predict_file(
             output.unlink(missing_ok=True)
         done = lines_done(output, origin | ({"bf16": True} if bf16 else {}))
         file = output.open("a", encoding="utf-8", errors="backslashreplace")
-    stop = len(posts) if max_samples is None else min(len(posts), max_samples)
-    batches: DataLoader[Any] = DataLoader(
-        posts.select(range(min(done, stop), stop)),  # type: ignore[arg-type]  # torch's type is its own class
+    if isinstance(posts, datasets.Dataset):
+        total = len(posts) if max_samples is None else min(len(posts), max_samples)
+        rest: Any = posts.select(range(min(done, total), total))
+    else:
+        total, rest = max_samples, posts.skip(done)
+        rest = rest if total is None else rest.take(max(total - done, 0))
+        num_workers = min(num_workers, 1)  # several would mix the order of the rows
+    loader: DataLoader[Any] = DataLoader(
+        rest,
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=partial(prepare, collator=PostCollator(processor, model.config)),
     )
-    failed, total = 0, 0
-    with file, tqdm(initial=done, total=stop, unit=" posts") as bar:
-        for rows, inputs in batches:
+    failed = written = 0
+    with file, tqdm(initial=done, total=total, unit=" posts") as bar:
+        for rows, inputs in read_batches(loader, source):
             for line in predict_rows(model, rows, inputs, bf16):
                 if "error" in line and columns.on_error == "raise":
                     raise InputError(f"{source}, post {line['id']}: {line['error']}")
                 write_line(file, line)
-                failed, total = failed + ("error" in line), total + 1
+                failed, written = failed + ("error" in line), written + 1
             file.flush()
             bar.update(len(rows))
     if failed:
-        fault = f"{failed} of {total} posts could not be read; their lines in {output} say why"
-        if failed > ALLOWED_SHARE * total:
+        fault = f"{failed} of {written} posts could not be read; their lines in {output} say why"
+        if failed > ALLOWED_SHARE * written:
             raise InputError(f"{fault}. That is more than a tenth: mend the data.")
         logger.warning(fault)
+
+
+def read_batches(loader: DataLoader, source: str) -> Iterator[tuple[list[Row], Inputs | None]]:
+    """Yield the batches; a stream may turn out to be faulty in the middle."""
+    with reading(source):
+        yield from loader
