@@ -9,6 +9,7 @@ import datasets
 from huggingface_hub.constants import HF_HOME
 
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.images import locate_image
 from clipcacg.scripts.data.labels import with_labels, with_modality_labels
 from clipcacg.scripts.data.mvsa import load_mvsa
@@ -31,7 +32,13 @@ class DataArguments:
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images, or of their paths."})
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
-    label_column: str = field(default="label", metadata={"help": "Column of the labels; floats mean a regression."})
+    label_column: str = field(
+        default="label", metadata={"help": "Column of the labels: words, numbers, or lists for several per post."}
+    )
+    task: Literal["auto", "classification", "regression"] = field(
+        default="auto",
+        metadata={"help": "What numbers in the label column are. auto: a few whole numbers are classes."},
+    )
     text_label_column: str | None = field(
         default=None,
         metadata={"help": "For --dataset_name: column of the texts' own labels, for --use_modality_heads."},
@@ -67,6 +74,8 @@ class DataArguments:
             )
         if self.dataset_name and self.use_conflicting_posts:
             raise InputError("--use_conflicting_posts is for --data_dir alone: other data keeps the posts it has.")
+        if self.dataset_name is None and self.task == "regression":
+            raise InputError("--task regression is for --dataset_name alone: the labels of MVSA are classes.")
         if self.dataset_name is None and (self.text_label_column or self.image_label_column):
             raise InputError(
                 "--text_label_column and --image_label_column are for --dataset_name alone: MVSA has both labels."
@@ -86,9 +95,9 @@ def load_posts(arguments: DataArguments, modality: str = "both") -> datasets.Dat
 
     Returns:
         `datasets.DatasetDict`: some of the splits train, validation and test, with the columns id, text, image (not
-        decoded) and label. The label is a ClassLabel, or a float for a regression. Of MVSA, and of a data set that
-        names them, also text_label and image_label, with the classes of label; -100 where a post has none. Only
-        conflicting posts, which only the training split may hold, have the label -100.
+        decoded) and label. The label is a ClassLabel, a list of them, or a float for a regression. Of MVSA, and of a
+        data set that names them, also text_label and image_label, with the classes of label; -100 where a post has
+        none. Only conflicting posts, which only the training split may hold, have the label -100.
 
     Raises:
         InputError: a column is missing or the data cannot be read; see `load_mvsa` and `split_mvsa`.
@@ -140,11 +149,12 @@ def _load_any(arguments: DataArguments, name: str, modality: str) -> datasets.Da
             dataset = dataset.add_column("id", [f"{split}-{row}" for row in range(len(dataset))])
         if isinstance(dataset.features.get("image"), datasets.Value):
             dataset = _with_images(dataset, Path(name).expanduser())
-        posts[split] = dataset
-    posts = with_labels(posts, name)
+        posts[split] = dataset.add_column("row", list(range(1, len(dataset) + 1)))
+    faults = Faults(arguments.on_error)
+    posts = with_labels(posts, name, arguments.task, faults)
     for column in {"text_label", "image_label"} & set(columns.values()):
-        posts = with_modality_labels(posts, column)
-    return posts
+        posts = with_modality_labels(posts, column, name, faults)
+    return posts.remove_columns("row")
 
 
 def _read(name: str) -> datasets.DatasetDict:
