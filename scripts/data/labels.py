@@ -318,21 +318,26 @@ def _classes(counts: Counter[Any], declared: list[str]) -> tuple[list[str], dict
     variants: dict[str, list[str]] = {}
     shown: Counter[str] = Counter()
     for word, count in counts.items():
-        shown[" ".join(word.split())] += count
+        shown[_tidy(word)] += count
     # The most frequent first, and small letters before capitals.
-    for word in sorted(counts, key=lambda word: (-shown[" ".join(word.split())], word.swapcase())):
+    for word in sorted(counts, key=lambda word: (-shown[_tidy(word)], word.swapcase())):
         variants.setdefault(_key(word), []).append(word)
     merged = [words for words in variants.values() if len(words) > 1]
     if merged:
         spelled = "; ".join(" = ".join(f"{word!r} ({counts[word]})" for word in words) for words in merged)
         logger.warning("Labels that differ only in case or spaces are one class: %s", spelled)
-    named = sorted((" ".join(words[0].split()), words) for words in variants.values())
+    named = sorted((_tidy(words[0]), words) for words in variants.values())
     return [name for name, _ in named], {word: index for index, (_, words) in enumerate(named) for word in words}
 
 
+def _tidy(name: str) -> str:
+    """A name with single spaces, and each character in one encoding."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
 def _key(name: str) -> str:
-    """A name without the differences that do not matter: case, spaces and ways to encode a character."""
-    return " ".join(unicodedata.normalize("NFKC", name).split()).casefold()
+    """A name without the differences that do not matter, those in case among them."""
+    return _tidy(name).casefold()
 
 
 def _as_name(label: Any) -> str:

@@ -134,7 +134,7 @@ def build(
                 **backbones, **loading, **arguments.config_fields(), **labels
             )
             processor = ClipCaCgProcessor.from_backbones(**backbones, **loading)
-    with as_input_error("--freeze_text_layers or --freeze_vision_blocks", ValueError):
+    with as_input_error("The encoders cannot be frozen", ValueError):
         limit_and_freeze(model, processor, arguments)
     return model, processor
 
@@ -148,7 +148,9 @@ def limit_and_freeze(model: PreTrainedModel, processor: ClipCaCgProcessor, argum
     keep_freed_memory()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if arguments.max_length:
-        processor.tokenizer.model_max_length = min(arguments.max_length, processor.tokenizer.model_max_length)
+        shared = [processor.clip_tokenizer] if model.config.share_clip_text else []
+        for tokenizer in (processor.tokenizer, *shared):
+            tokenizer.model_max_length = min(arguments.max_length, tokenizer.model_max_length)
     model.freeze_backbones(
         arguments.freeze_text,
         arguments.freeze_vision,
