@@ -9,9 +9,15 @@ import torch
 from sklearn.metrics import precision_recall_curve
 
 from clipcacg.processing_clipcacg import labels_that_apply
+from clipcacg.scripts.data.errors import InputError
 
 METRIC = str(Path(__file__).parent / "sentiment_metrics")
 CONFIGURATIONS = {"regression": ["regression"], "multi_label_classification": ["multilabel"]}
+TASKS = {
+    "single_label_classification": "classes",
+    "multi_label_classification": "several labels per post",
+    "regression": "numbers",
+}
 
 
 def load_metric(task: str = "single_label_classification") -> evaluate.Metric:
@@ -67,3 +73,23 @@ def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
         return 0.5
     below = found[best - 1] if best else 0.0
     return float(below + found[best]) / 2
+
+
+def names_to_choose_by(task: str) -> list[str]:
+    """The names that `--metric_for_best_model` takes for a task."""
+    logits, names = (np.eye(2)[:, :1], None) if task == "regression" else (np.eye(2), ["0", "1"])
+    labels = np.eye(2) if task == "multi_label_classification" else np.arange(2)
+    scores = score(logits, labels, load_metric(task), names)
+    return ["loss", *(name for name, value in scores.items() if isinstance(value, float))]
+
+
+def check_metric_name(name: str, task: str | None = None) -> None:
+    """Check the value of `--metric_for_best_model`; `task` is None as long as it is unknown.
+
+    Raises:
+        InputError: If no evaluation gives such a score.
+    """
+    choices = {task: names_to_choose_by(task) for task in ([task] if task else TASKS)}
+    if name.removeprefix("eval_") not in sum(choices.values(), []):
+        told = [f"{', '.join(names)} for {TASKS[task]}" for task, names in choices.items()]
+        raise InputError(f"--metric_for_best_model {name} is no score of an evaluation: use {'; '.join(told)}.")
