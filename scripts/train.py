@@ -15,7 +15,7 @@ from transformers import enable_full_determinism, set_seed
 
 from clipcacg.scripts.data.errors import one_sentence, set_up_logging
 from clipcacg.scripts.data.faults import Faults
-from clipcacg.scripts.data.labels import label_names
+from clipcacg.scripts.data.labels import label_fields
 from clipcacg.scripts.training.arguments import parse_arguments
 from clipcacg.scripts.training.checks import check_flags
 from clipcacg.scripts.training.record import complete_checkpoint
@@ -24,6 +24,7 @@ from clipcacg.scripts.training.run import (
     build,
     check_posts,
     choose_combination,
+    choose_thresholds,
     compute_features,
     evaluate_splits,
     load_training_posts,
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             faults = Faults(data_arguments.on_error)
             posts = load_training_posts(model_arguments, data_arguments, arguments, faults)
             checkpoint = where_to_resume(arguments)
-            model, processor = build(model_arguments, data_arguments.is_sample, label_names(posts["train"]))
+            model, processor = build(model_arguments, data_arguments.is_sample, label_fields(posts["train"]))
             if data_arguments.dataset_name:
                 model.config.text_columns = data_arguments.text_column
                 model.config.image_column = data_arguments.image_column
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             trained = trainer.train(resume_from_checkpoint=checkpoint)
             averaged = average_checkpoints(trainer)
             choose_combination(trainer, posts, model_arguments.modality_combination)
+            choose_thresholds(trainer, posts)
             trainer.save_model()
             trainer.save_state()
             trainer.save_metrics("train", trained.metrics)

@@ -77,8 +77,14 @@ def read_source(
                 options["sep"] = "\t"
 
             def load(files: Mapping[str, list[Path]]) -> Any:
-                data_files = {split: list(map(str, part)) for split, part in files.items()}
-                return datasets.load_dataset(builder, data_files=data_files, streaming=streaming, **options)
+                # Together the splits would get the types and the class names of the first.
+                found = {
+                    split: datasets.load_dataset(
+                        builder, data_files={split: list(map(str, part))}, split=split, streaming=streaming, **options
+                    )
+                    for split, part in files.items()
+                }
+                return datasets.IterableDatasetDict(found) if streaming else datasets.DatasetDict(found)
 
             if first.name == METADATA:
                 return _imagefolder(files, load), {}
