@@ -16,6 +16,7 @@ from transformers import enable_full_determinism, set_seed
 from clipcacg.scripts.data.errors import one_sentence, set_up_logging
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import label_fields
+from clipcacg.scripts.data.loading import training_stream
 from clipcacg.scripts.training.arguments import parse_arguments
 from clipcacg.scripts.training.checks import check_flags
 from clipcacg.scripts.training.record import complete_checkpoint
@@ -60,7 +61,10 @@ def main(argv: list[str] | None = None) -> None:
                 with arguments.main_process_first(desc="computing features"):
                     posts, features = compute_features(arguments, model_arguments, model, processor, posts)
 
-            trainer = make_trainer(arguments, model, processor, posts, features, faults)
+            stream = None
+            if data_arguments.streaming:
+                stream = training_stream(data_arguments, model_arguments.modality, posts, model.config, arguments.seed)
+            trainer = make_trainer(arguments, model, processor, posts, features, faults, stream)
             trained = trainer.train(resume_from_checkpoint=checkpoint)
             averaged = average_checkpoints(trainer)
             choose_combination(trainer, posts, model_arguments.modality_combination)

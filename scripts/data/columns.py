@@ -83,7 +83,7 @@ def as_posts(
 def stream_posts(
     dataset: datasets.IterableDataset, columns: Columns, present: Sequence[str], folder: Path | str, prefix: str
 ) -> datasets.IterableDataset:
-    """Give a stream of rows the columns id, text and image; no row is kept.
+    """Give a stream of rows the columns row, id, text and image; no row is kept.
 
     Args:
         dataset: A split as the source has it.
@@ -97,9 +97,16 @@ def stream_posts(
     return dataset.map(as_post, with_indices=True, remove_columns=list(present))
 
 
+def in_memory(dataset: datasets.IterableDataset, image: str | None) -> datasets.Dataset:
+    """Read a stream to its end, without decoding the column of its images."""
+    if image and dataset.features and is_image(dataset.features[image]):
+        dataset = dataset.cast_column(image, IMAGE)
+    return datasets.Dataset.from_list(list(dataset), features=dataset.features, split=dataset.split)
+
+
 def _as_post(row: Mapping[str, Any], index: int, columns: Columns, folder: Path | str, prefix: str) -> dict[str, Any]:
     own = row.get("id")
-    post: dict[str, Any] = {"id": f"{prefix}{index + 1}" if own is None else str(own)}
+    post: dict[str, Any] = {"row": index + 1, "id": f"{prefix}{index + 1}" if own is None else str(own)}
     if columns.text:
         post["text"] = join_texts(row[column] for column in columns.text)
     if columns.image:

@@ -10,7 +10,7 @@ from huggingface_hub.constants import HF_HOME
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.scripts.data.checks import bad_images
-from clipcacg.scripts.data.columns import Columns, as_posts, stream_posts
+from clipcacg.scripts.data.columns import Columns, as_posts, in_memory, stream_posts
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import with_labels, with_modality_labels
@@ -18,6 +18,7 @@ from clipcacg.scripts.data.mending import Reasons
 from clipcacg.scripts.data.mvsa import load_mvsa, read_folder
 from clipcacg.scripts.data.sources import column_names, read_source
 from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
+from clipcacg.scripts.data.streaming import PostStream
 
 SAMPLE_FOLDER = Path(HF_HOME) / "clipcacg" / "sample"
 
@@ -39,7 +40,7 @@ class ColumnArguments:
     validation_split: str | None = field(default=None, metadata={"help": "Its own name of the validation split."})
     test_split: str | None = field(default=None, metadata={"help": "Its own name of the test split."})
     streaming: bool = field(
-        default=False, metadata={"help": "For predict.py: read rows one after the other, without a copy on this disk."}
+        default=False, metadata={"help": "Read rows one after the other, without a copy on this disk."}
     )
     on_error: Literal["raise", "skip"] = field(
         default="raise",
@@ -99,8 +100,10 @@ class DataArguments(ColumnArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.streaming:
-            raise InputError("--streaming is for predict.py alone: leave it out.")
+        if self.streaming and not self.dataset_name:
+            raise InputError("--streaming is for --dataset_name alone: an MVSA folder is read where it lies.")
+        if self.streaming and self.group_duplicates:
+            raise InputError("--group_duplicates compares all posts, which --streaming does not keep: choose one.")
         if self.data_dir and self.dataset_name:
             raise InputError("--data_dir and --dataset_name both name the data: give one of them.")
         if self.dataset_name and self.splits not in (None, "random"):
@@ -144,6 +147,9 @@ def load_posts(
         data set that names them, also text_label and image_label, with the classes of label; -100 where a post has
         none. Only conflicting posts, which only the training split may hold, have the label -100.
 
+        With `streaming`, the training split has no text and no image (see `training_stream`), the others lie in
+        memory, and an unsplit source has no other split.
+
     Raises:
         InputError: a column is missing, the data cannot be read or a row is bad; see `load_mvsa` and `split_mvsa`.
     """
@@ -163,6 +169,9 @@ def load_posts(
         posts = posts.cast_column("image", datasets.Image(decode=False))
     else:
         posts = _load_any(arguments, arguments.dataset_name, modality, remembered, faults)
+        if arguments.streaming:
+            faults.check_share()
+            return posts
         if len(posts) == 1 and (arguments.splits is None or "test" in posts):
             posts = datasets.DatasetDict(test=next(iter(posts.values())))
         else:
@@ -186,7 +195,7 @@ def _load_any(
         posts = with_modality_labels(posts, column, name, faults)
     for split, dataset in posts.items():
         posts[split] = faults.leave_out(dataset, bad_images(dataset), _source(name, split, posts))
-    return posts.remove_columns("row")
+    return posts if arguments.streaming else posts.remove_columns("row")
 
 
 def _source(name: str, split: str, posts: datasets.DatasetDict) -> str:
@@ -248,11 +257,34 @@ def read_rows(
     folder = path if path.is_dir() else path.parent
     prefix = "{}-" if len(posts) > 1 else ""
     for split, dataset in posts.items():
-        if arguments.streaming:
+        used = columns
+        if arguments.streaming and labels and isinstance(arguments, DataArguments):
+            limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
+            dataset = dataset if limit is None else dataset.take(limit)
+            if split == "train":
+                used, dataset = Columns(labels=labels), dataset.select_columns([*labels, *({"id"} & set(present))])
+            dataset = in_memory(dataset, used.image)
+        elif arguments.streaming:
             posts[split] = stream_posts(dataset, columns, present, folder, prefix.format(split))
-        else:
-            posts[split] = as_posts(dataset, columns, folder, prefix.format(split), name)
+            continue
+        posts[split] = as_posts(dataset, used, folder, prefix.format(split), name)
     return posts, malformed
+
+
+def training_stream(
+    arguments: DataArguments, modality: str, posts: datasets.DatasetDict, remembered: ClipCaCgConfig | None, seed: int
+) -> PostStream:
+    """Open the training posts of `--streaming`, of which `load_posts` returns the labels alone.
+
+    Args:
+        arguments: The source.
+        modality: "both", "image" or "text".
+        posts: What `load_posts` returned for it.
+        remembered: Config of a checkpoint.
+        seed: Seed of the order of the posts.
+    """
+    streams, _ = read_rows(arguments, str(arguments.dataset_name), modality, remembered, {})
+    return PostStream(streams["train"], posts["train"], seed)
 
 
 def load_to_predict(arguments: ColumnArguments, name: str, split: str, config: ClipCaCgConfig) -> datasets.Dataset:

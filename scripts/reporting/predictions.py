@@ -116,18 +116,15 @@ def prepare(rows: list[Row], collator: PostCollator) -> tuple[list[Row], Inputs 
         missing = [name for name in collator.config.modalities if row.get(name) is None]
         fault = f"the model needs {' and '.join(missing)}, which this post does not have" if missing else None
         found.append({"id": str(row["id"]), "error": row.get("error") or fault})
-    good = [row for row, line in zip(rows, found, strict=True) if not line["error"]]
+    good = [(row, line) for row, line in zip(rows, found, strict=True) if not line["error"]]
     try:
-        return found, collator(good) if good else None
+        return found, collator([row for row, _ in good]) if good else None
     except InputError:
-        for row, line in zip(rows, found, strict=True):
-            if not line["error"]:
-                try:
-                    collator([row])
-                except InputError as error:
-                    line["error"] = str(error)
-        good = [row for row, line in zip(rows, found, strict=True) if not line["error"]]
-        return found, collator(good) if good else None
+        bad = collator.faults([row for row, _ in good])
+        for index, reason in bad.items():
+            good[index][1]["error"] = reason
+        rest = [row for index, (row, _) in enumerate(good) if index not in bad]
+        return found, collator(rest) if rest else None
 
 
 @torch.inference_mode()
@@ -221,7 +218,7 @@ def predict_file(
         file = output.open("a", encoding="utf-8", errors="backslashreplace")
     if isinstance(posts, datasets.Dataset):
         total = len(posts) if max_samples is None else min(len(posts), max_samples)
-        rest: Any = posts.select(range(min(done, total), total))
+        rest: Any = posts.select(range(done, total) if done < total else [])
     else:
         total, rest = max_samples, posts.skip(done)
         rest = rest if total is None else rest.take(max(total - done, 0))

@@ -107,6 +107,8 @@ def load_fold(number: int | None, settings: Settings) -> Fold:
     """
     if number is not None:
         settings = replace(settings, data=replace(settings.data, splits=f"cheema:{number}"))
+    if settings.data.streaming:
+        raise InputError("--streaming is for train.py and predict.py: leave it out.")
     faults = Faults(settings.data.on_error)
     posts = load_posts(settings.data, faults=faults)
     if not {"train", "validation"} <= posts.keys():

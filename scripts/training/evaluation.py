@@ -50,6 +50,8 @@ def labelled_posts(
     Raises:
         InputError: If there is no such split, or the labels of the model and of the data differ.
     """
+    if data_arguments.streaming:
+        raise InputError("--streaming is for train.py and predict.py: leave it out.")
     task = "regression" if model.config.task == "regression" else "classification"
     if data_arguments.task not in ("auto", task):
         raise InputError(f"--task {data_arguments.task}: the checkpoint was trained for {task}; leave the flag out.")

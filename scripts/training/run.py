@@ -32,6 +32,7 @@ from clipcacg.scripts.data.labels import align, check_classes, label_names, task
 from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, load_posts
 from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import make_tiny_backbones
+from clipcacg.scripts.data.streaming import PostStream
 from clipcacg.scripts.reporting.hub import push_checkpoint
 from clipcacg.scripts.reporting.predictions import checkpoint_config, load_checkpoint, prediction_line, write_line
 from clipcacg.scripts.reporting.tables import results_table
@@ -64,6 +65,8 @@ def load_training_posts(
         has_heads = has_heads or config.use_modality_heads
     if data_arguments.use_conflicting_posts and not has_heads:
         raise InputError("--use_conflicting_posts trains modality heads alone: add --use_modality_heads.")
+    if data_arguments.streaming:
+        adapt_to_stream(arguments, model_arguments.cache_features)
     with arguments.main_process_first(desc="loading the posts"):
         posts = load_posts(data_arguments, model_arguments.modality, config, faults)
     if "train" not in posts:
@@ -104,6 +107,19 @@ def follow_checkpoint(arguments: ModelArguments, config: ClipCaCgConfig, given: 
             setattr(arguments, name, found)
         elif wanted != found and name not in CHANGEABLE:
             raise InputError(f"--{name} is {found} in {arguments.model_name_or_path} and cannot be {wanted}.")
+
+
+def adapt_to_stream(arguments: RecipeArguments, cache_features: bool) -> None:
+    """Settle the flags that depend on `--streaming`.
+
+    Raises:
+        InputError: If a flag needs all posts.
+    """
+    for flag, is_set in {"cache_features": cache_features, "augment": arguments.augment}.items():
+        if is_set:
+            raise InputError(f"--{flag} needs all training posts, which --streaming does not keep: choose one.")
+    arguments.train_sampling_strategy = "random"
+    arguments.dataloader_num_workers = min(arguments.dataloader_num_workers, 1)  # the order of rows must stay
 
 
 def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modality: str) -> None:
@@ -321,10 +337,12 @@ def make_trainer(
     posts: datasets.DatasetDict,
     features: dict[str, FeatureStore] | None = None,
     faults: Faults | None = None,
+    stream: PostStream | None = None,
 ) -> SentimentTrainer:
     """Make the Trainer; `features` come from `compute_features`. Conflicting posts train modality heads alone.
 
-    With `--on_error skip`, `faults` takes the training posts that cannot be read.
+    With `--on_error skip`, `faults` takes the training posts that cannot be read; with `--streaming`, `stream` are
+    the training posts.
 
     Raises:
         InputError: If checkpoints are to be averaged whose weights are spread over several files.
@@ -340,7 +358,7 @@ def make_trainer(
         model=model,
         args=arguments,
         data_collator=collator,
-        train_dataset=prepare_training(train, collator, arguments),
+        train_dataset=prepare_training(train, collator, arguments) if stream is None else stream,
         eval_dataset=posts.get("validation"),
         processing_class=processor,
         compute_metrics=partial(compute_metrics, metric=load_metric(task_of(posts["train"])), names=names),

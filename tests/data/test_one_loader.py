@@ -14,6 +14,7 @@ from PIL import Image
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.scripts import evaluate_checkpoint, predict, train
+from clipcacg.scripts.data import streaming
 
 SPLITS = {"train": 30, "validation": 8, "test": 8}
 BAD = {"train": 3, "test": 5}  # row with an image that only decoding shows to be broken
@@ -63,6 +64,37 @@ def trained(sources: Path, backbones: Path, tmp_path_factory: pytest.TempPathFac
         ]
     )  # fmt: skip
     return output
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_training_on_a_stream(kind: str, sources: Path, trained: Path, tmp_path: Path) -> None:
+    flags = ["--text_column", "tweet", "--image_column", "photo", "--label_column", "mood", "--use_cpu"]
+    source = ["--dataset_name", str(sources / kind), "--model_name_or_path", str(trained), "--max_train_samples", "20"]
+    output = ["--output_dir", str(tmp_path), "--per_device_train_batch_size", "4", "--num_train_epochs", "2"]
+    train.main([str(SCRIPTS / "configs/sample.yaml"), *source, *flags, *output, "--streaming", "--on_error", "skip"])
+    found = results(tmp_path)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 10 and state["epoch"] == 2
+    assert found["skipped_posts"] == 2 and len(lines(tmp_path / "predictions.jsonl")) == 7
+    with pytest.raises(SystemExit, match="--cache_features needs all training posts"):
+        train.main([*source, *flags, *output, "--streaming", "--cache_features", "--freeze_text"])
+    with pytest.raises(SystemExit, match="--streaming is for train.py and predict.py"):
+        evaluate_checkpoint.main([str(trained), *source[:2], "--streaming", "--output", str(tmp_path / "scores.json")])
+
+
+def test_a_stream_has_its_labels_and_an_order_of_its_own_in_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "BUFFER", 5)
+    rows = datasets.Dataset.from_dict({"row": range(1, 21), "text": [f"text {row}" for row in range(1, 21)]})
+    labels = datasets.Dataset.from_dict({"row": range(2, 20, 2), "label": [row % 3 for row in range(2, 20, 2)]})
+    posts = streaming.PostStream(rows.to_iterable_dataset(), labels, seed=0)
+    orders = []
+    for epoch in (0, 1, 0):
+        posts.set_epoch(epoch)
+        found = list(posts)
+        assert sorted(post["row"] for post in found) == list(range(2, 20, 2)) and len(posts) == 9
+        assert all(post["label"] == post["row"] % 3 and post["text"] == f"text {post['row']}" for post in found)
+        orders.append([post["row"] for post in found])
+    assert orders[0] == orders[2] != orders[1]
 
 
 def lines(path: Path) -> dict[str, dict[str, Any]]:
