@@ -24,7 +24,7 @@ from transformers import set_seed
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.data.labels import label_names
+from clipcacg.scripts.data.labels import label_fields
 from clipcacg.scripts.data.lines import append_line, read_lines, short_hash
 from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
@@ -75,8 +75,8 @@ def search(
     if arguments.overwrite_output_dir and not arguments.resume_from_checkpoint:
         file.unlink(missing_ok=True)
     posts = datasets.DatasetDict({split: posts[split] for split in ("train", "validation")})
-    names = label_names(posts["train"])
-    model, processor = build(model_arguments, data_arguments.is_sample, names)
+    labels = label_fields(posts["train"])
+    model, processor = build(model_arguments, data_arguments.is_sample, labels)
     space = search_space(model, model_arguments, arguments)
     counts = {split: len(dataset) for split, dataset in posts.items()}
     told = recipe(arguments, model_arguments, arguments.label_smoothing_factor) | {"hp_search": "any number of trials"}
@@ -93,7 +93,7 @@ def search(
 
     def fresh(trial: Any) -> ClipCaCgForSequenceClassification:
         dropout = suggest(trial, space).get("dropout", model_arguments.dropout)
-        made, _ = build(replace(model_arguments, dropout=dropout), data_arguments.is_sample, names)
+        made, _ = build(replace(model_arguments, dropout=dropout), data_arguments.is_sample, labels)
         set_loss(made, copy.copy(arguments), model_arguments, posts["train"])
         set_seed(arguments.seed)  # a run seeds itself again once its model is built
         return made
