@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from clipcacg.scripts.data.collator import PostCollator, leave_out_unreadable
 from clipcacg.scripts.data.errors import InputError, as_input_error, one_sentence, set_up_logging
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import label_names
@@ -46,8 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         check_output(Path(arguments.output))
         model, processor = load_checkpoint(checkpoint)
         faults = Faults(data_arguments.on_error)
-        posts = labelled_posts(model, data_arguments, arguments.split, faults)
-        posts = leave_out_unreadable(posts, PostCollator(processor, model.config), faults, arguments.split)
+        posts = labelled_posts(model, processor, data_arguments, arguments.split, faults)
         scores, names = evaluate_posts(model, processor, posts, arguments.batch_size), label_names(posts)
         if state.is_main_process:
             print(results_table(scores, names))

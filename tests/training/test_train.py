@@ -84,7 +84,8 @@ def test_how_the_data_was_split(tmp_path: Path, posts_folder: Path) -> None:
         data = DataArguments(**arguments, max_train_samples=9)
         return record.split_name(data, load_posts(data))
 
-    rows = [{"text": f"a day {number}", "image": f"{number}.png", "label": number % 2} for number in range(60)]
+    image = str(posts_folder / "data/1.jpg")
+    rows = [{"text": f"a day {number}", "image": image, "label": number % 2} for number in range(60)]
     for folder, splits in (("all", ["train", "dev", "test"]), ("two", ["train", "test"]), ("one", ["train"])):
         (tmp_path / folder).mkdir()
         for number, split in enumerate(splits):
