@@ -18,6 +18,7 @@ from huggingface_hub.utils import httpx
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, BitImageProcessor
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
 
 from .configuration_clipcacg import (
     LOADING_KEYWORDS,
@@ -27,6 +28,8 @@ from .configuration_clipcacg import (
     split_keywords,
 )
 from .modeling_clipcacg import encoder_facts, load_config
+
+logger = logging.get_logger(__name__)
 
 # Tokenizers that know no limit set `model_max_length` to a very large number.
 NO_LIMIT = 10**9
@@ -122,14 +125,17 @@ class ClipCaCgProcessor(ProcessorMixin):
         names = ["input_ids", "attention_mask", "pixel_values"]
         return names if self.clip_tokenizer is None else names + [f"clip_{name}" for name in names]
 
-    def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self, images: Any = None, text: str | Sequence[str | None] | None = None, **kwargs: Any
+    ) -> BatchFeature:
         """Prepare one example or a batch; images alone or texts alone are allowed.
 
         Args:
             images: One image or a list of images: PIL images of any mode, arrays or tensors (height, width),
                 (channels, height, width) or (height, width, channels), paths, binary files, URLs or base64 strings.
-                A 4-D array is a batch.
-            text: One text or a list with one text per image. Texts beyond the encoder's limit are truncated.
+                A 4-D array is a batch. In a list, None is a missing image.
+            text: One text or a list with one text per image. Texts beyond the encoder's limit are truncated. In a
+                list, None is a missing text, and so is a text without words: its `attention_mask` is 0 throughout.
             **kwargs: Keywords of the tokenizer (`padding` and `truncation`, both True by default, `max_length`,
                 `pad_to_multiple_of`, `padding_side`, `add_special_tokens`), keywords of the image processors
                 (`do_resize`, `size`, `do_center_crop`, ...) and `return_tensors` ("pt", "np", or None for lists);
@@ -137,7 +143,8 @@ class ClipCaCgProcessor(ProcessorMixin):
                 always keep their special tokens, are truncated at CLIP's limit and padded on the right.
 
         Returns:
-            A `BatchFeature` with those names of `model_input_names` that apply; the first axis is the batch.
+            A `BatchFeature` with those names of `model_input_names` that apply; the first axis is the batch. Where an
+            image is missing, also `has_image` (batch,), 1 or 0; the pixels of a missing image stand for nothing.
 
         Raises:
             TypeError: For an unknown keyword, or an image or text of an unsupported type.
@@ -160,13 +167,20 @@ class ClipCaCgProcessor(ProcessorMixin):
             # Decoding and conversion happen once for both views.
             needed = self.needed_edge(images_kwargs)
             data_format = images_kwargs.get("input_data_format")
-            arrays = [rgb_array(image, data_format, needed) for image in image_list]
-            arrays = arrays if needed is None else [_middle(array) for array in arrays]
+            read = {
+                i: rgb_array(image, data_format, needed) for i, image in enumerate(image_list) if image is not None
+            }
+            read = read if needed is None else {index: _middle(array) for index, array in read.items()}
+            black = np.zeros_like(next(iter(read.values()), np.zeros((3, needed or 224, needed or 224), np.uint8)))
+            arrays = [read.get(index, black) for index in range(len(image_list))]
+            if len(read) < len(image_list):
+                data["has_image"] = [int(index in read) for index in range(len(image_list))]
             images_kwargs |= {"return_tensors": return_tensors, "input_data_format": "channels_first"}
             data["pixel_values"] = _view(self.image_processor, arrays, images_kwargs)
             if self.clip_image_processor is not None:
                 data["clip_pixel_values"] = _view(self.clip_image_processor, arrays, images_kwargs)
-        return BatchFeature({name: data[name] for name in self.model_input_names if name in data})
+        names = [*self.model_input_names, "has_image"]
+        return BatchFeature({name: data[name] for name in names if name in data}, tensor_type=return_tensors)
 
     def collate(
         self, rows: Sequence[dict[str, Any]], image: str = "image", text: str = "text", label: str = "label"
@@ -177,8 +191,7 @@ class ClipCaCgProcessor(ProcessorMixin):
 
         Args:
             rows: One dict for each example.
-            image, text, label: Names of the columns; those that the rows lack are left out, and an empty text may be
-                None.
+            image, text, label: Names of the columns; those that the rows lack are left out.
 
         Returns:
             What `__call__` returns, and `labels` (batch,).
@@ -193,7 +206,7 @@ class ClipCaCgProcessor(ProcessorMixin):
                 "remove_unused_columns=False; for other names use functools.partial(processor.collate, text=NAME)."
             )
         images = [row[image] for row in rows] if image in columns else None
-        texts = [row[text] or "" for row in rows] if text in columns else None
+        texts = [row[text] for row in rows] if text in columns else None
         batch = dict(self(images=images, text=texts, return_tensors="pt"))
         return batch | ({"labels": torch.tensor([row[label] for row in rows])} if label in columns else {})
 
@@ -320,6 +333,31 @@ class ClipCaCgProcessor(ProcessorMixin):
         return [*args, clip_image_processor, clip_tokenizer]
 
 
+def check_post(post: dict[str, Any], config: ClipCaCgConfig) -> None:
+    """Refuse a post that has nothing the model reads, and warn once if the model has not learned to do without a part.
+
+    Args:
+        post: "image" and "text", either of which may be missing or None.
+        config: Config of the model.
+
+    Raises:
+        ValueError: If the post lacks the only part that the model reads, or both parts.
+    """
+    values = {name: post.get(name) for name in config.modalities}
+    values = {name: None if value == "" else value for name, value in values.items()} if len(values) > 1 else values
+    missing = [name for name, value in values.items() if value is None]
+    if len(missing) == len(values):
+        raise ValueError(
+            f"The model reads the {' and the '.join(config.modalities)} of a post, but this one has no "
+            f"{' and no '.join(missing)}. Give " + '{"image": ..., "text": ...}.'
+        )
+    if missing and not config.modality_dropout:
+        logger.warning_once(
+            "Some posts have no image or no text. The model was trained without modality_dropout, so it has not "
+            "learned to answer them: do not rely on its answers."
+        )
+
+
 def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
     """Turn logits into one score per label.
 
@@ -350,6 +388,9 @@ def _encode(tokenizer: Any, texts: list[str], kwargs: dict[str, Any]) -> dict[st
     if 0 in lengths:  # an empty text and a tokenizer without special tokens: the encoders need one token at least
         longest = {**kwargs, "padding": "max_length", "max_length": max(1, *lengths), "pad_to_multiple_of": None}
         data = tokenizer(texts, return_attention_mask=True, **longest)
+    for mask, text in zip(data["attention_mask"], texts, strict=True):
+        if not text.strip():
+            mask[:] = [0] * len(mask) if isinstance(mask, list) else 0
     return dict(data)
 
 
@@ -363,7 +404,7 @@ def _within_limit(tokenizer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_texts(text: Any) -> list[str]:
-    texts = [text] if isinstance(text, str) else list(text)
+    texts = [text] if isinstance(text, str) else ["" if item is None else item for item in text]
     for index, item in enumerate(texts):
         if not isinstance(item, str):
             raise TypeError(f"text[{index}] must be a string, not {type(item).__name__}.")
@@ -380,7 +421,7 @@ def _as_images(images: Any) -> list[Any]:
     one = isinstance(images, SOURCES) or hasattr(images, "read") or getattr(images, "ndim", 4) < 4
     image_list = [images] if one else list(images)
     for index, item in enumerate(image_list):
-        if not (isinstance(item, SOURCES) or hasattr(item, "read") or hasattr(item, "ndim")):
+        if not (item is None or isinstance(item, SOURCES) or hasattr(item, "read") or hasattr(item, "ndim")):
             raise TypeError(
                 f"images[{index}] must be a PIL image, an array, a tensor, a path, a file, a URL or a base64 string, "
                 f"not {type(item).__name__}."
@@ -546,4 +587,4 @@ def _tokenizer(model: str | Path, part: str, options: dict[str, Any]) -> Any:
     return tokenizer
 
 
-__all__ = ["ClipCaCgProcessor", "label_scores"]
+__all__ = ["ClipCaCgProcessor", "check_post", "label_scores"]

@@ -12,8 +12,9 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import datasets
 import torch
 from accelerate import PartialState
 
@@ -31,6 +32,9 @@ class EvaluationArguments:
 
     split: str = field(default="test", metadata={"help": "train, validation or test."})
     output: str = field(default="results.json", metadata={"help": "JSON file for the scores; the PNG is beside it."})
+    withhold: Literal["image", "text"] | None = field(
+        default=None, metadata={"help": "Score the posts as if none of them had an image, or a text."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Posts in a batch, per device."})
 
 
@@ -44,10 +48,25 @@ def main(argv: list[str] | None = None) -> None:
         check_output(Path(arguments.output))
         model, processor = load_checkpoint(checkpoint)
         posts = labelled_posts(model, data_arguments, arguments.split)
+        if arguments.withhold:
+            posts = without(posts, arguments.withhold, model.config.modality)
         scores, names = evaluate_posts(model, processor, posts, arguments.batch_size), label_names(posts)
         if state.is_main_process:
             print(results_table(scores, names))
-            write(Path(arguments.output), {"split": arguments.split, "posts": len(posts), **scores}, names)
+            facts = {"split": arguments.split, "posts": len(posts), "withheld": arguments.withhold}
+            write(Path(arguments.output), {**facts, **scores}, names)
+
+
+def without(posts: datasets.Dataset, side: str, modality: str) -> datasets.Dataset:
+    """Empty the column "image" or "text".
+
+    Raises:
+        InputError: If the model reads nothing else.
+    """
+    if modality != "both":
+        raise InputError(f"--withhold {side} is for models of both modalities; this one has modality={modality}.")
+    feature = posts.features[side]
+    return posts.remove_columns(side).add_column(side, [None] * len(posts), feature=feature)
 
 
 def check_output(output: Path) -> None:

@@ -384,7 +384,9 @@ def cached_inputs(rows: Sequence[dict[str, Any]], stores: dict[str, FeatureStore
         if feature.mask is None:
             batch[feature.name] = torch.stack(found)
             continue
-        batch[feature.name] = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
         words = [len(output) - (name == "clip.text") for output in found]
-        batch[feature.mask] = (torch.arange(max(words)) < torch.tensor(words)[:, None]).long()
+        if not any(words):  # no post has a text; a batch has one token at least
+            found = [torch.nn.functional.pad(output, (0, 0, 0, 1)) for output in found]
+        batch[feature.name] = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+        batch[feature.mask] = (torch.arange(max(1, *words)) < torch.tensor(words)[:, None]).long()
     return batch

@@ -21,9 +21,9 @@ def read_posts(
     inputs: dict[str, Any] = {}
     try:
         if "text" in columns:
-            inputs["text"] = [row["text"] or "" for row in rows]  # an empty cell of a table is None
+            inputs["text"] = [row["text"] for row in rows]
         if "image" in columns:
-            inputs["images"] = [image_source(row["image"]) for row in rows]
+            inputs["images"] = [None if row["image"] is None else image_source(row["image"]) for row in rows]
         return dict(processor(**inputs, return_tensors="pt")) if inputs else {}
     except (OSError, TypeError, ValueError) as error:
         if len(rows) == 1:

@@ -109,12 +109,14 @@ def build(
     """
     labels = label_fields(names)
     if arguments.model_name_or_path:
+        dropout = {"modality_dropout": arguments.modality_dropout} if arguments.modality_dropout else {}
         model, processor = load_checkpoint(
             arguments.model_name_or_path,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             class_weights=None,
             **arguments.head_fields(),
+            **dropout,
             **labels,
         )
     else:

@@ -95,6 +95,24 @@ def test_logits_from_the_cache_are_those_of_the_posts(
     torch.testing.assert_close(from_cache.loss, direct.loss, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("mode", ["encoder", "feature"])
+def test_a_post_without_a_text_has_no_stored_words(
+    mode: str, build: Callable, posts: datasets.DatasetDict, tmp_path: Path
+) -> None:
+    """Beside other posts, and in a batch in which none has a text."""
+    model, processor = build(**MODES[mode])
+    torch.nn.init.normal_(model.model.missing.text)
+    kept = posts["test"].select(range(2))
+    some = kept.remove_columns("text").add_column("text", ["", kept["text"][1]])
+    cached, stores = cache_features(model, processor, datasets.DatasetDict(train=some), folder=tmp_path)
+    plain, stored = PostCollator(processor, model.config), PostCollator(processor, model.config, stores)
+    for rows in ((0, 1), (0,)):
+        with torch.no_grad():
+            expected = model(**plain([some[row] for row in rows])).logits
+            found = model(**stored([cached["train"][row] for row in rows])).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_only_what_is_frozen_is_cached(build: Callable, posts: datasets.DatasetDict, tmp_path: Path) -> None:
     model, processor = build(clip_mode="feature")
     model.requires_grad_(True)

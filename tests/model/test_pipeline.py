@@ -2,6 +2,7 @@
 
 import base64
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,28 @@ def test_a_post_is_one_image_and_one_text(sentiment: ImageTextSentimentPipeline,
             sentiment({"image": image, "text": text})
     for post, words in (
         ({"image": torch.zeros(2, 3, 32, 32), "text": "two images"}, "is not an image"),
-        ({"text": "alone"}, "this one has no image. Give "),
+        ({"text": ""}, "this one has no image and no text. Give "),
         ("just a string", "this one has no image and no text. Give "),
     ):
         with pytest.raises(ValueError, match=words):
             sentiment(post)
+
+
+def test_a_post_of_one_part_is_answered_with_a_warning(
+    sentiment: ImageTextSentimentPipeline,
+    posts_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Unless training has withheld parts."""
+    image = str(posts_folder / "data/1.jpg")
+    for rate, warned in ((0.0, True), (0.1, False)):
+        monkeypatch.setattr(sentiment.model.config, "modality_dropout", rate)
+        for post in ({"text": "alone"}, {"image": image}, {"image": image, "text": ""}):
+            logging.Logger.warning_once.cache_clear()
+            caplog.clear()
+            assert sum(entry["score"] for entry in sentiment(post)) == pytest.approx(1)
+            assert ("trained without modality_dropout" in caplog.text) == warned
 
 
 def test_what_it_saves_is_a_whole_checkpoint(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from clipcacg.scripts import evaluate_checkpoint, predict, train
+from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.training import record, run
 from clipcacg.scripts.training.arguments import parse_arguments
@@ -141,6 +143,39 @@ def test_a_run_with_modality_heads(posts_folder: Path, backbones: Path, tmp_path
     answer = pipeline("image-text-sentiment", model=str(tmp_path / "model"), trust_remote_code=True)(post)
     scores = {entry["label"]: entry["score"] for entry in answer}
     assert scores == pytest.approx(line["probabilities"], abs=1e-4)
+
+
+def test_a_run_with_modality_dropout(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    """From the flag to posts that lack a side, which evaluation and the pipeline answer alike."""
+    train.main(flags(posts_folder, backbones, tmp_path / "model", "--modality_dropout", "0.3", "--max_steps", "4"))
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config["modality_dropout"] == 0.3
+    data = [str(tmp_path / "model"), "--data_dir", str(posts_folder), "--splits", "random"]
+    found = {}
+    for side in (None, "image", "text"):
+        withheld = ["--withhold", side] if side else []
+        evaluate_checkpoint.main([*data, *withheld, "--output", str(tmp_path / "found.json")])
+        found[side] = json.loads((tmp_path / "found.json").read_text())
+        assert found[side]["withheld"] == side
+    assert found[None]["confusion_matrix"] == results(tmp_path / "model")["test_confusion_matrix"]
+
+    sentiment = pipeline("image-text-sentiment", model=str(tmp_path / "model"), trust_remote_code=True)
+    posts = load_posts(DataArguments(data_dir=str(posts_folder)))["test"]
+    for side, kept in (("image", "text"), ("text", "image")):
+        values = posts["text"][:] if kept == "text" else [image["path"] for image in posts["image"]]
+        answers = [best["label"] for (best,) in sentiment([{kept: value} for value in values], top_k=1)]
+        predicted = Counter(answers)
+        matrix = found[side]["confusion_matrix"]
+        names = config["label2id"]
+        assert {
+            name: sum(row[index] for row in matrix) for name, index in names.items() if predicted[name]
+        } == predicted
+
+
+def test_evaluation_withholds_no_side_that_is_the_only_one() -> None:
+    posts = datasets.Dataset.from_dict({"text": ["good"], "label": [0]})
+    with pytest.raises(InputError, match="--withhold text is for models of both modalities"):
+        evaluate_checkpoint.without(posts, "text", "text")
 
 
 def test_evaluation_refuses_an_output_that_cannot_be_written(tmp_path: Path) -> None:
