@@ -101,6 +101,9 @@ class ClipCaCgConfig(PreTrainedConfig):
             `"feature"`: CLIP-style projections of the model's own features; `"none"`: the ablation w/o Clip.
         use_cross_attention: False is the ablation w/o CA (equations 6-10 are skipped).
         use_gating: False is the ablation w/o CG (concatenation and an MLP replace equations 12-15).
+        share_clip_text: Let CLIP's text tower be the text encoder too. The model then has one tower, which it runs
+            once, and reads `clip_input_ids` alone. `text_config` must be `clip_config`, which is then its default.
+        share_clip_vision: The same for CLIP's vision tower, `vision_config` and `clip_pixel_values`.
         modality: `"both"`, or one of the ablations `"image"` (V only) and `"text"` (T only).
         contrastive_loss_weight: Weight of the symmetric contrastive loss of `clip_mode="feature"`, the only mode
             that has one: CLIP's own towers are trained already. Our choice: 0.1.
@@ -160,6 +163,8 @@ class ClipCaCgConfig(PreTrainedConfig):
         clip_mode: str = "encoder",
         use_cross_attention: bool = True,
         use_gating: bool = True,
+        share_clip_text: bool = False,
+        share_clip_vision: bool = False,
         modality: str = "both",
         contrastive_loss_weight: float = 0.1,
         logit_scale_init_value: float = 2.6592,
@@ -172,9 +177,11 @@ class ClipCaCgConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         check_keywords(type(self).__name__, kwargs, self.known_fields())
-        self.text_config = _sub_config("text", text_config or ROBERTA_BASE, "roberta")
-        self.vision_config = _sub_config("vision", vision_config or RESNET_50, "resnet")
         self.clip_config = None if clip_config is None else _sub_config("clip", clip_config, "clip")
+        default_text = self.clip_config if share_clip_text else ROBERTA_BASE
+        default_vision = self.clip_config if share_clip_vision else RESNET_50
+        self.text_config = _sub_config("text", text_config or default_text or ROBERTA_BASE, "roberta")
+        self.vision_config = _sub_config("vision", vision_config or default_vision or RESNET_50, "resnet")
         self.hidden_size = hidden_size
         self.num_attention_heads = num_attention_heads
         self.dropout = dropout
@@ -182,6 +189,8 @@ class ClipCaCgConfig(PreTrainedConfig):
         self.clip_mode = clip_mode
         self.use_cross_attention = use_cross_attention
         self.use_gating = use_gating
+        self.share_clip_text = share_clip_text
+        self.share_clip_vision = share_clip_vision
         self.modality = modality
         self.contrastive_loss_weight = contrastive_loss_weight
         self.logit_scale_init_value = logit_scale_init_value
@@ -200,6 +209,12 @@ class ClipCaCgConfig(PreTrainedConfig):
             }
         super().__init__(**kwargs)
         self.check_values()
+        for name in self.shared:
+            if _fields(getattr(self, f"{name}_config")) != _fields(self.clip_config):
+                raise ValueError(
+                    f"share_clip_{name}=True needs a {name}_config that equals clip_config, or none at all."
+                )
+            setattr(self, f"{name}_config", self.clip_config)
 
     def check_values(self) -> None:
         """Refuse what cannot be built.
@@ -224,6 +239,20 @@ class ClipCaCgConfig(PreTrainedConfig):
             raise ValueError(
                 f"clip_config must be of a dual encoder ({', '.join(DUAL_ENCODERS)}), not of "
                 f"{self.clip_config.model_type!r}."
+            )
+        if self.shared and "clip" not in self.encoders:
+            raise ValueError(
+                f"share_clip_{self.shared[0]}=True needs CLIP's towers, which the model has with modality='both' and "
+                f"clip_mode='encoder', not with modality={self.modality!r} and clip_mode={self.clip_mode!r}."
+            )
+        if (
+            self.share_clip_text
+            and self.clip_config is not None
+            and self.clip_config.model_type in PADDED_DUAL_ENCODERS
+        ):
+            raise ValueError(
+                f"share_clip_text=True does not work with {self.clip_config.model_type!r}, whose text tower reads "
+                "padding as words; a text encoder does not."
             )
         for name in ("hidden_size", "num_attention_heads", "projection_dim"):
             if getattr(self, name) < 1:
@@ -272,7 +301,13 @@ class ClipCaCgConfig(PreTrainedConfig):
         """Pretrained encoders that the model is built on: some of "text", "vision" and "clip"."""
         if self.modality != "both":
             return ("vision",) if self.modality == "image" else ("text",)
-        return ("text", "vision", "clip") if self.clip_mode == "encoder" else ("text", "vision")
+        own = tuple(name for name in ("text", "vision") if name not in self.shared)
+        return (*own, "clip") if self.clip_mode == "encoder" else own
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Which of "text" and "vision" are not encoders of their own, but CLIP's towers."""
+        return tuple(name for name in ("text", "vision") if getattr(self, f"share_clip_{name}"))
 
     @property
     def required_inputs(self) -> tuple[str, ...]:
@@ -393,6 +428,31 @@ def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, dict[str, Any]],
         given = {option: keywords.get(f"{backbone}_{option}", keywords.get(option)) for option in LOADING_OPTIONS}
         options[backbone] = {option: value for option, value in given.items() if value is not None}
     return options, {name: value for name, value in keywords.items() if name not in LOADING_KEYWORDS}
+
+
+def check_sources(sources: dict[str, Any], options: dict[str, dict[str, Any]], fields: dict[str, Any]) -> None:
+    """Check that the encoders that share CLIP's towers come from where CLIP comes from.
+
+    Args:
+        sources: "text", "vision" and "clip" to a Hub name or folder.
+        options: The same names to loading options, as `split_keywords` returns them.
+        fields: Fields of the config.
+
+    Raises:
+        ValueError: If a source or its options differ from CLIP's.
+    """
+    for name in ("text", "vision"):
+        origins = [(str(sources[part]), options[part]) for part in (name, "clip")]
+        if fields.get(f"share_clip_{name}") and origins[0] != origins[1]:
+            raise ValueError(
+                f"share_clip_{name}=True needs one source, with the same loading options, as {name}_model and as "
+                f"clip_model, not {sources[name]} and {sources['clip']}."
+            )
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """The fields of a config without the folder or repository that it came from."""
+    return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
 
 
 def _sub_config(backbone: str, config: PreTrainedConfig | dict[str, Any], default_model_type: str) -> PreTrainedConfig:

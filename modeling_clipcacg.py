@@ -29,6 +29,8 @@ Departures from the paper:
   and a pooled vector has no regions.
 - With `clip_mode="encoder"`, CLIP's towers read the raw image and text. The paper writes CLIP(F_I) and CLIP(F_T), but
   CLIP cannot read another encoder's states. `clip_mode="feature"` is the literal reading, without CLIP's weights.
+- `share_clip_text` and `share_clip_vision` let CLIP's tower be an encoder of equation 1 or 4 too. The paper's encoders
+  are separate; so are ours by default.
 - RoBERTa's tokenizer adds `<s>` and `</s>`, and both stay. The paper says that it adds no special tokens.
 - `use_modality_heads` is our addition: two heads learn the labels that annotators gave to the text alone and to the
   image alone. `modality_combination="average"` lets them take part in the prediction. Both are off by default.
@@ -84,6 +86,7 @@ from .configuration_clipcacg import (
     PADDED_DUAL_ENCODERS,
     ClipCaCgConfig,
     check_keywords,
+    check_sources,
     split_keywords,
 )
 
@@ -287,7 +290,7 @@ class TextBranch(nn.Module):
 
     def __init__(self, config: ClipCaCgConfig) -> None:
         super().__init__()
-        self.backbone, width = build_encoder(config.text_config, "text")
+        self.backbone, width = build_own_encoder(config, "text")
         self.bi_gru = BiGru(width, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
 
@@ -297,12 +300,14 @@ class TextBranch(nn.Module):
         Args:
             input_ids: (batch, text_len), token ids; not read with `text_features`.
             mask: (batch, text_len), bool.
-            text_features: (batch, text_len, width), an earlier result of `frozen_output`.
+            text_features: (batch, text_len, width), an earlier result of `frozen_output`, or a shared tower's states.
 
         Returns:
             (batch, text_len, hidden).
         """
-        states = token_states(self.backbone, input_ids, mask, text_features)
+        states: Any = text_features
+        if self.backbone is not None:
+            states = token_states(self.backbone, input_ids, mask, text_features)
         return self.norm(self.bi_gru(states.to(self.norm.weight.dtype), mask))
 
 
@@ -311,7 +316,7 @@ class ImageBranch(nn.Module):
 
     def __init__(self, config: ClipCaCgConfig) -> None:
         super().__init__()
-        self.backbone, width = build_encoder(config.vision_config, "vision")
+        self.backbone, width = build_own_encoder(config, "vision")
         self.projection = nn.Linear(width, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
 
@@ -320,13 +325,16 @@ class ImageBranch(nn.Module):
 
         Args:
             pixel_values: (batch, channels, height, width), normalised; not read with `image_features`.
-            image_features: (batch, width, rows, columns), an earlier result of `frozen_output`.
+            image_features: (batch, width, rows, columns), an earlier result of `frozen_output`; or (batch, regions,
+                width), a shared tower's states.
 
         Returns:
             (batch, regions, hidden).
         """
-        states = feature_map(self.backbone, pixel_values, image_features)
-        regions = states.flatten(2).transpose(1, 2)  # (batch, regions, width)
+        regions: Any = image_features
+        if self.backbone is not None:
+            states = feature_map(self.backbone, pixel_values, image_features)
+            regions = states.flatten(2).transpose(1, 2)  # (batch, regions, width)
         return self.norm(self.projection(regions.to(self.projection.weight.dtype)))
 
 
@@ -623,6 +631,22 @@ def build_encoder(config: Any, part: str) -> tuple[Any, int]:
     return encoder, facts.width
 
 
+def build_own_encoder(config: ClipCaCgConfig, part: str) -> tuple[Any, int]:
+    """Build the encoder of a branch, or none if it shares CLIP's tower.
+
+    Args:
+        config: Config of the model.
+        part: "text" or "vision".
+
+    Returns:
+        The encoder or None, and the width of its output.
+    """
+    encoder_config = getattr(config, f"{part}_config")
+    if part in config.shared:
+        return None, encoder_facts(encoder_config, part).width
+    return build_encoder(encoder_config, part)
+
+
 class ClipTower(nn.Module):
     """One side of a dual encoder: the encoder of texts or images, and its projection into the shared space.
 
@@ -677,14 +701,18 @@ class ClipTower(nn.Module):
             projection._is_hf_initialized = True
 
     def forward(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Encode texts or images.
+        """Encode texts or images; arguments as in `states`, result as in `project`."""
+        return self.project(self.states(inputs, attention_mask))
+
+    def states(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Run the encoder.
 
         Args:
             inputs: (batch, text_len) token ids, or (batch, channels, height, width).
             attention_mask: (batch, text_len), for texts.
 
         Returns:
-            (batch, 1 + tokens, projection), unit length: t and t_word, or v and v_patch.
+            (batch, 1 + tokens, width): the pooled state, and the last hidden state of every word or patch.
         """
         if self.modality == "text":
             # SigLIP was trained on texts that are padded to the full length, with attention to the padding.
@@ -697,8 +725,20 @@ class ClipTower(nn.Module):
             tokens = regions.flatten(2).transpose(1, 2)
         pooled = outputs.pooler_output
         pooled = outputs.last_hidden_state[:, 0] if pooled is None else pooled
-        pooled = self._project(pooled).unsqueeze(1)
-        return functional.normalize(torch.cat([pooled, self._project(self._pool(tokens))], dim=1), dim=-1)
+        return torch.cat([pooled.unsqueeze(1), tokens], dim=1)
+
+    def project(self, states: Tensor) -> Tensor:
+        """Pool every token, and project everything into the shared space.
+
+        Args:
+            states: (batch, 1 + tokens, width), a result of `states`.
+
+        Returns:
+            (batch, 1 + tokens, projection), unit length: t and t_word, or v and v_patch.
+        """
+        states = states.to(self.dtype)
+        pooled = torch.cat([states[:, :1], self._pool(states[:, 1:])], dim=1)
+        return functional.normalize(self._project(pooled), dim=-1)
 
     def _pool(self, tokens: Tensor) -> Tensor:
         """Do to each token (batch, tokens, width) what the encoder does to its last hidden state to pool it."""
@@ -764,6 +804,8 @@ class Interaction(NamedTuple):
         token: (batch, hidden), the first position of F_IT, or None w/o Clip.
         image_embeds, text_embeds: v and t, (batch, projection), unit length, or None w/o Clip.
         contrastive_loss: Scalar, or None.
+        image_states, text_states: (batch, patches, width) and (batch, clip_text_len, width), last hidden states of
+            CLIP's towers where the model shares them, or None.
     """
 
     states: Tensor
@@ -772,6 +814,8 @@ class Interaction(NamedTuple):
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     contrastive_loss: Tensor | None = None
+    image_states: Tensor | None = None
+    text_states: Tensor | None = None
 
 
 def joint_sequence(image: Tensor, patches: Tensor, text: Tensor, words: Tensor) -> Tensor:
@@ -794,10 +838,14 @@ def joint_mask(num_other_positions: int, text_mask: Tensor) -> Tensor:
 
 
 class ClipEncoderInteraction(nn.Module):
-    """Equation 5 with the pretrained towers of CLIP or another dual encoder, which read the raw image and text."""
+    """Equation 5 with the pretrained towers of CLIP or another dual encoder, which read the raw image and text.
+
+    The last hidden states of a tower that the model shares (`config.shared`) are also the input of equation 2 or 4.
+    """
 
     def __init__(self, config: ClipCaCgConfig) -> None:
         super().__init__()
+        self.shared = config.shared
         self.clip_text, width = build_encoder(config.clip_config, "clip.text")
         self.clip_vision, _ = build_encoder(config.clip_config, "clip.vision")
         self.missing = MissingModality(width)
@@ -822,6 +870,14 @@ class ClipEncoderInteraction(nn.Module):
             clip_image_features = self.encode_image(clip_pixel_values)
         if clip_text_features is None:
             clip_text_features = self.encode_text(clip_input_ids, as_mask(clip_attention_mask, clip_input_ids))
+        image_states: Any = None
+        text_states: Any = None
+        if "vision" in self.shared:
+            image_states = clip_image_features[:, 1:]
+            clip_image_features = self.clip_vision.project(clip_image_features)
+        if "text" in self.shared:
+            text_states = clip_text_features[:, 1:]
+            clip_text_features = self.clip_text.project(clip_text_features)
         dtype = self.output_projection.weight.dtype
         images, texts = self.missing(clip_image_features.to(dtype), clip_text_features.to(dtype), has_image, has_text)
         image, patches = images[:, 0], images[:, 1:]
@@ -830,15 +886,18 @@ class ClipEncoderInteraction(nn.Module):
         states = self.output_projection(joint_sequence(image, patches, text, words))
         words_mask = as_mask(clip_attention_mask, words)
         mask = joint_mask(1 + patches.shape[1], words_mask if has_text is None else words_mask & has_text[:, None])
-        return Interaction(states, mask, token=states[:, 0], image_embeds=image, text_embeds=text)
+        return Interaction(states, mask, states[:, 0], image, text, None, image_states, text_states)
 
     def encode_image(self, clip_pixel_values: Tensor) -> Tensor:
-        """Return v and v_patch, (batch, 1 + patches, projection), unit length."""
-        return self.clip_vision(clip_pixel_values)
+        """Return v and v_patch, (batch, 1 + patches, projection), unit length; before projection if shared."""
+        return self._run(self.clip_vision, clip_pixel_values)
 
     def encode_text(self, clip_input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Return t and t_word, (batch, 1 + clip_text_len, projection), unit length."""
-        return self.clip_text(clip_input_ids, encoder_mask(mask))
+        """Return t and t_word, (batch, 1 + clip_text_len, projection), unit length; before projection if shared."""
+        return self._run(self.clip_text, clip_input_ids, encoder_mask(mask))
+
+    def _run(self, tower: Any, *inputs: Tensor) -> Tensor:
+        return tower.states(*inputs) if tower.modality in self.shared else tower(*inputs)
 
 
 class FeatureInteraction(nn.Module):
@@ -1356,8 +1415,8 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: ClipCaCgConfig) -> None:
         super().__init__(config)
-        if config.modality == "image":
-            self.main_input_name = "pixel_values"  # the Trainer counts examples by it
+        if "input_ids" not in config.required_inputs:
+            self.main_input_name = config.required_inputs[0]  # the Trainer counts examples by it
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -1435,12 +1494,14 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
 
         Raises:
             TypeError: For an unknown keyword.
-            ValueError: If a backbone that the modality or the clip mode needs is not named.
+            ValueError: If a backbone that the modality or the clip mode needs is not named, or two that share a tower
+                differ.
             OSError: If a backbone cannot be loaded.
         """
         options, fields = split_keywords(keywords)
         check_keywords("from_backbones", fields, cls.config_class.known_fields() | LOADING_KEYWORDS)
         sources: dict[str, Any] = {"text": text_model, "vision": vision_model, "clip": clip_model}
+        check_sources(sources, options, fields)
         for name, source in sources.items():
             if source is not None:
                 fields[f"{name}_config"] = load_config(source, options[name])
@@ -1464,12 +1525,15 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         return model.eval()
 
     def backbones(self) -> dict[str, PreTrainedModel]:
-        """Return the pretrained encoders of this model: some of "text", "vision", "clip.text" and "clip.vision"."""
+        """Return the pretrained encoders of this model: some of "text", "vision", "clip.text" and "clip.vision".
+
+        A tower that the model shares is one of CLIP's.
+        """
         base: Any = self.base_model
         encoders: dict[str, PreTrainedModel] = {}
-        if base.text_branch is not None:
+        if "text" in self.config.encoders:
             encoders["text"] = base.text_branch.backbone
-        if base.image_branch is not None:
+        if "vision" in self.config.encoders:
             encoders["vision"] = base.image_branch.backbone
         if isinstance(base.interaction, ClipEncoderInteraction):
             encoders |= {"clip.text": base.interaction.clip_text, "clip.vision": base.interaction.clip_vision}
@@ -1520,7 +1584,8 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         """Exclude backbones from training: their weights, their dropout and their BatchNorm statistics.
 
         Args:
-            text, vision, clip: Which backbones to freeze. A name that the model does not have is ignored.
+            text, vision, clip: Which backbones to freeze. A name that the model does not have is ignored. A tower that
+                the model shares is one of CLIP's: `clip` alone decides.
             text_layers: How many of the text encoder's first layers to freeze, together with its embeddings; 0 freezes
                 neither. Their dropout stays active.
             vision_blocks: How many of the vision encoder's first blocks to freeze, together with its stem; 0 freezes
@@ -1528,8 +1593,15 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
                 too.
 
         Raises:
-            ValueError: If an encoder does not have that many layers.
+            ValueError: If an encoder does not have that many layers, or CLIP's tower in its place would train.
         """
+        asked = {"text": text or text_layers, "vision": vision or vision_blocks}
+        for name in self.config.shared:
+            if asked[name] and not clip:
+                raise ValueError(
+                    f"With share_clip_{name}=True the {name} encoder is CLIP's tower: freeze_clip freezes it, nothing "
+                    "else does."
+                )
         frozen = {name for name, freeze in (("text", text), ("vision", vision), ("clip", clip)) if freeze}
         for name, encoder in self.backbones().items():
             if name.partition(".")[0] in frozen:
@@ -1577,11 +1649,14 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> Any:
         """Return the text encoder's token embeddings, or None for a model that reads no text."""
-        text_encoder = self.backbones().get("text")
+        encoders = self.backbones()
+        text_encoder = encoders.get("text", encoders.get("clip.text"))
         return None if text_encoder is None else text_encoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the text encoder's token embeddings."""
+        """Replace the text encoder's token embeddings; those of a shared CLIP tower cannot be replaced."""
+        if "text" not in self.backbones():
+            raise ValueError("This model has no text encoder of its own whose token embeddings could be replaced.")
         self.backbones()["text"].set_input_embeddings(value)
 
 
@@ -1601,8 +1676,8 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
     def __init__(self, config: ClipCaCgConfig) -> None:
         super().__init__(config)
         config.check_values()
-        self.text_branch = TextBranch(config) if "text" in config.encoders else None
-        self.image_branch = ImageBranch(config) if "vision" in config.encoders else None
+        self.text_branch = TextBranch(config) if "text" in config.modalities else None
+        self.image_branch = ImageBranch(config) if "image" in config.modalities else None
         self.interaction = self.image_attention = self.text_attention = self.gate = None
         if config.modality == "both":
             self.missing = MissingModality(config.hidden_size)
@@ -1652,7 +1727,7 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
             clip_text_features: (batch, 1 + clip_text_len, projection), of `encode("clip.text", ...)`, in place of
                 `clip_input_ids`.
             clip_image_features: (batch, 1 + patches, projection), of `encode("clip.vision", ...)`, in place of
-                `clip_pixel_values`.
+                `clip_pixel_values`. The last axis is a shared tower's own width.
             has_image: (batch,), 0 or False where the image is missing: a learned state replaces it, whatever the
                 pixels are. Default: no image is missing.
             output_attentions: Return the cross-attention weights.
@@ -1670,27 +1745,47 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        tokens: Any = input_ids if text_features is None else text_features
         check_axes("(batch, text_len)", input_ids=input_ids, clip_input_ids=clip_input_ids)
         check_axes("(batch, text_len)", attention_mask=attention_mask, clip_attention_mask=clip_attention_mask)
         check_axes("(batch, channels, height, width)", pixel_values=pixel_values, clip_pixel_values=clip_pixel_values)
         self._check_inputs(
-            input_ids=tokens,
+            has_image=has_image,
+            input_ids=input_ids if text_features is None else text_features,
             pixel_values=pixel_values if image_features is None else image_features,
             clip_input_ids=clip_input_ids if clip_text_features is None else clip_text_features,
             clip_pixel_values=clip_pixel_values if clip_image_features is None else clip_image_features,
         )
         F_I: Any = None
         F_T: Any = None
+        joint: Any = None
         text_mask: Any = None
+        if self.interaction is not None:
+            clip_tokens: Any = clip_input_ids if clip_text_features is None else clip_text_features
+            own_tokens: Any = input_ids if text_features is None else text_features
+            texts = (clip_tokens, clip_attention_mask) if self.config.share_clip_text else (own_tokens, attention_mask)
+            has_image, has_text = self._find_missing(has_image, *texts)  # (batch,) each
+            complete = has_image & has_text
+        if self.interaction is not None and self.config.clip_mode == "encoder":
+            joint = self.interaction(  # eq. 5, the first to run, for towers that the model shares
+                clip_input_ids=clip_input_ids,
+                clip_attention_mask=clip_attention_mask,
+                clip_pixel_values=clip_pixel_values,
+                clip_text_features=clip_text_features,
+                clip_image_features=clip_image_features,
+                has_image=has_image,
+                has_text=has_text,
+            )
+            if self.config.share_clip_text:
+                text_features, attention_mask = joint.text_states, clip_attention_mask
+            if self.config.share_clip_vision:
+                image_features = joint.image_states
         if self.text_branch is not None:
+            tokens: Any = input_ids if text_features is None else text_features
             text_mask = as_mask(attention_mask, tokens)  # (batch, text_len)
             F_T = self.text_branch(input_ids, text_mask, text_features)  # (batch, text_len, hidden), eq. 1-3
         if self.image_branch is not None:
             F_I = self.image_branch(pixel_values, image_features)  # (batch, regions, hidden), eq. 4
         if self.interaction is None:  # V only, T only
-            if has_image is not None and self.image_branch is not None and not torch.compiler.is_compiling():
-                self._check_images(has_image)
             pooled = F_I.mean(dim=1) if F_T is None else masked_mean(F_T, text_mask)
             return ClipCaCgModelOutput(
                 fused_embeds=self.fusion(pooled),
@@ -1698,26 +1793,11 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
                 text_hidden_states=(F_T,) if output_hidden_states and F_T is not None else None,
             )
 
-        has_text = text_mask.any(dim=1)  # (batch,)
-        has_image = torch.ones_like(has_text) if has_image is None else has_image.bool()
-        if self.training and self.config.modality_dropout > 0:
-            has_image, has_text = withhold(has_image, has_text, self.config.modality_dropout)
         F_I, F_T = self.missing(F_I, F_T, has_image, has_text)
         text_mask = torch.where(has_text[:, None], text_mask, first_token(text_mask))
-
-        if self.config.clip_mode == "encoder":
-            joint = self.interaction(
-                clip_input_ids=clip_input_ids,
-                clip_attention_mask=clip_attention_mask,
-                clip_pixel_values=clip_pixel_values,
-                has_image=has_image,
-                has_text=has_text,
-                clip_text_features=clip_text_features,
-                clip_image_features=clip_image_features,
-            )
-        else:
-            joint = self.interaction(F_I, F_T, text_mask, complete=has_image & has_text)
-        F_IT = joint.states  # (batch, joint_len, hidden), eq. 5
+        if joint is None:
+            joint = self.interaction(F_I, F_T, text_mask, complete)  # eq. 5
+        F_IT = joint.states  # (batch, joint_len, hidden)
 
         image_IT, text_IT, image_attentions, text_attentions = F_I, F_T, None, None
         if self.image_attention is not None and self.text_attention is not None:
@@ -1744,13 +1824,20 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
             text_hidden_states=(F_T, text_IT) if output_hidden_states else None,
         )
 
-    def _check_images(self, has_image: Tensor) -> None:
-        if not has_image.all():
-            raise ValueError(
-                "An example has no image (has_image), and a model with modality='image' reads nothing else."
-            )
+    def _find_missing(
+        self, has_image: Tensor | None, tokens: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return which examples have an image and which a text, (batch,) each; training withholds some."""
+        has_text = as_mask(attention_mask, tokens).any(dim=1)
+        has_image = torch.ones_like(has_text) if has_image is None else has_image.bool()
+        if not self.training or self.config.modality_dropout == 0:
+            return has_image, has_text
+        return withhold(has_image, has_text, self.config.modality_dropout)
 
-    def _check_inputs(self, **inputs: Tensor | None) -> None:
+    def _check_inputs(self, has_image: Tensor | None, **inputs: Tensor | None) -> None:
+        is_needed = self.config.modality == "image" and has_image is not None and not torch.compiler.is_compiling()
+        if is_needed and not has_image.all():  # type: ignore[union-attr]
+            raise ValueError("An example has no image, and a model with modality='image' reads nothing else.")
         required = self.config.required_inputs
         given = {name: value for name, value in inputs.items() if value is not None}
         missing = [name for name in required if name not in given]
@@ -1859,7 +1946,8 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
         modality_loss, loss = None, None
         if self.modality_heads is not None:
             F_T, F_I = outputs.text_hidden_states[0], outputs.image_hidden_states[0]
-            text_logits, image_logits = self.modality_heads(F_T, as_mask(attention_mask, F_T), F_I)
+            mask = clip_attention_mask if self.config.share_clip_text else attention_mask
+            text_logits, image_logits = self.modality_heads(F_T, as_mask(mask, F_T), F_I)
             logits = self.answer(logits, text_logits, image_logits, outputs.has_image & outputs.has_text)
         if labels is not None:
             loss = self.task_loss(logits, labels)

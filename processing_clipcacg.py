@@ -25,6 +25,7 @@ from .configuration_clipcacg import (
     PADDED_DUAL_ENCODERS,
     ClipCaCgConfig,
     check_keywords,
+    check_sources,
     split_keywords,
 )
 from .modeling_clipcacg import encoder_facts, load_config
@@ -103,12 +104,14 @@ class ClipCaCgProcessor(ProcessorMixin):
 
         Raises:
             TypeError: For an unknown keyword.
-            ValueError: For a text encoder or a dual encoder that the model does not take either.
+            ValueError: For encoders that the model does not take either.
         """
         options, fields = split_keywords(keywords)
         check_keywords("from_backbones", fields, ClipCaCgConfig.known_fields() | LOADING_KEYWORDS)
+        check_sources({"text": text_model, "vision": vision_model, "clip": clip_model}, options, fields)
         clip_config = None if clip_model is None else load_config(clip_model, options["clip"])
-        ClipCaCgConfig(**{"clip_mode": "none", "clip_config": clip_config, **fields})
+        mode = "none" if clip_config is None else "encoder"
+        ClipCaCgConfig(**{"clip_mode": mode, "clip_config": clip_config, **fields})
         parts = {
             "image_processor": _image_processor(vision_model, options["vision"]),
             "tokenizer": _tokenizer(text_model, "text", options["text"]),
@@ -178,7 +181,9 @@ class ClipCaCgProcessor(ProcessorMixin):
             images_kwargs |= {"return_tensors": return_tensors, "input_data_format": "channels_first"}
             data["pixel_values"] = _view(self.image_processor, arrays, images_kwargs)
             if self.clip_image_processor is not None:
-                data["clip_pixel_values"] = _view(self.clip_image_processor, arrays, images_kwargs)
+                equal = self.clip_image_processor.to_dict() == self.image_processor.to_dict()
+                own = data["pixel_values"] if equal else _view(self.clip_image_processor, arrays, images_kwargs)
+                data["clip_pixel_values"] = own
         names = [*self.model_input_names, "has_image"]
         return BatchFeature({name: data[name] for name in names if name in data}, tensor_type=return_tensors)
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 
 from clipcacg.scripts.data.errors import InputError, as_input_error, one_sentence, set_up_logging
-from clipcacg.scripts.data.loading import label_names
+from clipcacg.scripts.data.labels import label_names
 from clipcacg.scripts.reporting.plots import plot_confusion_matrix
 from clipcacg.scripts.reporting.predictions import load_checkpoint
 from clipcacg.scripts.reporting.tables import results_table

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, one_sentence, set_up_logging
-from clipcacg.scripts.data.loading import label_names
+from clipcacg.scripts.data.labels import label_names
 from clipcacg.scripts.reporting.predictions import load_checkpoint
 from clipcacg.scripts.training.evaluation import labelled_posts, parse_arguments
 from clipcacg.scripts.training.quantization import compare, quantize, summary

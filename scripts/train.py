@@ -14,7 +14,7 @@ import sys
 from transformers import enable_full_determinism, set_seed
 
 from clipcacg.scripts.data.errors import one_sentence, set_up_logging
-from clipcacg.scripts.data.loading import label_names
+from clipcacg.scripts.data.labels import label_names
 from clipcacg.scripts.training.arguments import parse_arguments
 from clipcacg.scripts.training.record import complete_checkpoint
 from clipcacg.scripts.training.run import (

@@ -38,7 +38,7 @@ class PostCollator:
         """
         columns = [column for column in ("text", "image") if self.reads(column)]
         batch = read_posts(self.processor, rows, columns) | cached_inputs(rows, self.features)
-        for encoder in self.features:
+        for encoder in [*self.features, *self.config.shared]:
             batch.pop(FEATURES[encoder].input, None)
         labels = {"label": "labels"}
         if self.config.use_modality_heads:
@@ -49,6 +49,7 @@ class PostCollator:
         return batch
 
     def reads(self, column: str) -> bool:
-        """Whether an input that the processor makes of this column has no stored output in its place."""
-        inputs = [f.input for name, f in FEATURES.items() if f.column == column and name not in self.features]
+        """Whether the model reads an input of this column, which the processor makes, and not its stored output."""
+        without = [*self.features, *self.config.shared]
+        inputs = [f.input for name, f in FEATURES.items() if f.column == column and name not in without]
         return column in self.config.modalities and any(name in self.processor.model_input_names for name in inputs)

@@ -237,7 +237,8 @@ def key(model: ClipCaCgPreTrainedModel, processor: ClipCaCgProcessor, encoder_na
     coder = encoder.encoder if isinstance(encoder, ClipTower) else encoder
     sources = (type(coder), ClipCaCgPreTrainedModel, ClipCaCgProcessor, image_source, Augmentation, key)
     code = [_without_comments(Path(inspect.getfile(source)).read_text(encoding="utf-8")) for source in sources]
-    facts = [encoder_name, dtype, frozen_layers(encoder), config, settings, versions, code]
+    is_shared = encoder_name.removeprefix("clip.") in model.config.shared  # then its output is not projected
+    facts = [encoder_name, is_shared, dtype, frozen_layers(encoder), config, settings, versions, code]
     digest = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())

@@ -101,7 +101,7 @@ class Explanation:
         predicted: The label with the highest score, which `attribution` explains.
         attribution: What moved its score.
         attention: By query modality, "text" and "image"; empty without cross-attention.
-        view: (height, width, 3), the image as the vision encoder sees it, or None.
+        view: (height, width, 3), the image as the vision encoder sees it (or CLIP's tower in its place), or None.
         words: Words of the text, or None.
         gate: Mean of g of equation 12, or None without a gate; 1 is the linear path, 0 the tanh path.
         balance: lambda of equation 15, or None; 1 is the image's side, 0 the text's.
@@ -130,7 +130,7 @@ def explain(model: PreTrainedModel, processor: Any, image: Any = None, text: str
         InputError: If a part that the model reads is missing or broken.
     """
     inputs = prepare(model, processor, image, text)
-    words, owners = ([], {}) if "input_ids" not in inputs else find_words(processor, text, inputs)
+    words, owners = find_words(processor, text, inputs) if "text" in model.config.modalities else ([], {})
     with torch.inference_mode():
         outputs = model.eval()(**inputs, output_attentions=True)
     scores = read_scores(outputs.logits, model.config)
@@ -139,8 +139,8 @@ def explain(model: PreTrainedModel, processor: Any, image: Any = None, text: str
     views = {name: view(inputs[name][0], part) for name, part in parts.items() if name in inputs}
     target = list(scores).index(predicted)
     explanation = Explanation(scores, predicted, attribute(model, inputs, target, views, owners, len(words)))
-    explanation.view = views.get("pixel_values")
-    explanation.words = words if "input_ids" in inputs else None
+    explanation.view = next(iter(views.values()), None)
+    explanation.words = words if "text" in model.config.modalities else None
     if outputs.text_attentions is not None:
         explanation.attention = read_attention(outputs, inputs, views, owners, len(words))
     if outputs.gate is not None:
@@ -238,7 +238,7 @@ def read_attention(
     clip = "clip_input_ids" in inputs
     token_owners = owners["clip_input_ids" if clip else "input_ids"]
     image = views["clip_pixel_values" if clip else "pixel_values"]
-    real = inputs["attention_mask"][0].bool()
+    real = inputs["attention_mask" if "attention_mask" in inputs else "clip_attention_mask"][0].bool()
     sides = {"text": outputs.text_attentions[0][:, real], "image": outputs.image_attentions[0]}
     first = 0 if outputs.image_embeds is None else 1
     attention = {}

@@ -201,7 +201,7 @@ def build_panels(config: Any) -> dict[str, gr.components.Component]:
     if "text" in config.modalities:
         shown["words"] = gr.HighlightedText(label="Words that moved the score")
     with gr.Row():
-        if "image" in config.modalities:
+        if "vision" in config.encoders:
             shown["regions, the vision encoder"] = image_panel("Image regions, through the vision encoder")
         if "clip" in config.encoders:
             shown["regions, CLIP"] = image_panel("Image regions, through CLIP")

@@ -19,7 +19,8 @@ from clipcacg.scripts.baselines.sentibank_sentistrength import LexiconCollator, 
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import add_digests, cache_features, frozen_backbones
-from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts
+from clipcacg.scripts.data.labels import label_names
+from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.splitting import duplicate_keys
 from clipcacg.scripts.reporting.model_card import DATA_TITLES

@@ -57,6 +57,15 @@ class ModelArguments(LoadingArguments):
     )
     use_cross_attention: bool = field(default=True, metadata={"help": "False: w/o CA."})
     use_gating: bool = field(default=True, metadata={"help": "False: w/o CG."})
+    share_clip_text: bool = field(
+        default=False,
+        metadata={
+            "help": "--text_model is --clip_model: run its text tower once, for both uses. --freeze_clip freezes it."
+        },
+    )
+    share_clip_vision: bool = field(
+        default=False, metadata={"help": "--vision_model is --clip_model: the same for its vision tower."}
+    )
     hidden_size: int = field(default=768, metadata={"help": "Width of the fusion."})
     num_attention_heads: int = field(default=8, metadata={"help": "Heads of the cross-attention."})
     projection_dim: int = field(default=512, metadata={"help": "Width of the shared space of --clip_mode feature."})
@@ -117,9 +126,12 @@ class ModelArguments(LoadingArguments):
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of `ClipCaCgConfig` among the flags."""
-        names = "clip_mode modality use_cross_attention use_gating hidden_size num_attention_heads projection_dim"
-        fields = {name: getattr(self, name) for name in f"{names} dropout contrastive_loss_weight".split()}
-        return fields | self.head_fields() | {"modality_dropout": self.modality_dropout}
+        names = (
+            "clip_mode modality use_cross_attention use_gating share_clip_text share_clip_vision hidden_size "
+            "num_attention_heads projection_dim dropout contrastive_loss_weight modality_dropout"
+        )
+        fields = {name: getattr(self, name) for name in names.split()}
+        return fields | self.head_fields()
 
     def head_fields(self) -> dict[str, Any]:
         """Those of them that add modality heads, to a checkpoint and to the concatenation baseline, too.

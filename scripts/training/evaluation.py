@@ -12,7 +12,8 @@ from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, add_debug_flag, parse_flags
-from clipcacg.scripts.data.loading import DataArguments, label_names, load_posts
+from clipcacg.scripts.data.labels import label_names
+from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.training.arguments import names_data
 from clipcacg.scripts.training.metrics import load_metric, score
 

@@ -9,9 +9,11 @@ import datasets
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import NO_LIMIT
-from clipcacg.scripts.data.loading import SPLIT_NAMES, DataArguments, label_names
+from clipcacg.scripts.data.labels import label_names
+from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import MARKER
+from clipcacg.scripts.data.sources import SPLIT_NAMES
 from clipcacg.scripts.reporting.model_card import write_model_card
 from clipcacg.scripts.reporting.plots import (
     CONFUSION_MATRIX_FILE,
@@ -98,7 +100,8 @@ def split_name(arguments: DataArguments, posts: datasets.DatasetDict) -> str:
     drawn = f"(seed {arguments.split_seed})"
     if arguments.dataset_name is None:
         return f"random 8:1:1 {drawn}" if arguments.splits == "random" else str(arguments.splits)
-    brought = {split for split, rows in posts.items() if SPLIT_NAMES.get(str(rows.split), str(rows.split)) == split}
+    ours = SPLIT_NAMES | {own: split for split, own in arguments.own_splits().items()}
+    brought = {split for split, rows in posts.items() if ours.get(str(rows.split)) == split}
     if "validation" not in posts or "validation" in brought:
         return "those of the data set"
     if "test" not in posts or "test" in brought:

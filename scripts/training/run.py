@@ -24,7 +24,8 @@ from clipcacg.scripts.data.augmentation import Augmentation
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.features import FEATURES, FeatureStore, cache_features
-from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, label_names, load_posts
+from clipcacg.scripts.data.labels import label_names
+from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, load_posts
 from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import make_tiny_backbones
 from clipcacg.scripts.reporting.hub import check_repo_id, push_checkpoint
@@ -130,7 +131,7 @@ def build(
                 **backbones, **loading, **arguments.config_fields(), **labels
             )
             processor = ClipCaCgProcessor.from_backbones(**backbones, **loading)
-    with as_input_error("--freeze_text_layers or --freeze_vision_blocks", ValueError):
+    with as_input_error("The encoders cannot be frozen", ValueError):
         limit_and_freeze(model, processor, arguments)
     return model, processor
 
@@ -158,7 +159,9 @@ def limit_and_freeze(model: PreTrainedModel, processor: ClipCaCgProcessor, argum
     keep_freed_memory()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if arguments.max_length:
-        processor.tokenizer.model_max_length = min(arguments.max_length, processor.tokenizer.model_max_length)
+        shared = [processor.clip_tokenizer] if model.config.share_clip_text else []
+        for tokenizer in (processor.tokenizer, *shared):
+            tokenizer.model_max_length = min(arguments.max_length, tokenizer.model_max_length)
     model.freeze_backbones(
         arguments.freeze_text,
         arguments.freeze_vision,

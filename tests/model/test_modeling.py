@@ -34,6 +34,7 @@ VARIANTS = {
     "no_cg": {"use_gating": False},
     "image": {"modality": "image"},
     "text": {"modality": "text"},
+    "shared": {"share_clip_text": True, "share_clip_vision": True, "text_config": None, "vision_config": None},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 three_variants = pytest.mark.parametrize("variant", ["encoder", "no_cg", "text"])
@@ -102,7 +103,8 @@ def moved(inputs: Inputs, row: int, left: int = 0, right: int = 0, clip_right: i
 @both_attentions
 def test_logits_do_not_depend_on_padding_or_batch(build: Build, inputs: Inputs, variant: str, attention: str) -> None:
     text = {"model_type": "roberta", "vocab_size": 60, "max_position_embeddings": 130, **TRANSFORMER}
-    model = build(variant, text_config=text, attn_implementation=attention)
+    text = {} if variant == "shared" else {"text_config": text}
+    model = build(variant, **text, attn_implementation=attention)
     together = model(**inputs).logits
     for row, length in enumerate((9, 5, 1)):
         for sides in ({}, {"right": 128 - length, "clip_right": 12}, {"left": 128 - length}, {"left": 3, "right": 4}):
@@ -157,8 +159,8 @@ def test_each_input_reaches_the_logits_or_is_ignored(build: Build, inputs: Input
     model = build(variant)
     logits = model(**inputs).logits
     used = {"image": {"pixel_values"}, "text": {"input_ids", "attention_mask"}}.get(variant, set(inputs))
-    if variant in ("feature", "none"):
-        used = {name for name in used if not name.startswith("clip_")}
+    if variant in ("feature", "none", "shared"):
+        used = {name for name in used if name.startswith("clip_") == (variant == "shared")}
     assert_close(model(**{name: inputs[name] for name in used}).logits, logits)
     for name, value in make_inputs([8, 9, 2], [6, 7, 4], seed=1).items():
         changed = (model(**{**inputs, name: value}).logits - logits).abs().amax(dim=1) > 1e-6
@@ -552,6 +554,11 @@ def test_token_embeddings(build: Build, inputs: Inputs, variant: str, tmp_path: 
     model = build(variant)
     if variant == "image":
         assert model.get_input_embeddings() is None
+        return
+    if variant == "shared":
+        assert model.get_input_embeddings().weight.shape == (60, 16)
+        with pytest.raises(ValueError, match="no text encoder of its own"):
+            model.resize_token_embeddings(70, mean_resizing=False)
         return
     assert model.get_input_embeddings() is model.model.text_branch.backbone.embeddings.word_embeddings
     model.resize_token_embeddings(70, mean_resizing=False)

@@ -1,0 +1,75 @@
+"""Bad rows of any source: stop at them, or leave them out, count them and name the first."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+
+from clipcacg.scripts.data.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+NAMED = 10  # bad rows that a message names
+ALLOWED_SHARE = 0.1  # of bad rows; more of them are a fault of the data or of the flags
+
+
+@dataclass
+class Faults:
+    """What a command does with bad rows, and those that it has left out.
+
+    Args:
+        on_error: "raise" stops at bad rows, "skip" leaves them out.
+        left_out: Name of each row that was left out, such as "row 3 of posts.csv", to the reason.
+        num_rows: Number of rows that were read, the bad ones among them.
+    """
+
+    on_error: str = "raise"
+    left_out: dict[str, str] = field(default_factory=dict)
+    num_rows: int = 0
+
+    def leave_out(self, dataset: datasets.Dataset, reasons: Mapping[int, str], source: str) -> datasets.Dataset:
+        """Leave out bad rows.
+
+        Args:
+            dataset: Rows of one split, with the column row: their numbers in the source, from 1.
+            reasons: Index of each bad row in `dataset` to what is wrong with it.
+            source: File or data set for the message.
+
+        Raises:
+            InputError: With `on_error="raise"`, if there is a bad row.
+        """
+        if not reasons:
+            return dataset
+        numbers = dataset["row"][:]
+        bad = {f"row {numbers[index]} of {source}": reason for index, reason in sorted(reasons.items())}
+        if self.on_error == "raise":
+            raise InputError(report(bad, "--on_error skip leaves them out"))
+        logger.warning(report(bad, "left out"))
+        self.left_out |= bad
+        return dataset.select([index for index in range(len(dataset)) if index not in reasons])
+
+    def check_share(self) -> None:
+        """Refuse data of which too much was left out.
+
+        Raises:
+            InputError: If more than a tenth of the rows are bad.
+        """
+        if len(self.left_out) > ALLOWED_SHARE * self.num_rows:
+            raise InputError(report(self.left_out, f"more than a tenth of the {self.num_rows} rows: mend the data"))
+
+    def summary(self) -> dict[str, Any]:
+        """What `all_results.json` says of the rows that were left out; nothing if there are none."""
+        if not self.left_out:
+            return {}
+        return {"skipped_posts": len(self.left_out), "skipped_first": _first(self.left_out)}
+
+
+def report(bad: Mapping[str, str], consequence: str) -> str:
+    """Count bad rows, say what follows, and name the first."""
+    return "\n  ".join([f"{len(bad)} bad rows, {consequence}. The first:", *_first(bad)])
+
+
+def _first(bad: Mapping[str, str]) -> list[str]:
+    return [f"{name}: {reason}" for name, reason in list(bad.items())[:NAMED]]
