@@ -16,6 +16,7 @@ from transformers import enable_full_determinism, set_seed
 from clipcacg.scripts.data.errors import one_sentence, set_up_logging
 from clipcacg.scripts.data.labels import label_names
 from clipcacg.scripts.training.arguments import parse_arguments
+from clipcacg.scripts.training.checks import check_flags
 from clipcacg.scripts.training.record import complete_checkpoint
 from clipcacg.scripts.training.run import (
     average_checkpoints,
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         set_up_logging(arguments.process_index == 0)
         (enable_full_determinism if arguments.full_determinism else set_seed)(arguments.seed)
         with training_faults(arguments.output_dir):
+            check_flags(model_arguments, arguments)
             pushes, token = take_over_push(arguments)
             posts = load_training_posts(model_arguments, data_arguments, arguments)
             checkpoint = where_to_resume(arguments)

@@ -3,8 +3,11 @@
 import ctypes
 import json
 import logging
+import math
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from sklearn.utils.class_weight import compute_class_weight
-from transformers import AutoConfig, EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, EvalPrediction, PreTrainedModel, TrainerCallback
 
-from clipcacg.configuration_clipcacg import MODALITY_COMBINATIONS, ClipCaCgConfig, split_keywords
+from clipcacg.configuration_clipcacg import BACKBONES, MODALITY_COMBINATIONS, ClipCaCgConfig, split_keywords
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.augmentation import Augmentation
@@ -28,16 +31,18 @@ from clipcacg.scripts.data.labels import label_names
 from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, load_posts
 from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import make_tiny_backbones
-from clipcacg.scripts.reporting.hub import check_repo_id, push_checkpoint
+from clipcacg.scripts.reporting.hub import push_checkpoint
 from clipcacg.scripts.reporting.predictions import checkpoint_config, load_checkpoint, prediction_line, write_line
 from clipcacg.scripts.reporting.tables import results_table
-from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
+from clipcacg.scripts.training.arguments import LoadingArguments, ModelArguments, RecipeArguments
 from clipcacg.scripts.training.averaging import KeepBestCheckpoints, best_checkpoints, load_average
-from clipcacg.scripts.training.metrics import load_metric, score
-from clipcacg.scripts.training.trainer import SentimentTrainer
+from clipcacg.scripts.training.checks import check_validation
+from clipcacg.scripts.training.metrics import check_metric_name, load_metric, score
+from clipcacg.scripts.training.trainer import EarlyStopping, SentimentTrainer
 
 logger = logging.getLogger(__name__)
 
+CHANGEABLE = ("dropout", "contrastive_loss_weight")  # fields of the config that a trained model may get anew
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt, which Python does not name
 
 
@@ -52,7 +57,8 @@ def load_training_posts(
     has_heads = model_arguments.use_modality_heads
     if model_arguments.model_name_or_path:
         config = checkpoint_config(model_arguments.model_name_or_path)
-        model_arguments.modality, has_heads = config.modality, has_heads or config.use_modality_heads
+        follow_checkpoint(model_arguments, config, arguments.given)
+        has_heads = has_heads or config.use_modality_heads
     if data_arguments.use_conflicting_posts and not has_heads:
         raise InputError("--use_conflicting_posts trains modality heads alone: add --use_modality_heads.")
     with arguments.main_process_first(desc="loading the posts"):
@@ -71,26 +77,52 @@ def load_training_posts(
     return posts
 
 
+def follow_checkpoint(arguments: ModelArguments, config: ClipCaCgConfig, given: Collection[str]) -> None:
+    """Take the fields of a checkpoint's config, except for dropout and loss weight that the command line gives.
+
+    Args:
+        arguments: The flags, which are changed.
+        config: Config of `--model_name_or_path`.
+        given: Names of the flags on the command line.
+
+    Raises:
+        InputError: If the command line gives a field that a trained model cannot change, or names encoders.
+    """
+    encoders = {f"{part}_model" for part in BACKBONES} | {entry.name for entry in fields(LoadingArguments)}
+    if named := sorted(encoders & set(given)):
+        raise InputError(f"--{named[0]} cannot be used with --model_name_or_path, which brings its own encoders.")
+    for name in arguments.config_fields().keys() - arguments.head_fields().keys():
+        wanted, found = getattr(arguments, name), getattr(config, name)
+        if name not in given:
+            setattr(arguments, name, found)
+        elif wanted != found and name not in CHANGEABLE:
+            raise InputError(f"--{name} is {found} in {arguments.model_name_or_path} and cannot be {wanted}.")
+
+
 def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modality: str) -> None:
     """Settle the flags that depend on the data, such as the metric to choose a checkpoint by.
 
     Raises:
         InputError: If the flags do not fit together.
     """
-    arguments.remove_unused_columns = False  # the collator reads columns that the model does not know
     arguments.dataloader_pin_memory &= torch.cuda.is_available()
-    arguments.restore_callback_states_from_checkpoint = True  # early stopping continues its count after a resume
     if modality == "image" and arguments.train_sampling_strategy == "group_by_length":
+        if "train_sampling_strategy" in arguments.given:
+            raise InputError(
+                "--train_sampling_strategy group_by_length needs texts, which --modality image leaves out."
+            )
         arguments.train_sampling_strategy = "random"
-    if label_names(posts["train"]) is None and arguments.metric_for_best_model in (None, "accuracy"):
+    is_regression, is_chosen = label_names(posts["train"]) is None, "metric_for_best_model" in arguments.given
+    if is_regression and not is_chosen and arguments.metric_for_best_model in (None, "accuracy"):
         arguments.metric_for_best_model, arguments.greater_is_better = "mse", False
+    if arguments.metric_for_best_model:
+        check_metric_name(arguments.metric_for_best_model, is_regression)
     if "validation" not in posts:
+        check_validation(arguments, list(posts))
         logger.warning("There is no validation split: training runs without evaluation and keeps the last epoch.")
         arguments.eval_strategy, arguments.load_best_model_at_end = "no", False
         arguments.early_stopping_patience = arguments.average_checkpoints = 0
     if arguments.average_checkpoints > 1:
-        if not arguments.load_best_model_at_end:
-            raise InputError("--average_checkpoints needs --load_best_model_at_end True, to know the best.")
         arguments.save_total_limit = None
 
 
@@ -116,6 +148,7 @@ def build(
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             class_weights=None,
+            **{name: getattr(arguments, name) for name in CHANGEABLE},
             **arguments.head_fields(),
             **dropout,
             **labels,
@@ -280,7 +313,7 @@ def make_trainer(
     train = posts["train"] if model.config.use_modality_heads else labelled(posts["train"])
     collator = PostCollator(processor, model.config, features or {})
     patience, averaged = arguments.early_stopping_patience, arguments.average_checkpoints
-    callbacks: list[TrainerCallback] = [EarlyStoppingCallback(patience)] if patience else []
+    callbacks: list[TrainerCallback] = [EarlyStopping()] if patience else []
     if averaged > 1:
         callbacks.append(KeepBestCheckpoints(averaged))
     trainer = SentimentTrainer(
@@ -316,8 +349,9 @@ def prepare_training(
 
 
 def compute_metrics(evaluated: EvalPrediction, metric: evaluate.Metric, names: list[str] | None) -> dict[str, float]:
-    """The metric's scalar scores, which the Trainer logs and chooses a checkpoint by."""
+    """The scalar scores, which the Trainer logs and chooses a checkpoint by; nan if undefined."""
     scores = score(np.asarray(evaluated.predictions), evaluated.label_ids, metric, names)
+    scores = {name: math.nan if value is None else value for name, value in scores.items()}
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
@@ -437,14 +471,9 @@ def take_over_push(arguments: RecipeArguments) -> tuple[bool, str | None]:
     Returns:
         Whether to push at the end, and the access token. It is taken out of the arguments, since every checkpoint
         has a copy of them.
-
-    Raises:
-        InputError: If there is no name to push to.
     """
     asked, arguments.push_to_hub = arguments.push_to_hub, False
     token, arguments.hub_token = arguments.hub_token, None
-    if asked:
-        check_repo_id(arguments.hub_model_id, "--hub_model_id")
     return asked, token
 
 

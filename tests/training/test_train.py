@@ -299,10 +299,10 @@ def test_without_a_validation_split_the_last_epoch_is_kept(
     assert json.loads((tmp_path / "model/config.json").read_text())["modality"] == "image"
 
 
-def test_training_starts_from_a_checkpoint(trained: Path, posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+def test_training_starts_from_a_checkpoint(trained: Path, posts_folder: Path, tmp_path: Path) -> None:
     # Frozen, or training would move its BatchNorm statistics at any learning rate.
     more = ["--model_name_or_path", str(trained), "--learning_rate", "0", "--num_train_epochs", "1", "--freeze_vision"]
-    train.main(flags(posts_folder, backbones, tmp_path / "model", *more))
+    train.main(flags(posts_folder, None, tmp_path / "model", *more))
     assert results(tmp_path / "model")["test_confusion_matrix"] == results(trained)["test_confusion_matrix"]
 
 
