@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Pipeline
 from transformers.utils import ModelOutput
 
-from .processing_clipcacg import check_post, label_scores
+from .processing_clipcacg import missing_parts, label_scores
 
 
 class ImageTextSentimentPipeline(Pipeline):
@@ -53,8 +53,7 @@ class ImageTextSentimentPipeline(Pipeline):
 
         Raises:
             TypeError: If the image or the text of a post has an unsupported type.
-            ValueError: If a post lacks the part that the model reads, or both parts, or its image is broken, or if
-                `top_k` is below 1.
+            ValueError: If a post lacks a part that the model needs, its image is broken, or `top_k` is below 1.
         """
         if hasattr(inputs, "column_names"):
             inputs = (row for row in inputs)
@@ -82,7 +81,13 @@ class ImageTextSentimentPipeline(Pipeline):
     def preprocess(self, input_: Any, **kwargs: Any) -> Any:
         """Turn a post into model inputs of batch size 1; keywords go to the processor."""
         config, post = self.model.config, input_ if isinstance(input_, dict) else {}
-        check_post(post, config)
+        if missing := missing_parts(post, config):
+            raise ValueError(
+                f"The model reads the {' and the '.join(config.modalities)} of a post, but this one has no "
+                f"{' and no '.join(missing)}. Give "
+                + '{"image": ..., "text": ...}'
+                + (", or train with modality_dropout." if len(missing) < len(config.modalities) else ".")
+            )
         # In lists of one: the processor would read a list as several posts.
         parts = {name: [post.get(name)] for name in config.modalities}
         return self.processor(images=parts.get("image"), text=parts.get("text"), return_tensors="pt", **kwargs)

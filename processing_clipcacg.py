@@ -18,7 +18,6 @@ from huggingface_hub.utils import httpx
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, BitImageProcessor
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import logging
 
 from .configuration_clipcacg import (
     LOADING_KEYWORDS,
@@ -29,8 +28,6 @@ from .configuration_clipcacg import (
     split_keywords,
 )
 from .modeling_clipcacg import encoder_facts, load_config
-
-logger = logging.get_logger(__name__)
 
 # Tokenizers that know no limit set `model_max_length` to a very large number.
 NO_LIMIT = 10**9
@@ -225,8 +222,8 @@ class ClipCaCgProcessor(ProcessorMixin):
 
         Returns:
             For one label per example `{"label": str, "scores": {label: probability}}`, for several
-            `{"labels": [every label with a probability of 0.5 or more], "scores": {label: probability}}`, for a
-            regression `{"value": float}`.
+            `{"labels": [every label that applies], "scores": {label: probability}}`, for a regression
+            `{"value": float}`.
         """
         names: dict[int, str] = config.id2label  # type: ignore[assignment]  # transformers makes its keys integers
         answers: list[dict[str, Any]] = []
@@ -236,7 +233,8 @@ class ClipCaCgProcessor(ProcessorMixin):
                 continue
             scores = {names[index]: score for index, score in enumerate(row.tolist())}
             if config.task == "multi_label_classification":
-                chosen = [label for label, score in scores.items() if score >= 0.5]
+                applies = labels_that_apply(row, config.label_thresholds).tolist()
+                chosen = [label for label, is_chosen in zip(scores, applies, strict=True) if is_chosen]
                 answers.append({"labels": chosen, "scores": scores})
             else:
                 answers.append({"label": names[int(row.argmax())], "scores": scores})
@@ -338,29 +336,20 @@ class ClipCaCgProcessor(ProcessorMixin):
         return [*args, clip_image_processor, clip_tokenizer]
 
 
-def check_post(post: dict[str, Any], config: ClipCaCgConfig) -> None:
-    """Refuse a post that has nothing the model reads, and warn once if the model has not learned to do without a part.
+def missing_parts(post: dict[str, Any], config: ClipCaCgConfig) -> list[str]:
+    """Return which parts the model needs and the post lacks: some of "image" and "text".
+
+    A model trained with `modality_dropout` needs one of the two alone.
 
     Args:
-        post: "image" and "text", either of which may be missing or None.
+        post: "image" and "text"; a part that is missing may be None. An empty text counts as missing beside an image.
         config: Config of the model.
-
-    Raises:
-        ValueError: If the post lacks the only part that the model reads, or both parts.
     """
-    values = {name: post.get(name) for name in config.modalities}
-    values = {name: None if value == "" else value for name, value in values.items()} if len(values) > 1 else values
-    missing = [name for name, value in values.items() if value is None]
-    if len(missing) == len(values):
-        raise ValueError(
-            f"The model reads the {' and the '.join(config.modalities)} of a post, but this one has no "
-            f"{' and no '.join(missing)}. Give " + '{"image": ..., "text": ...}.'
-        )
-    if missing and not config.modality_dropout:
-        logger.warning_once(
-            "Some posts have no image or no text. The model was trained without modality_dropout, so it has not "
-            "learned to answer them: do not rely on its answers."
-        )
+    missing = [name for name in config.modalities if post.get(name) is None]
+    if config.modality_dropout == 0:
+        return missing
+    is_empty = isinstance(post.get("text"), str) and not post["text"].strip()
+    return ["image", "text"] if len(missing) + is_empty == 2 else []
 
 
 def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
@@ -378,6 +367,19 @@ def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
     if config.task == "regression":
         return logits
     return logits.sigmoid() if config.task == "multi_label_classification" else logits.softmax(dim=-1)
+
+
+def labels_that_apply(probabilities: torch.Tensor, thresholds: list[float] | None = None) -> torch.Tensor:
+    """Choose among several labels per example.
+
+    Args:
+        probabilities: (..., labels).
+        thresholds: `label_thresholds` of the config: the probability from which each label applies; None: 0.5.
+
+    Returns:
+        (..., labels) of True and False.
+    """
+    return probabilities >= torch.tensor(thresholds or 0.5, device=probabilities.device)
 
 
 def _view(image_processor: Any, arrays: list[np.ndarray], kwargs: dict[str, Any]) -> Any:
@@ -592,4 +594,4 @@ def _tokenizer(model: str | Path, part: str, options: dict[str, Any]) -> Any:
     return tokenizer
 
 
-__all__ = ["ClipCaCgProcessor", "check_post", "label_scores"]
+__all__ = ["ClipCaCgProcessor", "label_scores", "labels_that_apply", "missing_parts"]

@@ -14,7 +14,7 @@ import sys
 from transformers import enable_full_determinism, set_seed
 
 from clipcacg.scripts.data.errors import one_sentence, set_up_logging
-from clipcacg.scripts.data.labels import label_names
+from clipcacg.scripts.data.labels import label_fields
 from clipcacg.scripts.training.arguments import parse_arguments
 from clipcacg.scripts.training.checks import check_flags
 from clipcacg.scripts.training.record import complete_checkpoint
@@ -22,6 +22,7 @@ from clipcacg.scripts.training.run import (
     average_checkpoints,
     build,
     choose_combination,
+    choose_thresholds,
     compute_features,
     evaluate_splits,
     load_training_posts,
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             pushes, token = take_over_push(arguments)
             posts = load_training_posts(model_arguments, data_arguments, arguments)
             checkpoint = where_to_resume(arguments)
-            model, processor = build(model_arguments, data_arguments.is_sample, label_names(posts["train"]))
+            model, processor = build(model_arguments, data_arguments.is_sample, label_fields(posts["train"]))
             set_loss(model, arguments, model_arguments, posts["train"])
             features = None
             if model_arguments.cache_features:
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
             trained = trainer.train(resume_from_checkpoint=checkpoint)
             averaged = average_checkpoints(trainer)
             choose_combination(trainer, posts, model_arguments.modality_combination)
+            choose_thresholds(trainer, posts)
             trainer.save_model()
             trainer.save_state()
             trainer.save_metrics("train", trained.metrics)

@@ -64,7 +64,13 @@ class DataArguments(ColumnArguments):
             "or a Hub data set."
         },
     )
-    label_column: str = field(default="label", metadata={"help": "Column of the labels; floats mean a regression."})
+    label_column: str = field(
+        default="label", metadata={"help": "Column of the labels: words, numbers, or lists for several per post."}
+    )
+    task: Literal["auto", "classification", "regression"] = field(
+        default="auto",
+        metadata={"help": "What numbers in the label column are. auto: a few whole numbers are classes."},
+    )
     text_label_column: str | None = field(
         default=None,
         metadata={"help": "For --dataset_name: column of the texts' own labels, for --use_modality_heads."},
@@ -98,6 +104,8 @@ class DataArguments(ColumnArguments):
             )
         if self.dataset_name and self.use_conflicting_posts:
             raise InputError("--use_conflicting_posts is for --data_dir alone: other data keeps the posts it has.")
+        if self.dataset_name is None and self.task == "regression":
+            raise InputError("--task regression is for --dataset_name alone: the labels of MVSA are classes.")
         if self.dataset_name is None and (self.text_label_column or self.image_label_column):
             raise InputError(
                 "--text_label_column and --image_label_column are for --dataset_name alone: MVSA has both labels."
@@ -126,9 +134,9 @@ def load_posts(
 
     Returns:
         `datasets.DatasetDict`: some of the splits train, validation and test, with the columns id, text, image (not
-        decoded) and label. The label is a ClassLabel, or a float for a regression. Of MVSA, and of a data set that
-        names them, also text_label and image_label, with the classes of label; -100 where a post has none. Only
-        conflicting posts, which only the training split may hold, have the label -100.
+        decoded) and label. The label is a ClassLabel, a list of them, or a float for a regression. Of MVSA, and of a
+        data set that names them, also text_label and image_label, with the classes of label; -100 where a post has
+        none. Only conflicting posts, which only the training split may hold, have the label -100.
 
     Raises:
         InputError: a column is missing, the data cannot be read or a row is bad; see `load_mvsa` and `split_mvsa`.
@@ -164,12 +172,12 @@ def _load_any(
     own_labels = {arguments.text_label_column: "text_label", arguments.image_label_column: "image_label"}
     labels = {arguments.label_column: "label"} | {column: label for column, label in own_labels.items() if column}
     posts = read_rows(arguments, name, modality, remembered, labels)
-    posts = with_labels(posts, name)
+    faults.num_rows += sum(map(len, posts.values()))
+    posts = with_labels(posts, name, arguments.task, faults)
     for column in {"text_label", "image_label"} & set(labels.values()):
-        posts = with_modality_labels(posts, column)
+        posts = with_modality_labels(posts, column, name, faults)
     for split, dataset in posts.items():
         source = name if len(posts) == 1 else f"the split {split} of {name}"
-        faults.num_rows += len(dataset)
         posts[split] = faults.leave_out(dataset, bad_images(dataset), source).remove_columns("row")
     return posts
 

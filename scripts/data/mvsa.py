@@ -2,7 +2,8 @@
 
 MVSA (Niu et al., MMM 2016) is distributed as a folder, which this module never writes to:
 
-    DATA_DIR/labelResultAll.txt    one row per post: ID<TAB>text,image, with one text,image column per annotator
+    DATA_DIR/labelResultAll.txt    one row per post: ID<TAB>text,image, with one text,image column per annotator; or
+                                   image,text, if the header says so
     DATA_DIR/data/<ID>.txt         the text, in UTF-8 or GB18030
     DATA_DIR/data/<ID>.jpg         the image
 
@@ -174,7 +175,14 @@ def _read_rows(folder: Path) -> list[tuple[int, list[str]]]:
         if line.strip()
     ]
     has_header = bool(rows) and rows[0][1][0].lower().split()[:1] == ["id"]
-    return rows[1:] if has_header else rows
+    if not has_header:
+        return rows
+    # "image,text" names the columns in the other order.
+    swapped = {column for column, names in enumerate(rows[0][1]) if names.lower().startswith("im")}
+    return [
+        (number, [",".join(reversed(f.split(","))) if column in swapped else f for column, f in enumerate(fields)])
+        for number, fields in rows[1:]
+    ]
 
 
 def _check_variant(rows: list[tuple[int, list[str]]], folder: Path, variant: str | None) -> str:

@@ -70,8 +70,14 @@ def read_source(
             options = {"csv": options | cells, "json": options}.get(builder, {})
             if _suffix(first) == ".tsv":
                 options["sep"] = "\t"
-            data_files = {split: list(map(str, part)) for split, part in files.items()}
-            return datasets.load_dataset(builder, data_files=data_files, streaming=streaming, **options)
+            # Together the splits would get the types and the class names of the first.
+            found = {
+                split: datasets.load_dataset(
+                    builder, data_files={split: list(map(str, part))}, split=split, streaming=streaming, **options
+                )
+                for split, part in files.items()
+            }
+            return datasets.IterableDatasetDict(found) if streaming else datasets.DatasetDict(found)
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))
             found = found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict(train=found)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from clipcacg.modeling_clipcacg import as_map
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, missing_parts
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES
 
@@ -165,11 +165,10 @@ def prepare(model: PreTrainedModel, processor: Any, image: Any, text: str | None
     Raises:
         InputError: If the image or the text that it needs is missing or broken.
     """
-    given, needed = {"image": image, "text": text}, model.config.modalities
-    missing = [name for name in needed if given[name] is None]
-    if missing and (len(missing) == len(needed) or not model.config.modality_dropout):
+    given = {"image": image, "text": text}
+    if missing := missing_parts(given, model.config):
         raise InputError(f"This model needs {' and '.join({'image': 'an image'}.get(n, 'a text') for n in missing)}.")
-    columns = {name: [given[name]] for name in needed}
+    columns = {name: [given[name]] for name in model.config.modalities}
     try:
         batch = processor(images=columns.get("image"), text=columns.get("text"), return_tensors="pt")
     except (OSError, ValueError) as error:

@@ -102,7 +102,7 @@ class Plan:
             predictions = read_predictions(self.folder)[best["run"]]
             names = list(best["metrics"]["validation"]["per_class"])
             answers = np.eye(len(names))[predictions["prediction"]], np.asarray(predictions["label"])
-            scores = {fold["measured"]: score(*answers, load_metric(regression=False), names)}
+            scores = {fold["measured"]: score(*answers, load_metric(), names)}
             facts = {key: best[key] for key in best.keys() - run.keys()} | {"metrics": scores | best["metrics"]}
             self.write(run, facts, {key: value for key, value in predictions.items() if key != "run"})
         return best["values"]

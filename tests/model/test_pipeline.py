@@ -2,7 +2,6 @@
 
 import base64
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -117,28 +116,29 @@ def test_a_post_is_one_image_and_one_text(sentiment: ImageTextSentimentPipeline,
             sentiment({"image": image, "text": text})
     for post, words in (
         ({"image": torch.zeros(2, 3, 32, 32), "text": "two images"}, "is not an image"),
-        ({"text": ""}, "this one has no image and no text. Give "),
+        ({"text": "alone"}, "this one has no image. Give "),
         ("just a string", "this one has no image and no text. Give "),
     ):
         with pytest.raises(ValueError, match=words):
             sentiment(post)
 
 
-def test_a_post_of_one_part_is_answered_with_a_warning(
-    sentiment: ImageTextSentimentPipeline,
-    posts_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_a_post_of_one_part_needs_modality_dropout(
+    sentiment: ImageTextSentimentPipeline, posts_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless training has withheld parts."""
     image = str(posts_folder / "data/1.jpg")
-    for rate, warned in ((0.0, True), (0.1, False)):
-        monkeypatch.setattr(sentiment.model.config, "modality_dropout", rate)
-        for post in ({"text": "alone"}, {"image": image}, {"image": image, "text": ""}):
-            logging.Logger.warning_once.cache_clear()
-            caplog.clear()
-            assert sum(entry["score"] for entry in sentiment(post)) == pytest.approx(1)
-            assert ("trained without modality_dropout" in caplog.text) == warned
+    with pytest.raises(ValueError, match="this one has no image. Give .*, or train with modality_dropout."):
+        sentiment({"text": "alone"})
+    monkeypatch.setattr(sentiment.model.config, "modality_dropout", 0.1)
+    posts = [{"text": "alone"}, {"image": image}, {"image": image, "text": " "}, {"image": image, "text": "both"}]
+    one_by_one = [sentiment(post) for post in posts]
+    assert [sum(entry["score"] for entry in answer) for answer in one_by_one] == pytest.approx([1.0] * 4)
+    assert one_by_one[1] == one_by_one[2] != one_by_one[3]
+    for together, alone in zip(sentiment(posts, batch_size=4), one_by_one, strict=True):
+        assert [entry["score"] for entry in together] == pytest.approx([entry["score"] for entry in alone], abs=1e-5)
+    for post in ({}, {"text": ""}):
+        with pytest.raises(ValueError, match="this one has no image and no text. Give .*[.]$"):
+            sentiment(post)
 
 
 def test_what_it_saves_is_a_whole_checkpoint(

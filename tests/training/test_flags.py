@@ -9,6 +9,7 @@ import yaml
 from inputs import SCRIPTS
 
 from clipcacg.scripts import train
+from clipcacg.scripts.data.labels import label_fields
 from clipcacg.scripts.training import run
 from clipcacg.scripts.training.arguments import SWITCHED_OFF, ModelArguments, RecipeArguments, parse_arguments
 from clipcacg.scripts.training.checks import check_flags
@@ -113,7 +114,7 @@ def trainer_of(argv: list[str]) -> SentimentTrainer:
     model_arguments, data_arguments, arguments = parse_arguments(argv)
     check_flags(model_arguments, arguments)
     posts = run.load_training_posts(model_arguments, data_arguments, arguments)
-    return run.make_trainer(arguments, *run.build(model_arguments, False, run.label_names(posts["train"])), posts)
+    return run.make_trainer(arguments, *run.build(model_arguments, False, label_fields(posts["train"])), posts)
 
 
 def test_the_optimizer_and_schedule_on_own_data_are_those_of_the_flags(own: Path, backbones: Path) -> None:
@@ -257,7 +258,7 @@ def test_a_checkpoint_keeps_its_fields_unless_a_flag_changes_one_that_can_change
     for more, dropout in (([], 0.3), (["--dropout", "0.45", "--hidden_size", "32"], 0.45)):
         model_arguments, _, arguments = parse_arguments([*start, *more])
         run.follow_checkpoint(model_arguments, run.checkpoint_config(str(checkpoint)), arguments.given)
-        assert run.build(model_arguments, False, ["a", "b"])[0].config.dropout == dropout
+        assert run.build(model_arguments, False, {"id2label": {0: "a", 1: "b"}})[0].config.dropout == dropout
 
 
 @pytest.fixture

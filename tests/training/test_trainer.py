@@ -8,6 +8,7 @@ import torch
 from inputs import flags
 
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.labels import label_fields
 from clipcacg.scripts.training import run
 from clipcacg.scripts.training.arguments import parse_arguments
 from clipcacg.scripts.training.checks import check_flags
@@ -25,7 +26,7 @@ def make(posts_folder: Path, backbones: Path, tmp_path: Path) -> Make:
         model_arguments, data_arguments, arguments = parse_arguments(flags(posts_folder, encoders, tmp_path, *more))
         check_flags(model_arguments, arguments)
         posts = run.load_training_posts(model_arguments, data_arguments, arguments)
-        model, processor = run.build(model_arguments, data_arguments.is_sample, run.label_names(posts["train"]))
+        model, processor = run.build(model_arguments, data_arguments.is_sample, label_fields(posts["train"]))
         run.set_loss(model, arguments, model_arguments, posts["train"])
         return run.make_trainer(arguments, model, processor, posts)
 
