@@ -109,7 +109,8 @@ class ClipCaCgConfig(PreTrainedConfig):
             that has one: CLIP's own towers are trained already. Our choice: 0.1.
         logit_scale_init_value: Logarithm of the inverse temperature of that loss at the start; CLIP's ln(1 / 0.07).
         modality_dropout: Probability in training that the model does not read one side of an example, the image or the
-            text, in [0, 1). It teaches the model to answer posts that lack a side. The paper has none.
+            text, in [0, 1). Any value above 0 adds the learned states that stand in for what is missing, so that the
+            model can answer posts that lack a side. The paper has none.
         class_weights: Weight of each class in the cross-entropy, one number for each label, or None for equal weights.
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
         label_thresholds: With several labels per example, the probability from which each label applies, one number

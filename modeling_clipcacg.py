@@ -104,8 +104,7 @@ class ClipCaCgModelOutput(ModelOutput):
         gate: (batch, hidden), values in (0, 1); g of equation 12. 1 passes the linear path, 0 the tanh path.
         contrastive_loss: Scalar, the symmetric contrastive loss over the batch; with `clip_mode="feature"` in training
             mode.
-        has_image, has_text: (batch,), bool: what the model read of each example, `modality_dropout` considered; with
-            `modality="both"`.
+        has_image, has_text: (batch,), bool: what the model read of each example; with `modality_dropout`.
         image_attentions: (batch, heads, regions, joint_len), weights of equation 6 with the image as query; with
             `output_attentions=True`.
         text_attentions: (batch, heads, text_len, joint_len), the same with the text as query.
@@ -765,21 +764,23 @@ class MissingModality(nn.Module):
         self.image = nn.Parameter(torch.zeros(width))
         self.text = nn.Parameter(torch.zeros(width))
 
-    def forward(
-        self, image: Tensor, text: Tensor, has_image: Tensor | None = None, has_text: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor, text: Tensor, has_image: Tensor, has_text: Tensor) -> tuple[Tensor, Tensor]:
         """Replace the states of what is missing.
 
         Args:
             image: (batch, regions, width).
             text: (batch, text_len, width).
-            has_image, has_text: (batch,), bool. Default: nothing is missing.
+            has_image, has_text: (batch,), bool.
         """
-        if has_image is not None:
-            image = torch.where(has_image[:, None, None].to(image.device), image, self.image)
-        if has_text is not None:
-            text = torch.where(has_text[:, None, None].to(text.device), text, self.text)
-        return image, text
+        return (
+            torch.where(has_image[:, None, None].to(image.device), image, self.image),
+            torch.where(has_text[:, None, None].to(text.device), text, self.text),
+        )
+
+
+def both_of(has_image: Tensor | None, has_text: Tensor | None) -> Tensor | None:
+    """Return which examples are complete, (batch,), bool; None where nothing can be missing."""
+    return None if has_image is None or has_text is None else has_image & has_text
 
 
 def withhold(has_image: Tensor, has_text: Tensor, probability: float) -> tuple[Tensor, Tensor]:
@@ -848,7 +849,7 @@ class ClipEncoderInteraction(nn.Module):
         self.shared = config.shared
         self.clip_text, width = build_encoder(config.clip_config, "clip.text")
         self.clip_vision, _ = build_encoder(config.clip_config, "clip.vision")
-        self.missing = MissingModality(width)
+        self.missing = MissingModality(width) if config.modality_dropout else None
         self.output_projection = nn.Linear(width, config.hidden_size)
 
     def forward(
@@ -863,8 +864,8 @@ class ClipEncoderInteraction(nn.Module):
     ) -> Interaction:
         """Compute F_IT; shapes as in `ClipCaCgModel.forward`.
 
-        Earlier results of `encode_text` and `encode_image` replace the ids and the pixels. `has_image` and `has_text`,
-        (batch,), are False where a learned state replaces the image or the text; by default nowhere.
+        Earlier results of `encode_text` and `encode_image` replace the ids and the pixels. With `modality_dropout`,
+        `has_image` and `has_text`, (batch,), are False where a learned state replaces the image or the text.
         """
         if clip_image_features is None:
             clip_image_features = self.encode_image(clip_pixel_values)
@@ -879,13 +880,16 @@ class ClipEncoderInteraction(nn.Module):
             text_states = clip_text_features[:, 1:]
             clip_text_features = self.clip_text.project(clip_text_features)
         dtype = self.output_projection.weight.dtype
-        images, texts = self.missing(clip_image_features.to(dtype), clip_text_features.to(dtype), has_image, has_text)
+        images, texts = clip_image_features.to(dtype), clip_text_features.to(dtype)
+        words_mask = as_mask(clip_attention_mask, texts[:, 1:])
+        if self.missing is not None:
+            images, texts = self.missing(images, texts, has_image, has_text)
+            words_mask = words_mask & has_text[:, None]  # type: ignore[index]
         image, patches = images[:, 0], images[:, 1:]
         text, words = texts[:, 0], texts[:, 1:]
 
         states = self.output_projection(joint_sequence(image, patches, text, words))
-        words_mask = as_mask(clip_attention_mask, words)
-        mask = joint_mask(1 + patches.shape[1], words_mask if has_text is None else words_mask & has_text[:, None])
+        mask = joint_mask(1 + patches.shape[1], words_mask)
         return Interaction(states, mask, states[:, 0], image, text, None, image_states, text_states)
 
     def encode_image(self, clip_pixel_values: Tensor) -> Tensor:
@@ -1678,9 +1682,9 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
         config.check_values()
         self.text_branch = TextBranch(config) if "text" in config.modalities else None
         self.image_branch = ImageBranch(config) if "image" in config.modalities else None
-        self.interaction = self.image_attention = self.text_attention = self.gate = None
+        self.missing = self.interaction = self.image_attention = self.text_attention = self.gate = None
         if config.modality == "both":
-            self.missing = MissingModality(config.hidden_size)
+            self.missing = MissingModality(config.hidden_size) if config.modality_dropout else None
             self.interaction = INTERACTIONS[config.clip_mode](config)
             if config.use_cross_attention:
                 self.image_attention, self.text_attention = CrossAttention(config), CrossAttention(config)
@@ -1716,8 +1720,8 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
 
         Args:
             input_ids: (batch, text_len), token ids of the text encoder.
-            attention_mask: (batch, text_len), 1 for a real token, 0 for padding. Default: no padding. A text that is
-                all padding is missing: a learned state replaces it.
+            attention_mask: (batch, text_len), 1 for a real token, 0 for padding. Default: no padding. With
+                `modality_dropout`, a learned state replaces a text that is all padding.
             pixel_values: (batch, channels, height, width), the image as the vision encoder expects it.
             clip_input_ids: (batch, clip_text_len), CLIP's token ids, padded on the right as CLIP needs it.
             clip_attention_mask: (batch, clip_text_len), as `attention_mask`.
@@ -1728,8 +1732,8 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
                 `clip_input_ids`.
             clip_image_features: (batch, 1 + patches, projection), of `encode("clip.vision", ...)`, in place of
                 `clip_pixel_values`. The last axis is a shared tower's own width.
-            has_image: (batch,), 0 or False where the image is missing: a learned state replaces it, whatever the
-                pixels are. Default: no image is missing.
+            has_image: (batch,), 0 or False where the image is missing. With `modality_dropout`, a learned state
+                replaces it, whatever the pixels are. Default: no image is missing.
             output_attentions: Return the cross-attention weights.
             output_hidden_states: Return F_I, F_T and their attended forms.
             **kwargs: `return_dict=False` returns a tuple of the fields that are not None. Anything else is ignored:
@@ -1739,8 +1743,8 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
             `ClipCaCgModelOutput`.
 
         Raises:
-            ValueError: If an input that this model's mode needs is missing, or batch sizes differ, or an image is
-                missing that a model with `modality="image"` needs.
+            ValueError: If an input that this model's mode needs is missing, batch sizes differ, or an image is missing
+                without `modality_dropout`.
         """
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
@@ -1763,8 +1767,7 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
             clip_tokens: Any = clip_input_ids if clip_text_features is None else clip_text_features
             own_tokens: Any = input_ids if text_features is None else text_features
             texts = (clip_tokens, clip_attention_mask) if self.config.share_clip_text else (own_tokens, attention_mask)
-            has_image, has_text = self._find_missing(has_image, *texts)  # (batch,) each
-            complete = has_image & has_text
+            has_image, has_text = self._find_missing(has_image, *texts)
         if self.interaction is not None and self.config.clip_mode == "encoder":
             joint = self.interaction(  # eq. 5, the first to run, for towers that the model shares
                 clip_input_ids=clip_input_ids,
@@ -1793,10 +1796,11 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
                 text_hidden_states=(F_T,) if output_hidden_states and F_T is not None else None,
             )
 
-        F_I, F_T = self.missing(F_I, F_T, has_image, has_text)
-        text_mask = torch.where(has_text[:, None], text_mask, first_token(text_mask))
+        if self.missing is not None:
+            F_I, F_T = self.missing(F_I, F_T, has_image, has_text)
+            text_mask = torch.where(has_text[:, None], text_mask, first_token(text_mask))
         if joint is None:
-            joint = self.interaction(F_I, F_T, text_mask, complete)  # eq. 5
+            joint = self.interaction(F_I, F_T, text_mask, both_of(has_image, has_text))  # eq. 5
         F_IT = joint.states  # (batch, joint_len, hidden)
 
         image_IT, text_IT, image_attentions, text_attentions = F_I, F_T, None, None
@@ -1826,18 +1830,24 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
 
     def _find_missing(
         self, has_image: Tensor | None, tokens: Tensor, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return which examples have an image and which a text, (batch,) each; training withholds some."""
+    ) -> tuple[Any, Any]:
+        """Return which examples have an image and which a text, (batch,) each, or None without `modality_dropout`.
+
+        In training mode it withholds some.
+        """
+        if self.missing is None:
+            return None, None
         has_text = as_mask(attention_mask, tokens).any(dim=1)
         has_image = torch.ones_like(has_text) if has_image is None else has_image.bool()
-        if not self.training or self.config.modality_dropout == 0:
-            return has_image, has_text
-        return withhold(has_image, has_text, self.config.modality_dropout)
+        return withhold(has_image, has_text, self.config.modality_dropout) if self.training else (has_image, has_text)
 
     def _check_inputs(self, has_image: Tensor | None, **inputs: Tensor | None) -> None:
-        is_needed = self.config.modality == "image" and has_image is not None and not torch.compiler.is_compiling()
-        if is_needed and not has_image.all():  # type: ignore[union-attr]
-            raise ValueError("An example has no image, and a model with modality='image' reads nothing else.")
+        reads_image = "image" in self.config.modalities and not self.config.modality_dropout
+        if has_image is not None and reads_image and not torch.compiler.is_compiling() and not has_image.all():
+            raise ValueError(
+                f"An example has no image (has_image). A model with modality={self.config.modality!r} and "
+                f"modality_dropout={self.config.modality_dropout} needs one."
+            )
         required = self.config.required_inputs
         given = {name: value for name, value in inputs.items() if value is not None}
         missing = [name for name in required if name not in given]
@@ -1948,7 +1958,8 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
             F_T, F_I = outputs.text_hidden_states[0], outputs.image_hidden_states[0]
             mask = clip_attention_mask if self.config.share_clip_text else attention_mask
             text_logits, image_logits = self.modality_heads(F_T, as_mask(mask, F_T), F_I)
-            logits = self.answer(logits, text_logits, image_logits, outputs.has_image & outputs.has_text)
+            complete = both_of(outputs.has_image, outputs.has_text)
+            logits = self.answer(logits, text_logits, image_logits, complete)
         if labels is not None:
             loss = self.task_loss(logits, labels)
             if outputs.contrastive_loss is not None:

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import Pipeline
 from transformers.utils import ModelOutput
 
-from .processing_clipcacg import missing_parts, label_scores
+from .processing_clipcacg import label_scores, missing_parts
 
 
 class ImageTextSentimentPipeline(Pipeline):
@@ -90,7 +91,10 @@ class ImageTextSentimentPipeline(Pipeline):
             )
         # In lists of one: the processor would read a list as several posts.
         parts = {name: [post.get(name)] for name in config.modalities}
-        return self.processor(images=parts.get("image"), text=parts.get("text"), return_tensors="pt", **kwargs)
+        inputs = self.processor(images=parts.get("image"), text=parts.get("text"), return_tensors="pt", **kwargs)
+        if config.modality_dropout:  # the posts of a batch must have the same inputs
+            inputs.setdefault("has_image", torch.ones(1, dtype=torch.long))
+        return inputs
 
     def _forward(self, input_tensors: Any, **kwargs: Any) -> ModelOutput:
         return ModelOutput(logits=self.model(**input_tensors, **kwargs).logits)

@@ -101,7 +101,7 @@ def test_a_post_without_a_text_has_no_stored_words(
     mode: str, build: Callable, posts: datasets.DatasetDict, tmp_path: Path
 ) -> None:
     """Beside other posts, and in a batch in which none has a text."""
-    model, processor = build(**MODES[mode])
+    model, processor = build(modality_dropout=0.1, **MODES[mode])
     torch.nn.init.normal_(model.model.missing.text)
     kept = posts["test"].select(range(2))
     some = kept.remove_columns("text").add_column("text", ["", kept["text"][1]])

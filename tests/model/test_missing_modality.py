@@ -39,7 +39,7 @@ def test_what_stands_in_for_the_missing_changes_nothing(
     tiny_config: Config, lacking: dict[str, Tensor], clip_mode: str, fields: dict[str, object]
 ) -> None:
     """Not the pixels of a missing image, not the tokens of a missing text, and not the other examples of the batch."""
-    model = build(tiny_config(clip_mode=clip_mode, **fields))
+    model = build(tiny_config(clip_mode=clip_mode, modality_dropout=0.1, **fields))
     with torch.no_grad():
         logits = model(**lacking).logits
         others = {name: value.clone() for name, value in lacking.items()}
@@ -59,7 +59,7 @@ def test_a_missing_side_is_not_the_side_it_hides(
     tiny_config: Config, lacking: dict[str, Tensor], clip_mode: str
 ) -> None:
     """The answer differs from that of the complete example, and complete ones keep theirs."""
-    model = build(tiny_config(clip_mode=clip_mode))
+    model = build(tiny_config(clip_mode=clip_mode, modality_dropout=0.1))
     complete = make_inputs([6, 4, 5, 3], [7, 4, 6, 5])
     with torch.no_grad():
         outputs, whole = model(**lacking), model(**complete).logits
@@ -71,7 +71,7 @@ def test_a_missing_side_is_not_the_side_it_hides(
 
 @pytest.mark.parametrize("clip_mode", CLIP_MODES)
 def test_training_reaches_the_learned_states(tiny_config: Config, lacking: dict[str, Tensor], clip_mode: str) -> None:
-    config = tiny_config(clip_mode=clip_mode, use_modality_heads=True)
+    config = tiny_config(clip_mode=clip_mode, use_modality_heads=True, modality_dropout=1e-9)
     model = build(config).train()
     labels = {name: torch.tensor([0, 1, 2, 1]) for name in ("labels", "text_labels", "image_labels")}
     loss = model(**lacking, **labels).loss
@@ -82,7 +82,7 @@ def test_training_reaches_the_learned_states(tiny_config: Config, lacking: dict[
 
 
 def test_a_head_does_not_learn_from_what_is_missing(tiny_config: Config, lacking: dict[str, Tensor]) -> None:
-    model = build(tiny_config(use_modality_heads=True)).train()
+    model = build(tiny_config(use_modality_heads=True, modality_dropout=1e-9)).train()
 
     def loss(text_label: int, image_label: int) -> float:
         """With these labels for the example without a text and for the one without an image."""
@@ -99,7 +99,7 @@ def test_a_head_does_not_learn_from_what_is_missing(tiny_config: Config, lacking
 def test_the_average_leaves_incomplete_examples_to_the_classifier(
     tiny_config: Config, lacking: dict[str, Tensor]
 ) -> None:
-    model = build(tiny_config(**HEADS))
+    model = build(tiny_config(modality_dropout=0.1, **HEADS))
     with torch.no_grad():
         average = model(**lacking).logits.softmax(-1)
         model.config.modality_combination = "classifier"
@@ -135,13 +135,24 @@ def test_modality_dropout_withholds_one_side_at_its_rate(tiny_config: Config) ->
     assert 0 < (~outputs.has_image).sum() < 40 and 0 < (~outputs.has_text).sum() < 40
 
 
-def test_a_model_of_one_modality_refuses_what_it_cannot_read(tiny_config: Config, lacking: dict[str, Tensor]) -> None:
-    image = build(tiny_config(modality="image"))
-    with pytest.raises(ValueError, match="no image, .*modality='image'"):
-        image(pixel_values=lacking["pixel_values"], has_image=lacking["has_image"])
-    for fields, words in (
+@pytest.mark.parametrize("fields", [{}, {"modality": "image"}])
+def test_a_model_without_modality_dropout_refuses_missing_images(
+    tiny_config: Config, lacking: dict[str, Tensor], fields: dict[str, str]
+) -> None:
+    model = build(tiny_config(**fields))
+    assert not [name for name in model.state_dict() if "missing" in name]
+    with pytest.raises(ValueError, match="An example has no image .*modality_dropout=0.0 needs one"):
+        model(**lacking)
+    assert model(**lacking | {"has_image": torch.ones(4)}).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
         ({"modality": "text", "modality_dropout": 0.1}, "modality_dropout=0.1 needs modality='both'"),
         ({"modality_dropout": 1.0}, "modality_dropout must be at least 0 and below 1"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            tiny_config(**fields)
+    ],
+)
+def test_what_cannot_be_built_is_refused(tiny_config: Config, fields: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        tiny_config(**fields)

@@ -124,12 +124,13 @@ def test_a_post_is_one_image_and_one_text(sentiment: ImageTextSentimentPipeline,
 
 
 def test_a_post_of_one_part_needs_modality_dropout(
-    sentiment: ImageTextSentimentPipeline, posts_folder: Path, monkeypatch: pytest.MonkeyPatch
+    sentiment: ImageTextSentimentPipeline, checkpoint: Path, posts_folder: Path
 ) -> None:
     image = str(posts_folder / "data/1.jpg")
     with pytest.raises(ValueError, match="this one has no image. Give .*, or train with modality_dropout."):
         sentiment({"text": "alone"})
-    monkeypatch.setattr(sentiment.model.config, "modality_dropout", 0.1)
+    model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint, modality_dropout=0.1)
+    sentiment = pipeline(TASK, model=model, processor=ClipCaCgProcessor.from_pretrained(checkpoint))
     posts = [{"text": "alone"}, {"image": image}, {"image": image, "text": " "}, {"image": image, "text": "both"}]
     one_by_one = [sentiment(post) for post in posts]
     assert [sum(entry["score"] for entry in answer) for answer in one_by_one] == pytest.approx([1.0] * 4)
