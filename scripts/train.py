@@ -32,6 +32,7 @@ from clipcacg.scripts.training.run import (
     take_over_push,
     where_to_resume,
 )
+from clipcacg.scripts.training.search import search
 from clipcacg.scripts.training.trainer import training_faults
 
 
@@ -46,6 +47,10 @@ def main(argv: list[str] | None = None) -> None:
             pushes, token = take_over_push(arguments)
             posts = load_training_posts(model_arguments, data_arguments, arguments)
             checkpoint = where_to_resume(arguments)
+            if arguments.hp_search and search(model_arguments, data_arguments, arguments, posts):
+                checkpoint = None  # those in the folder are of other settings
+            if arguments.hp_search:
+                set_seed(arguments.seed)
             model, processor = build(model_arguments, data_arguments.is_sample, label_fields(posts["train"]))
             set_loss(model, arguments, model_arguments, posts["train"])
             features = None

@@ -1,10 +1,8 @@
 """What the tables compare: the rows, the command's flags, and the config of each row."""
 
 import copy
-import hashlib
 import inspect
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -357,8 +355,3 @@ def changed(arguments: ModelArguments | RecipeArguments) -> dict[str, Any]:
     plain = type(arguments)()
     values = {entry.name: getattr(arguments, entry.name) for entry in fields(arguments) if entry.init}
     return {key: value for key, value in values.items() if value != getattr(plain, key, MISSING)}
-
-
-def short_hash(value: Any) -> str:
-    """Hash a JSON value independently of the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

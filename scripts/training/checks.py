@@ -8,7 +8,7 @@ from accelerate.utils import DynamoBackend
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import Trainer, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import get_reporting_integration_callbacks, is_optuna_available
 from transformers.training_args import ParallelMode
 
 from clipcacg.scripts.data.errors import InputError, as_input_error
@@ -69,6 +69,11 @@ def check_flags(model: ModelArguments, recipe: RecipeArguments) -> None:
         check_metric_name(recipe.metric_for_best_model)
     if recipe.fsdp and recipe.parallel_mode != ParallelMode.DISTRIBUTED:
         raise InputError("--fsdp needs several processes: start the command with accelerate launch or torchrun.")
+    if recipe.hp_search:
+        if not is_optuna_available():
+            raise InputError("--hp_search needs the package optuna: pip install 'clipcacg[search]'.")
+        if recipe.parallel_mode == ParallelMode.DISTRIBUTED:
+            raise InputError("--hp_search runs in one process: start it with python, without a launcher.")
     if recipe.push_to_hub:
         check_push(recipe)
     for name in recipe.report_to:

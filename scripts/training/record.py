@@ -139,6 +139,7 @@ def recipe(arguments: RecipeArguments, model_arguments: ModelArguments, label_sm
         "augment_views": arguments.augment_views if arguments.augment else 0,
         "modality_combination": "the better one on the validation split" * chosen,
         "label_smoothing": label_smoothing,
+        "hp_search": f"the best of {arguments.hp_search} trials on validation" if arguments.hp_search else "",
     }
     return values | {name: value for name, value in ours.items() if value}
 

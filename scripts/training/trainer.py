@@ -98,6 +98,10 @@ class SeededLengthSampler(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
+class NotFinite(InputError):
+    """The loss is not a finite number."""
+
+
 class EarlyStopping(EarlyStoppingCallback):
     """Early stopping with the patience of this command, also after a resume.
 
@@ -143,11 +147,11 @@ class SentimentTrainer(Trainer):
         """Stop at a loss that is not finite, before it reaches the weights of the next checkpoint.
 
         Raises:
-            InputError: If the loss is not a finite number.
+            NotFinite: If the loss is not a finite number.
         """
         loss = super().training_step(*args, **kwargs)
         if not loss.isfinite():
-            raise InputError(
+            raise NotFinite(
                 f"The loss of step {self.state.global_step + 1} is {loss.item()}, at a learning rate of "
                 f"{self._get_learning_rate():.3g}: try a lower --learning_rate, --warmup_steps, or --bf16 in place of "
                 "--fp16. Earlier checkpoints are complete."
