@@ -16,6 +16,7 @@ from clipcacg.scripts.data.labels import align, label_names, task_of
 from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.training.arguments import names_data
 from clipcacg.scripts.training.metrics import load_metric, score
+from clipcacg.scripts.training.trainer import show_posts
 
 
 def parse_arguments(argv: list[str], own: type, description: str) -> tuple[str, DataArguments, Any]:
@@ -86,6 +87,7 @@ def evaluate_posts(
             ),
             data_collator=PostCollator(processor, model.config),
         )
+        show_posts(trainer)
         output = trainer.predict(posts)
     metric = load_metric(model.config.task)
     return score(output.predictions, output.label_ids, metric, names, model.config.label_thresholds)
