@@ -120,8 +120,10 @@ class PostProgress(ProgressCallback):
         self, args: RecipeArguments, state: TrainerState, control: Any, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-            total = round(len(train_dataloader.dataset) * state.max_steps / per_epoch)
+            total = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            if has_length(train_dataloader):  # whose last batch may be smaller
+                per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+                total = round(len(train_dataloader.dataset) * state.max_steps / per_epoch)
             self.training_bar = Progress(total, "training", initial=total * state.global_step // state.max_steps)
 
     def on_step_end(self, args: RecipeArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
