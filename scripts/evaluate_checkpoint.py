@@ -18,7 +18,10 @@ import datasets
 import torch
 from accelerate import PartialState
 
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.scripts.data.collator import PostCollator, leave_out_unreadable
 from clipcacg.scripts.data.errors import InputError, as_input_error, one_sentence, set_up_logging
+from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import label_names
 from clipcacg.scripts.reporting.plots import plot_confusion_matrix
 from clipcacg.scripts.reporting.predictions import load_checkpoint
@@ -47,24 +50,28 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint, data_arguments, arguments = parse_arguments(argv, EvaluationArguments, __doc__.partition("\n")[0])
         check_output(Path(arguments.output))
         model, processor = load_checkpoint(checkpoint)
-        posts = labelled_posts(model, data_arguments, arguments.split)
+        faults = Faults(data_arguments.on_error)
+        posts = labelled_posts(model, data_arguments, arguments.split, faults)
+        posts = leave_out_unreadable(posts, PostCollator(processor, model.config), faults, arguments.split)
         if arguments.withhold:
-            posts = without(posts, arguments.withhold, model.config.modality)
+            posts = without(posts, arguments.withhold, model.config)
         scores, names = evaluate_posts(model, processor, posts, arguments.batch_size), label_names(posts)
         if state.is_main_process:
             print(results_table(scores, names))
             facts = {"split": arguments.split, "posts": len(posts), "withheld": arguments.withhold}
-            write(Path(arguments.output), {**facts, **scores}, names)
+            write(Path(arguments.output), {**facts, **scores, **faults.summary()}, names)
 
 
-def without(posts: datasets.Dataset, side: str, modality: str) -> datasets.Dataset:
+def without(posts: datasets.Dataset, side: str, config: ClipCaCgConfig) -> datasets.Dataset:
     """Empty the column "image" or "text".
 
     Raises:
-        InputError: If the model reads nothing else.
+        InputError: If the model has not learned to do without it.
     """
-    if modality != "both":
-        raise InputError(f"--withhold {side} is for models of both modalities; this one has modality={modality}.")
+    if not config.modality_dropout:
+        raise InputError(
+            f"--withhold {side} is for models trained with --modality_dropout; this one needs both sides."
+        )
     feature = posts.features[side]
     return posts.remove_columns(side).add_column(side, [None] * len(posts), feature=feature)
 

@@ -35,7 +35,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from clipcacg.modeling_clipcacg import (
@@ -51,6 +50,7 @@ from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.augmentation import Augmentation, view_name
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.images import image_bytes, image_source
+from clipcacg.scripts.data.progress import Progress
 from clipcacg.scripts.data.reading import read_posts
 
 logger = logging.getLogger(__name__)
@@ -319,7 +319,7 @@ def _fill(
         collate_fn=partial(_encoder_inputs, rows=rows, processor=processor, encoder_name=encoder_name),
     )
     pending: dict[str, Tensor] = {}
-    with tqdm(total=len(order), desc=f"features of {encoder_name}", unit=" posts") as bar:
+    with Progress(len(order), f"features of {encoder_name}") as bar:
         for names, inputs, mask in loader:
             for name, output in zip(names, outputs(model, encoder_name, inputs, mask), strict=True):
                 pending[name] = output.to(dtype).contiguous()

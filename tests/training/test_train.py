@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from clipcacg.scripts import evaluate_checkpoint, predict, train
-from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.training import record, run
 from clipcacg.scripts.training.arguments import parse_arguments
@@ -172,10 +171,9 @@ def test_a_run_with_modality_dropout(posts_folder: Path, backbones: Path, tmp_pa
         } == predicted
 
 
-def test_evaluation_withholds_no_side_that_is_the_only_one() -> None:
-    posts = datasets.Dataset.from_dict({"text": ["good"], "label": [0]})
-    with pytest.raises(InputError, match="--withhold text is for models of both modalities"):
-        evaluate_checkpoint.without(posts, "text", "text")
+def test_evaluation_withholds_nothing_that_a_model_needs(checkpoint: Path, posts_folder: Path) -> None:
+    with pytest.raises(SystemExit, match="--withhold text is for models trained with --modality_dropout"):
+        evaluate_checkpoint.main([str(checkpoint), "--data_dir", str(posts_folder), "--withhold", "text"])
 
 
 def test_evaluation_refuses_an_output_that_cannot_be_written(tmp_path: Path) -> None:
