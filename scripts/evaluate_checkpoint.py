@@ -69,9 +69,7 @@ def without(posts: datasets.Dataset, side: str, config: ClipCaCgConfig) -> datas
         InputError: If the model has not learned to do without it.
     """
     if not config.modality_dropout:
-        raise InputError(
-            f"--withhold {side} is for models trained with --modality_dropout; this one needs both sides."
-        )
+        raise InputError(f"--withhold {side} is for models trained with --modality_dropout; this one needs both.")
     feature = posts.features[side]
     return posts.remove_columns(side).add_column(side, [None] * len(posts), feature=feature)
 

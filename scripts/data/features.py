@@ -356,7 +356,7 @@ def _encoder_inputs(
                 post |= augmentation({feature.column: [post[feature.column]]})
                 post[feature.column] = post[feature.column][0]
         posts.append(post)
-    batch = read_posts(processor, posts, [feature.column])
+    batch = read_posts(processor, posts, [feature.column], may_lack=True)
     mask = None if feature.mask is None else batch[feature.mask]
     return [name for name, _, _ in order], batch[feature.input], mask
 

@@ -59,7 +59,8 @@ def labelled_posts(
     if data_arguments.dataset_name:
         data_arguments = replace(data_arguments, task=task)
     data_arguments = replace(data_arguments, use_conflicting_posts=False)
-    posts = load_posts(data_arguments, model.config.modality, model.config, faults)
+    may_lack = model.config.modality_dropout > 0
+    posts = load_posts(data_arguments, model.config.modality, model.config, faults, may_lack)
     if split not in posts:
         raise InputError(f"There is no post in the split {split!r}. Allowed: {', '.join(posts)}.")
     found = task_of(posts[split])

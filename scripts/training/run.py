@@ -72,7 +72,8 @@ def load_training_posts(
     if data_arguments.streaming:
         adapt_to_stream(arguments, model_arguments.cache_features)
     with arguments.main_process_first(desc="loading the posts"):
-        posts = load_posts(data_arguments, model_arguments.modality, config, faults)
+        may_lack = model_arguments.modality_dropout > 0
+        posts = load_posts(data_arguments, model_arguments.modality, config, faults, may_lack)
     if "train" not in posts:
         source = data_arguments.dataset_name or data_arguments.data_dir or "the drawn sample"
         if data_arguments.splits not in (None, "random"):

@@ -97,17 +97,21 @@ def test_logits_from_the_cache_are_those_of_the_posts(
 
 
 @pytest.mark.parametrize("mode", ["encoder", "feature"])
-def test_a_post_without_a_text_has_no_stored_words(
+def test_posts_that_lack_a_text_or_an_image(
     mode: str, build: Callable, posts: datasets.DatasetDict, tmp_path: Path
 ) -> None:
     """Beside other posts, and in a batch in which none has a text."""
     model, processor = build(modality_dropout=0.1, **MODES[mode])
-    torch.nn.init.normal_(model.model.missing.text)
-    kept = posts["test"].select(range(2))
-    some = kept.remove_columns("text").add_column("text", ["", kept["text"][1]])
+    for missing in model.modules():
+        if type(missing).__name__ == "MissingModality":
+            torch.nn.init.normal_(missing.text)
+            torch.nn.init.normal_(missing.image)
+    kept, feature = posts["test"].select(range(3)), posts["test"].features["image"]
+    some = kept.remove_columns(["text", "image"]).add_column("text", ["", *kept["text"][1:]])
+    some = some.add_column("image", [*kept["image"][:2], None], feature=feature)
     cached, stores = cache_features(model, processor, datasets.DatasetDict(train=some), folder=tmp_path)
     plain, stored = PostCollator(processor, model.config), PostCollator(processor, model.config, stores)
-    for rows in ((0, 1), (0,)):
+    for rows in ((0, 1, 2), (0,), (2,)):
         with torch.no_grad():
             expected = model(**plain([some[row] for row in rows])).logits
             found = model(**stored([cached["train"][row] for row in rows])).logits
