@@ -118,6 +118,9 @@ class ClipCaCgConfig(PreTrainedConfig):
         modality_combination: What `logits` are in evaluation mode. `"classifier"`: equation 16, as in the paper;
             `"average"`: the mean of the classifier's probabilities and of those that MVSA's label rule makes of the
             two heads. The rule needs the labels negative, neutral and positive, in any order.
+        text_columns: Columns of the training table whose texts were joined by a space, or None. `forward` does not
+            depend on them; the commands read the same columns again.
+        image_column: Column of its images, or None.
         **kwargs: What every transformers config takes: `num_labels`, `id2label`, `problem_type`, `dtype`, ...
             Three labels without names are 0 negative, 1 neutral, 2 positive, and that is also the default.
 
@@ -172,6 +175,8 @@ class ClipCaCgConfig(PreTrainedConfig):
         use_modality_heads: bool = False,
         modality_loss_weight: float = 1.0,
         modality_combination: str = "classifier",
+        text_columns: list[str] | None = None,
+        image_column: str | None = None,
         **kwargs: Any,
     ) -> None:
         check_keywords(type(self).__name__, kwargs, self.known_fields())
@@ -198,6 +203,8 @@ class ClipCaCgConfig(PreTrainedConfig):
         self.use_modality_heads = use_modality_heads
         self.modality_loss_weight = modality_loss_weight
         self.modality_combination = modality_combination
+        self.text_columns = text_columns
+        self.image_column = image_column
         if kwargs.get("id2label") is None and kwargs.get("label2id"):
             kwargs["id2label"] = {index: label for label, index in kwargs["label2id"].items()}
         if kwargs.get("id2label") is None and kwargs.get("num_labels") in (None, len(LABELS)):

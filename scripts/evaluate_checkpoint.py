@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from clipcacg.scripts.data.collator import PostCollator, leave_out_unreadable
 from clipcacg.scripts.data.errors import InputError, as_input_error, one_sentence, set_up_logging
+from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import label_names
 from clipcacg.scripts.reporting.plots import plot_confusion_matrix
 from clipcacg.scripts.reporting.predictions import load_checkpoint
@@ -43,11 +45,17 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint, data_arguments, arguments = parse_arguments(argv, EvaluationArguments, __doc__.partition("\n")[0])
         check_output(Path(arguments.output))
         model, processor = load_checkpoint(checkpoint)
-        posts = labelled_posts(model, data_arguments, arguments.split)
+        faults = Faults(data_arguments.on_error)
+        posts = labelled_posts(model, data_arguments, arguments.split, faults)
+        posts = leave_out_unreadable(posts, PostCollator(processor, model.config), faults, arguments.split)
         scores, names = evaluate_posts(model, processor, posts, arguments.batch_size), label_names(posts)
         if state.is_main_process:
             print(results_table(scores, names))
-            write(Path(arguments.output), {"split": arguments.split, "posts": len(posts), **scores}, names)
+            write(
+                Path(arguments.output),
+                {"split": arguments.split, "posts": len(posts), **scores, **faults.summary()},
+                names,
+            )
 
 
 def check_output(output: Path) -> None:

@@ -6,6 +6,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import datasets
 import torch
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -21,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from clipcacg.modeling_clipcacg import layers_of_modules
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.training.arguments import RecipeArguments
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -116,18 +119,33 @@ class SentimentTrainer(Trainer):
     """The Trainer with the paper's optimizer and schedule, and a separate learning rate for the backbones.
 
     Logs the model's `contrastive_loss` and `modality_loss`, averaged over the steps since the last log as `loss` is.
+
+    Args:
+        faults: With `on_error="skip"`, it takes the posts that `PostCollator` replaces in training batches.
+        *args, **kwargs: As in `Trainer`.
     """
 
     args: RecipeArguments
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, faults: Faults | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.faults = faults or Faults()
         self.part_sums: dict[str, torch.Tensor] = {}
         self.part_steps: Counter[str] = Counter()
+
+    def get_train_dataloader(self) -> DataLoader:
+        collator = self.data_collator
+        if self.faults.on_error == "skip":
+            self.data_collator = replace(collator, replace_bad=True)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
+        self.faults.add(dict(inputs.pop("bad_posts", ())))
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         for name in ("contrastive_loss", "modality_loss"):
             part = getattr(outputs, name, None)
