@@ -130,6 +130,7 @@ def load_posts(
     modality: str = "both",
     remembered: ClipCaCgConfig | None = None,
     faults: Faults | None = None,
+    may_lack: bool = False,
 ) -> datasets.DatasetDict:
     """Load the posts of any source in one form, and split them if they are not split yet.
 
@@ -140,6 +141,7 @@ def load_posts(
         remembered (`ClipCaCgConfig`, *optional*): config of a checkpoint, whose columns are read if no flag says
             otherwise.
         faults (`Faults`, *optional*): takes the rows that `on_error="skip"` leaves out.
+        may_lack (`bool`): accept posts that have a text and no image, for a model with `modality_dropout`.
 
     Returns:
         `datasets.DatasetDict`: some of the splits train, validation and test, with the columns id, text, image (not
@@ -168,7 +170,7 @@ def load_posts(
             posts = split_mvsa(dataset, arguments.splits, arguments.split_seed, arguments.group_duplicates)
         posts = posts.cast_column("image", datasets.Image(decode=False))
     else:
-        posts = _load_any(arguments, arguments.dataset_name, modality, remembered, faults)
+        posts = _load_any(arguments, arguments.dataset_name, modality, remembered, faults, may_lack)
         if arguments.streaming:
             faults.check_share()
             return posts
@@ -181,7 +183,12 @@ def load_posts(
 
 
 def _load_any(
-    arguments: DataArguments, name: str, modality: str, remembered: ClipCaCgConfig | None, faults: Faults
+    arguments: DataArguments,
+    name: str,
+    modality: str,
+    remembered: ClipCaCgConfig | None,
+    faults: Faults,
+    may_lack: bool,
 ) -> datasets.DatasetDict:
     """Load a data set, and bring its splits and columns to the names and types that `load_posts` returns."""
     own_labels = {arguments.text_label_column: "text_label", arguments.image_label_column: "image_label"}
@@ -194,7 +201,7 @@ def _load_any(
     for column in {"text_label", "image_label"} & set(labels.values()):
         posts = with_modality_labels(posts, column, name, faults)
     for split, dataset in posts.items():
-        posts[split] = faults.leave_out(dataset, bad_images(dataset), _source(name, split, posts))
+        posts[split] = faults.leave_out(dataset, bad_images(dataset, may_lack), _source(name, split, posts))
     return posts if arguments.streaming else posts.remove_columns("row")
 
 

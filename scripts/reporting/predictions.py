@@ -12,17 +12,17 @@ import datasets
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, missing_parts
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.faults import ALLOWED_SHARE
 from clipcacg.scripts.data.loading import ColumnArguments, load_to_predict
+from clipcacg.scripts.data.progress import Progress
 from clipcacg.scripts.data.sources import reading
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def prepare(rows: list[Row], collator: PostCollator) -> tuple[list[Row], Inputs 
     """
     found = []
     for row in rows:
-        missing = [name for name in collator.config.modalities if row.get(name) is None]
+        missing = missing_parts(row, collator.config)
         fault = f"the model needs {' and '.join(missing)}, which this post does not have" if missing else None
         found.append({"id": str(row["id"]), "error": row.get("error") or fault})
     good = [(row, line) for row, line in zip(rows, found, strict=True) if not line["error"]]
@@ -230,7 +230,7 @@ def predict_file(
         collate_fn=partial(prepare, collator=PostCollator(processor, model.config)),
     )
     failed = written = 0
-    with file, tqdm(initial=done, total=total, unit=" posts") as bar:
+    with file, Progress(total, "predicting", initial=done) as bar:
         for rows, inputs in read_batches(loader, source):
             for line in predict_rows(model, rows, inputs, bf16):
                 if "error" in line and columns.on_error == "raise":

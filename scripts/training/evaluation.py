@@ -17,6 +17,7 @@ from clipcacg.scripts.data.labels import align, label_names, task_of
 from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.training.arguments import names_data
 from clipcacg.scripts.training.metrics import load_metric, score
+from clipcacg.scripts.training.trainer import show_posts
 
 
 def parse_arguments(argv: list[str], own: type, description: str) -> tuple[str, DataArguments, Any]:
@@ -58,7 +59,8 @@ def labelled_posts(
     if data_arguments.dataset_name:
         data_arguments = replace(data_arguments, task=task)
     data_arguments = replace(data_arguments, use_conflicting_posts=False)
-    posts = load_posts(data_arguments, model.config.modality, model.config, faults)
+    may_lack = model.config.modality_dropout > 0
+    posts = load_posts(data_arguments, model.config.modality, model.config, faults, may_lack)
     if split not in posts:
         raise InputError(f"There is no post in the split {split!r}. Allowed: {', '.join(posts)}.")
     found = task_of(posts[split])
@@ -90,6 +92,7 @@ def evaluate_posts(
             ),
             data_collator=PostCollator(processor, model.config),
         )
+        show_posts(trainer)
         output = trainer.predict(posts)
     metric = load_metric(model.config.task)
     return score(output.predictions, output.label_ids, metric, names, model.config.label_thresholds)

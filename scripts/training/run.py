@@ -44,14 +44,18 @@ from clipcacg.scripts.training.trainer import EarlyStopping, SentimentTrainer
 
 logger = logging.getLogger(__name__)
 
-CHANGEABLE = ("dropout", "contrastive_loss_weight")  # fields of the config that a trained model may get anew
+# Fields of the config that a trained model may get anew.
+CHANGEABLE = ("dropout", "contrastive_loss_weight", "modality_dropout")
 # What chooses a checkpoint in place of accuracy, and whether a greater value is better.
 BEST_BY = {"regression": ("mse", False), "multi_label_classification": ("f1_micro", True)}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt, which Python does not name
 
 
 def load_training_posts(
-    model_arguments: ModelArguments, data_arguments: DataArguments, arguments: RecipeArguments, faults: Faults
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    arguments: RecipeArguments,
+    faults: Faults | None = None,
 ) -> datasets.DatasetDict:
     """Load the posts, in the main process first, and settle the flags that depend on them.
 
@@ -68,7 +72,8 @@ def load_training_posts(
     if data_arguments.streaming:
         adapt_to_stream(arguments, model_arguments.cache_features)
     with arguments.main_process_first(desc="loading the posts"):
-        posts = load_posts(data_arguments, model_arguments.modality, config, faults)
+        may_lack = model_arguments.modality_dropout > 0
+        posts = load_posts(data_arguments, model_arguments.modality, config, faults, may_lack)
     if "train" not in posts:
         source = data_arguments.dataset_name or data_arguments.data_dir or "the drawn sample"
         if data_arguments.splits not in (None, "random"):
@@ -88,7 +93,7 @@ def load_training_posts(
 
 
 def follow_checkpoint(arguments: ModelArguments, config: ClipCaCgConfig, given: Collection[str]) -> None:
-    """Take the fields of a checkpoint's config, except for dropout and loss weight that the command line gives.
+    """Take the fields of a checkpoint's config, except for what the command line gives and `CHANGEABLE` allows.
 
     Args:
         arguments: The flags, which are changed.
@@ -115,7 +120,8 @@ def adapt_to_stream(arguments: RecipeArguments, cache_features: bool) -> None:
     Raises:
         InputError: If a flag needs all posts.
     """
-    for flag, is_set in {"cache_features": cache_features, "augment": arguments.augment}.items():
+    need_all = {"cache_features": cache_features, "augment": arguments.augment, "hp_search": arguments.hp_search}
+    for flag, is_set in need_all.items():
         if is_set:
             raise InputError(f"--{flag} needs all training posts, which --streaming does not keep: choose one.")
     arguments.train_sampling_strategy = "random"

@@ -15,15 +15,16 @@ import datasets
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from clipcacg.modeling_clipcacg import layers_of_modules
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.faults import Faults
+from clipcacg.scripts.data.progress import Progress
 from clipcacg.scripts.training.arguments import RecipeArguments
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -115,6 +116,42 @@ class EarlyStopping(EarlyStoppingCallback):
         self.early_stopping_patience = args.early_stopping_patience
 
 
+class PostProgress(ProgressCallback):
+    """The Trainer's bars, in posts in place of steps."""
+
+    def on_train_begin(
+        self, args: RecipeArguments, state: TrainerState, control: Any, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            total = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            if has_length(train_dataloader):  # whose last batch may be smaller
+                per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+                total = round(len(train_dataloader.dataset) * state.max_steps / per_epoch)
+            self.training_bar = Progress(total, "training", initial=total * state.global_step // state.max_steps)
+
+    def on_step_end(self, args: RecipeArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.training_bar.update(
+                self.training_bar.total * state.global_step // state.max_steps - self.training_bar.n
+            )
+
+    def on_prediction_step(
+        self, args: RecipeArguments, state: TrainerState, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and has_length(eval_dataloader):
+            if self.prediction_bar is None:
+                total = len(eval_dataloader.dataset)
+                self.prediction_bar = Progress(total, "evaluating", is_part=self.training_bar is not None)
+            bar = self.prediction_bar
+            bar.update(min(args.eval_batch_size * args.world_size, bar.total - bar.n))
+
+
+def show_posts(trainer: Trainer) -> None:
+    """Let a Trainer that shows its progress show it in posts."""
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(PostProgress())
+
+
 class SentimentTrainer(Trainer):
     """The Trainer with the paper's optimizer and schedule, and a separate learning rate for the backbones.
 
@@ -129,6 +166,7 @@ class SentimentTrainer(Trainer):
 
     def __init__(self, *args: Any, faults: Faults | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        show_posts(self)
         self.faults = faults or Faults()
         self.part_sums: dict[str, torch.Tensor] = {}
         self.part_steps: Counter[str] = Counter()

@@ -410,8 +410,8 @@ def test_an_image_that_fails_during_training_or_evaluation_is_one_sentence(
 
 
 @pytest.mark.slow
-def test_twenty_thousand_posts_one_percent_broken(checkpoint: Path, tmp_path: Path) -> None:
-    folder, total = tmp_path / "mvsa", 20_000
+def test_four_thousand_posts_one_percent_broken(checkpoint: Path, tmp_path: Path) -> None:
+    folder, total = tmp_path / "mvsa", 4_000
     (folder / "data").mkdir(parents=True)
     broken = set(random.Random(0).sample(range(total), total // 100))
     small = encoded(Image.new("RGB", (8, 8), "red"), "JPEG")
@@ -427,8 +427,8 @@ def test_twenty_thousand_posts_one_percent_broken(checkpoint: Path, tmp_path: Pa
     write_labels(folder, [str(number) for number in range(total)])
     kept, report = read(folder)
     assert {int(post_id) for post_id in kept} == set(range(total)) - broken and len(kept) == total - len(broken)
-    assert "50 x missing text" in report and "50 x undecodable text" in report
-    assert "50 x missing image" in report and "50 x broken image" in report
+    assert "10 x missing text" in report and "10 x undecodable text" in report
+    assert "10 x missing image" in report and "10 x broken image" in report
     before = listing(folder)
     predict.main([str(checkpoint), "--input", str(folder), "--output", str(tmp_path / "out"), "--batch_size", "128"])
     lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
