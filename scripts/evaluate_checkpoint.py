@@ -32,6 +32,7 @@ class EvaluationArguments:
     split: str = field(default="test", metadata={"help": "train, validation or test."})
     output: str = field(default="results.json", metadata={"help": "JSON file for the scores; the PNG is beside it."})
     batch_size: int = field(default=64, metadata={"help": "Posts in a batch, per device."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that the checkpoint holds."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence(argv):
         checkpoint, data_arguments, arguments = parse_arguments(argv, EvaluationArguments, __doc__.partition("\n")[0])
         check_output(Path(arguments.output))
-        model, processor = load_checkpoint(checkpoint)
+        model, processor = load_checkpoint(checkpoint, arguments.trust_remote_code)
         posts = labelled_posts(model, data_arguments, arguments.split)
         scores, names = evaluate_posts(model, processor, posts, arguments.batch_size), label_names(posts)
         if state.is_main_process:
