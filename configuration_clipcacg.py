@@ -134,6 +134,8 @@ class ClipCaCgConfig(PreTrainedConfig):
         logit_scale_init_value: Logarithm of the inverse temperature of that loss at the start; CLIP's ln(1 / 0.07).
         class_weights: Weight of each class in the cross-entropy, one number for each label, or None for equal weights.
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
+        label_thresholds: With several labels per example, the probability from which each label applies, one number
+            for each label; None for 0.5.
         use_modality_heads: Add two Linear heads that predict the text's own label and the image's own label. Our
             addition, for a classifier with `modality="both"`.
         modality_loss_weight: Weight of the heads' cross-entropies in the training loss. Our choice: 1.
@@ -190,6 +192,7 @@ class ClipCaCgConfig(PreTrainedConfig):
         logit_scale_init_value: float = 2.6592,
         class_weights: list[float] | None = None,
         label_smoothing: float = 0.0,
+        label_thresholds: list[float] | None = None,
         use_modality_heads: bool = False,
         modality_loss_weight: float = 1.0,
         modality_combination: str = "classifier",
@@ -215,6 +218,7 @@ class ClipCaCgConfig(PreTrainedConfig):
         self.logit_scale_init_value = logit_scale_init_value
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
+        self.label_thresholds = label_thresholds
         self.use_modality_heads = use_modality_heads
         self.modality_loss_weight = modality_loss_weight
         self.modality_combination = modality_combination
@@ -285,11 +289,12 @@ class ClipCaCgConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}.")
         if self.problem_type == "regression" and self.num_labels != 1:
             raise ValueError(f"A regression predicts one value: num_labels must be 1, not {self.num_labels}.")
-        if self.class_weights is not None and len(self.class_weights) != self.num_labels:
-            raise ValueError(
-                f"class_weights needs one number for each label: {self.num_labels} numbers, not "
-                f"{len(self.class_weights)}."
-            )
+        for name in ("class_weights", "label_thresholds"):
+            numbers = getattr(self, name)
+            if numbers is not None and len(numbers) != self.num_labels:
+                raise ValueError(
+                    f"{name} needs one number for each label: {self.num_labels} numbers, not {len(numbers)}."
+                )
         if self.use_modality_heads and (self.modality != "both" or self.task != "single_label_classification"):
             raise ValueError(
                 "use_modality_heads=True needs modality='both' and one of several labels for each example, not "

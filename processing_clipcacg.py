@@ -212,8 +212,8 @@ class ClipCaCgProcessor(ProcessorMixin):
 
         Returns:
             For one label per example `{"label": str, "scores": {label: probability}}`, for several
-            `{"labels": [every label with a probability of 0.5 or more], "scores": {label: probability}}`, for a
-            regression `{"value": float}`.
+            `{"labels": [every label that applies], "scores": {label: probability}}`, for a regression
+            `{"value": float}`.
         """
         names: dict[int, str] = config.id2label  # type: ignore[assignment]  # transformers makes its keys integers
         answers: list[dict[str, Any]] = []
@@ -223,7 +223,8 @@ class ClipCaCgProcessor(ProcessorMixin):
                 continue
             scores = {names[index]: score for index, score in enumerate(row.tolist())}
             if config.task == "multi_label_classification":
-                chosen = [label for label, score in scores.items() if score >= 0.5]
+                applies = labels_that_apply(row, config.label_thresholds).tolist()
+                chosen = [label for label, is_chosen in zip(scores, applies, strict=True) if is_chosen]
                 answers.append({"labels": chosen, "scores": scores})
             else:
                 answers.append({"label": names[int(row.argmax())], "scores": scores})
@@ -340,6 +341,19 @@ def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
     if config.task == "regression":
         return logits
     return logits.sigmoid() if config.task == "multi_label_classification" else logits.softmax(dim=-1)
+
+
+def labels_that_apply(probabilities: torch.Tensor, thresholds: list[float] | None = None) -> torch.Tensor:
+    """Choose among several labels per example.
+
+    Args:
+        probabilities: (..., labels).
+        thresholds: `label_thresholds` of the config: the probability from which each label applies; None: 0.5.
+
+    Returns:
+        (..., labels) of True and False.
+    """
+    return probabilities >= torch.tensor(thresholds or 0.5, device=probabilities.device)
 
 
 def _view(image_processor: Any, arrays: list[np.ndarray], kwargs: dict[str, Any]) -> Any:
@@ -551,4 +565,4 @@ def _tokenizer(model: str | Path, part: str, options: dict[str, Any]) -> Any:
     return tokenizer
 
 
-__all__ = ["ClipCaCgProcessor", "label_scores"]
+__all__ = ["ClipCaCgProcessor", "label_scores", "labels_that_apply"]

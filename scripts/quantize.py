@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, one_sentence, set_up_logging
-from clipcacg.scripts.data.labels import label_names
 from clipcacg.scripts.reporting.predictions import load_checkpoint
 from clipcacg.scripts.training.evaluation import labelled_posts, parse_arguments
 from clipcacg.scripts.training.quantization import compare, quantize, summary
@@ -45,9 +44,10 @@ def main(argv: list[str] | None = None) -> None:
         posts = labelled_posts(original, data, arguments.split)
         quantized.save_pretrained(arguments.output)
         processor.save_pretrained(arguments.output)
-        batches = DataLoader(posts, arguments.batch_size, collate_fn=PostCollator(processor, original.config))
+        collator = PostCollator(processor, original.config)
+        batches = DataLoader(posts, arguments.batch_size, collate_fn=collator)
         results = compare({"float32": original, "int8": quantized}, batches)
-    print(summary(results, torch.tensor(posts["label"]).numpy(), label_names(posts)))
+    print(summary(results, collator.as_tensor(posts["label"][:]).numpy(), original.config))
 
 
 if __name__ == "__main__":

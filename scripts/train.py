@@ -14,13 +14,15 @@ import sys
 from transformers import enable_full_determinism, set_seed
 
 from clipcacg.scripts.data.errors import one_sentence, set_up_logging
-from clipcacg.scripts.data.labels import label_names
+from clipcacg.scripts.data.labels import label_fields
 from clipcacg.scripts.training.arguments import parse_arguments
+from clipcacg.scripts.training.checks import check_flags
 from clipcacg.scripts.training.record import complete_checkpoint
 from clipcacg.scripts.training.run import (
     average_checkpoints,
     build,
     choose_combination,
+    choose_thresholds,
     compute_features,
     evaluate_splits,
     load_training_posts,
@@ -30,6 +32,7 @@ from clipcacg.scripts.training.run import (
     take_over_push,
     where_to_resume,
 )
+from clipcacg.scripts.training.search import search
 from clipcacg.scripts.training.trainer import training_faults
 
 
@@ -40,10 +43,15 @@ def main(argv: list[str] | None = None) -> None:
         set_up_logging(arguments.process_index == 0)
         (enable_full_determinism if arguments.full_determinism else set_seed)(arguments.seed)
         with training_faults(arguments.output_dir):
+            check_flags(model_arguments, arguments)
             pushes, token = take_over_push(arguments)
             posts = load_training_posts(model_arguments, data_arguments, arguments)
             checkpoint = where_to_resume(arguments)
-            model, processor = build(model_arguments, data_arguments.is_sample, label_names(posts["train"]))
+            if arguments.hp_search and search(model_arguments, data_arguments, arguments, posts):
+                checkpoint = None  # those in the folder are of other settings
+            if arguments.hp_search:
+                set_seed(arguments.seed)
+            model, processor = build(model_arguments, data_arguments.is_sample, label_fields(posts["train"]))
             set_loss(model, arguments, model_arguments, posts["train"])
             features = None
             if model_arguments.cache_features:
@@ -54,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             trained = trainer.train(resume_from_checkpoint=checkpoint)
             averaged = average_checkpoints(trainer)
             choose_combination(trainer, posts, model_arguments.modality_combination)
+            choose_thresholds(trainer, posts)
             trainer.save_model()
             trainer.save_state()
             trainer.save_metrics("train", trained.metrics)

@@ -39,9 +39,13 @@ def make_inputs(lengths: list[int], clip_lengths: list[int], seed: int = 0) -> d
     }
 
 
-def flags(posts: Path, backbones: Path, output: Path, *more: str) -> list[str]:
-    """Flags of `train.py`: the sample's config on a small data set of the same kind, two epochs."""
-    names = [word for part in ("text", "vision", "clip") for word in (f"--{part}_model", str(backbones / part))]
+def flags(posts: Path, backbones: Path | None, output: Path, *more: str) -> list[str]:
+    """Flags of `train.py`: the sample's config on a small data set of the same kind, two epochs.
+
+    Without `backbones` the encoders are those of `--model_name_or_path`.
+    """
+    parts = ("text", "vision", "clip") if backbones else ()
+    names = [word for part in parts for word in (f"--{part}_model", str(backbones / part))]
     return [
         str(SCRIPTS / "configs" / "sample.yaml"), "--data_dir", str(posts), "--output_dir", str(output), *names,
         "--num_train_epochs", "2", "--overwrite_output_dir", "False", "--disable_tqdm", "True", "--hidden_size", "32",

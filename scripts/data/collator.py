@@ -45,8 +45,17 @@ class PostCollator:
             labels |= {"text_label": "text_labels", "image_label": "image_labels"}
         for column, name in labels.items():
             if column in rows[0]:
-                batch[name] = torch.tensor([row[column] for row in rows])
+                batch[name] = self.as_tensor([row[column] for row in rows])
         return batch
+
+    def as_tensor(self, labels: list[Any]) -> torch.Tensor:
+        """Return indices or values (batch,); for several labels per post 1.0 where one applies (batch, labels)."""
+        if self.config.task != "multi_label_classification":
+            return torch.tensor(labels)
+        applies = torch.zeros(len(labels), len(self.config.label_names))
+        for row, indices in enumerate(labels):
+            applies[row, indices] = 1.0
+        return applies
 
     def reads(self, column: str) -> bool:
         """Whether the model reads an input of this column, which the processor makes, and not its stored output."""

@@ -96,7 +96,7 @@ def parse_flags(parser: Any, argv: Sequence[str] | None) -> tuple[Any, ...]:
     Raises:
         InputError: If a word is no flag or a value does not fit. The message has the nearest flag.
     """
-    with as_input_error("The flags cannot be used", ValueError):
+    with as_input_error("The flags cannot be used", ValueError, ImportError, OSError):
         *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]

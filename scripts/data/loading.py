@@ -1,6 +1,6 @@
 """Load posts from any source in one form."""
 
-import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,30 +8,69 @@ from typing import Literal
 import datasets
 from huggingface_hub.constants import HF_HOME
 
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.scripts.data.checks import bad_images
+from clipcacg.scripts.data.columns import Columns, as_posts
 from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.data.images import locate_image
+from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import with_labels, with_modality_labels
 from clipcacg.scripts.data.mvsa import load_mvsa
+from clipcacg.scripts.data.sources import read_source
 from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
 
-logger = logging.getLogger(__name__)
-
 SAMPLE_FOLDER = Path(HF_HOME) / "clipcacg" / "sample"
-SPLIT_NAMES = {"dev": "validation", "val": "validation", "valid": "validation"}  # other names that data sets use
 
 
 @dataclass
-class DataArguments:
+class ColumnArguments:
+    """How to read a data set, a folder or a table: which of its parts to use, and what to do with bad rows."""
+
+    image_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the images: paths, URLs, bytes or base64; default: the checkpoint's, or image."},
+    )
+    text_column: list[str] | None = field(
+        default=None,
+        metadata={"help": "Column of the texts, or several to join; default: the checkpoint's, or text."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Config of a data set that has several."})
+    train_split: str | None = field(default=None, metadata={"help": "Its own name of the training split."})
+    validation_split: str | None = field(default=None, metadata={"help": "Its own name of the validation split."})
+    test_split: str | None = field(default=None, metadata={"help": "Its own name of the test split."})
+    on_error: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={"help": "Stop at rows that cannot be read, or leave them out, up to a tenth of all rows."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.text_column, str):
+            self.text_column = [self.text_column]
+
+    def own_splits(self) -> dict[str, str]:
+        """Our name of each split for which a flag gives the data set's own."""
+        names = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
+        return {ours: own for ours, own in names.items() if own}
+
+
+@dataclass
+class DataArguments(ColumnArguments):
     """Where the posts come from. Without `--data_dir` and `--dataset_name` they are the drawn sample."""
 
     data_dir: str | None = field(default=None, metadata={"help": "Folder of MVSA-Single or MVSA-Multiple."})
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Or: a Hub data set, a folder that datasets.load_dataset reads, a .csv or .jsonl file."},
+        metadata={
+            "help": "Or: a table (.csv, .tsv, .json, .jsonl, .parquet, .arrow), a folder of such tables or of images, "
+            "or a Hub data set."
+        },
     )
-    image_column: str = field(default="image", metadata={"help": "Column of the images, or of their paths."})
-    text_column: str = field(default="text", metadata={"help": "Column of the texts."})
-    label_column: str = field(default="label", metadata={"help": "Column of the labels; floats mean a regression."})
+    label_column: str = field(
+        default="label", metadata={"help": "Column of the labels: words, numbers, or lists for several per post."}
+    )
+    task: Literal["auto", "classification", "regression"] = field(
+        default="auto",
+        metadata={"help": "What numbers in the label column are. auto: a few whole numbers are classes."},
+    )
     text_label_column: str | None = field(
         default=None,
         metadata={"help": "For --dataset_name: column of the texts' own labels, for --use_modality_heads."},
@@ -49,15 +88,13 @@ class DataArguments:
     )
     split_seed: int = field(default=42, metadata={"help": "Seed of the random split."})
     group_duplicates: bool = field(default=False, metadata={"help": "Keep duplicate posts in one split."})
-    on_error: Literal["raise", "skip"] = field(
-        default="raise", metadata={"help": "For --data_dir: stop at faulty posts, or skip them."}
-    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only this many training posts."})
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Use only this many validation posts and this many test posts."}
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.data_dir and self.dataset_name:
             raise InputError("--data_dir and --dataset_name both name the data: give one of them.")
         if self.dataset_name and self.splits not in (None, "random"):
@@ -67,6 +104,8 @@ class DataArguments:
             )
         if self.dataset_name and self.use_conflicting_posts:
             raise InputError("--use_conflicting_posts is for --data_dir alone: other data keeps the posts it has.")
+        if self.dataset_name is None and self.task == "regression":
+            raise InputError("--task regression is for --dataset_name alone: the labels of MVSA are classes.")
         if self.dataset_name is None and (self.text_label_column or self.image_label_column):
             raise InputError(
                 "--text_label_column and --image_label_column are for --dataset_name alone: MVSA has both labels."
@@ -77,22 +116,32 @@ class DataArguments:
         return self.data_dir is None and self.dataset_name is None
 
 
-def load_posts(arguments: DataArguments, modality: str = "both") -> datasets.DatasetDict:
+def load_posts(
+    arguments: DataArguments,
+    modality: str = "both",
+    remembered: ClipCaCgConfig | None = None,
+    faults: Faults | None = None,
+) -> datasets.DatasetDict:
     """Load the posts of any source in one form, and split them if they are not split yet.
 
     Args:
-        arguments (`DataArguments`): the source. With `splits=None` an unsplit data set becomes the test split.
+        arguments (`DataArguments`): the source. With `splits=None` an unsplit data set becomes the test split. Its
+            `text_column` and `image_column` are set to those that were read.
         modality (`str`): "both", "image" or "text": which columns are required.
+        remembered (`ClipCaCgConfig`, *optional*): config of a checkpoint, whose columns are read if no flag says
+            otherwise.
+        faults (`Faults`, *optional*): takes the rows that `on_error="skip"` leaves out.
 
     Returns:
         `datasets.DatasetDict`: some of the splits train, validation and test, with the columns id, text, image (not
-        decoded) and label. The label is a ClassLabel, or a float for a regression. Of MVSA, and of a data set that
-        names them, also text_label and image_label, with the classes of label; -100 where a post has none. Only
-        conflicting posts, which only the training split may hold, have the label -100.
+        decoded) and label. The label is a ClassLabel, a list of them, or a float for a regression. Of MVSA, and of a
+        data set that names them, also text_label and image_label, with the classes of label; -100 where a post has
+        none. Only conflicting posts, which only the training split may hold, have the label -100.
 
     Raises:
-        InputError: a column is missing or the data cannot be read; see `load_mvsa` and `split_mvsa`.
+        InputError: a column is missing, the data cannot be read or a row is bad; see `load_mvsa` and `split_mvsa`.
     """
+    faults = Faults(arguments.on_error) if faults is None else faults
     if arguments.dataset_name is None:
         folder: str | Path | None = arguments.data_dir
         if folder is None:
@@ -105,77 +154,87 @@ def load_posts(arguments: DataArguments, modality: str = "both") -> datasets.Dat
             posts = datasets.DatasetDict(test=dataset)
         else:
             posts = split_mvsa(dataset, arguments.splits, arguments.split_seed, arguments.group_duplicates)
+        posts = posts.cast_column("image", datasets.Image(decode=False))
     else:
-        posts = _load_any(arguments, arguments.dataset_name, modality)
+        posts = _load_any(arguments, arguments.dataset_name, modality, remembered, faults)
         if len(posts) == 1 and (arguments.splits is None or "test" in posts):
             posts = datasets.DatasetDict(test=next(iter(posts.values())))
         else:
             posts = complete_splits(posts, arguments.split_seed, arguments.group_duplicates)
-    if "image" in next(iter(posts.values())).features:
-        posts = posts.cast_column("image", datasets.Image(decode=False))
+    faults.check_share()
     return _cap(posts, arguments)
 
 
-def _load_any(arguments: DataArguments, name: str, modality: str) -> datasets.DatasetDict:
+def _load_any(
+    arguments: DataArguments, name: str, modality: str, remembered: ClipCaCgConfig | None, faults: Faults
+) -> datasets.DatasetDict:
     """Load a data set, and bring its splits and columns to the names and types that `load_posts` returns."""
-    posts = _read(name)
-    columns = {arguments.label_column: "label"}
-    columns |= {arguments.text_column: "text"} if modality != "image" else {}
-    columns |= {arguments.image_column: "image"} if modality != "text" else {}
     own_labels = {arguments.text_label_column: "text_label", arguments.image_label_column: "image_label"}
-    columns |= {column: label for column, label in own_labels.items() if column}
-    first = next(iter(posts.values()))
-    missing = [column for column in columns if column not in first.column_names]
-    if missing:
-        raise InputError(
-            f"{name} has no column {', '.join(missing)}; it has {', '.join(first.column_names)}. "
-            "Name the right ones with --image_column, --text_column, --label_column, --text_label_column and "
-            "--image_label_column."
-        )
-    posts = posts.select_columns([*columns, *({"id"} & set(first.column_names))]).rename_columns(columns)
+    labels = {arguments.label_column: "label"} | {column: label for column, label in own_labels.items() if column}
+    posts = read_rows(arguments, name, modality, remembered, labels)
+    faults.num_rows += sum(map(len, posts.values()))
+    posts = with_labels(posts, name, arguments.task, faults)
+    for column in {"text_label", "image_label"} & set(labels.values()):
+        posts = with_modality_labels(posts, column, name, faults)
     for split, dataset in posts.items():
-        if "id" in dataset.column_names:
-            dataset = dataset.cast_column("id", datasets.Value("string"))
-        else:
-            dataset = dataset.add_column("id", [f"{split}-{row}" for row in range(len(dataset))])
-        if isinstance(dataset.features.get("image"), datasets.Value):
-            dataset = _with_images(dataset, Path(name).expanduser())
-        posts[split] = dataset
-    posts = with_labels(posts, name)
-    for column in {"text_label", "image_label"} & set(columns.values()):
-        posts = with_modality_labels(posts, column)
+        source = name if len(posts) == 1 else f"the split {split} of {name}"
+        posts[split] = faults.leave_out(dataset, bad_images(dataset), source).remove_columns("row")
     return posts
 
 
-def _read(name: str) -> datasets.DatasetDict:
-    """Read a table, a folder or a Hub data set, and keep its splits train, validation and test."""
+def read_rows(
+    arguments: ColumnArguments,
+    name: str,
+    modality: str,
+    remembered: ClipCaCgConfig | None,
+    labels: Mapping[str, str],
+) -> datasets.DatasetDict:
+    """Read a data set, and give its splits the columns of `as_posts`.
+
+    Args:
+        arguments: Says which columns and splits. `text_column` and `image_column` are set to those that were read.
+        name: The data set.
+        modality: "both", "image" or "text".
+        remembered: Config of a checkpoint.
+        labels: Column of labels to its new name.
+
+    Raises:
+        InputError: If a column is missing.
+    """
+    texts = [arguments.text_column, getattr(remembered, "text_columns", None), ["text"]]
+    images = [arguments.image_column, getattr(remembered, "image_column", None), "image"]
+    posts = read_source(
+        name,
+        config=arguments.dataset_config,
+        splits=arguments.own_splits(),
+        texts=["id", *(column for choice in texts for column in choice or ()), *filter(None, images)],
+        labels=list(labels),
+    )
+    present = next(iter(posts.values())).column_names
+    if modality != "image":
+        arguments.text_column = next(c for c in texts if c and (c in texts[::2] or set(c) <= set(present)))
+    if modality != "text":
+        arguments.image_column = next(c for c in images if c and (c in images[::2] or c in present))
+    columns = Columns(
+        arguments.text_column or () if modality != "image" else (),
+        arguments.image_column if modality != "text" else None,
+        labels,
+    )
+    if missing := [column for column in columns.names if column not in present]:
+        kinds = ["image", "text", *(["label", "text_label", "image_label"] if labels else [])]
+        flags = [f"--{kind}_column" for kind in kinds]
+        raise InputError(
+            f"{name} has no column {', '.join(missing)}; it has {', '.join(present)}. Name the right ones with "
+            f"{', '.join(flags[:-1])} and {flags[-1]}."
+        )
     path = Path(name).expanduser()
-    builder = {".csv": "csv", ".json": "json", ".jsonl": "json"}.get(path.suffix)
-    try:
-        if builder:
-            posts = datasets.load_dataset(builder, data_files=str(path))
-        else:
-            posts = datasets.load_dataset(name)
-    except (datasets.exceptions.DatasetGenerationError, OSError, StopIteration, ValueError) as error:
-        reason = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
-        raise InputError(f"{name} cannot be read as a data set: {reason}") from error
-    posts = datasets.DatasetDict({SPLIT_NAMES.get(split, split): dataset for split, dataset in posts.items()})
-    for split in posts.keys() - {"train", "validation", "test"}:
-        logger.warning("the split %s of %s is not used", split, name)
-        del posts[split]
-    if not posts:
-        raise InputError(f"{name} has none of the splits train, validation and test.")
-    return posts
-
-
-def _with_images(dataset: datasets.Dataset, source: Path) -> datasets.Dataset:
-    """Turn a column of paths, relative to the folder or the table that names them, into images."""
-    folder = source if source.is_dir() else source.parent
-    paths = [locate_image(path, folder) for path in dataset["image"][:]]
-    if None in paths:
-        raise InputError(f"row {paths.index(None) + 1} of {source} names no image.")
-    dataset = dataset.remove_columns("image").add_column("image", paths)
-    return dataset.cast_column("image", datasets.Image(decode=False))
+    folder = path if path.is_dir() else path.parent
+    return datasets.DatasetDict(
+        {
+            split: as_posts(dataset, columns, folder, f"{split}-" if len(posts) > 1 else "", name)
+            for split, dataset in posts.items()
+        }
+    )
 
 
 def _cap(posts: datasets.DatasetDict, arguments: DataArguments) -> datasets.DatasetDict:

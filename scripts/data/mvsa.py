@@ -2,7 +2,8 @@
 
 MVSA (Niu et al., MMM 2016) is distributed as a folder, which this module never writes to:
 
-    DATA_DIR/labelResultAll.txt    one row per post: ID<TAB>text,image, with one text,image column per annotator
+    DATA_DIR/labelResultAll.txt    one row per post: ID<TAB>text,image, with one text,image column per annotator; or
+                                   image,text, if the header says so
     DATA_DIR/data/<ID>.txt         the text, in UTF-8 or GB18030
     DATA_DIR/data/<ID>.jpg         the image
 
@@ -11,15 +12,14 @@ MVSA-Single has one annotator, MVSA-Multiple has three.
 
 import logging
 import re
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-from PIL import Image
 
+from clipcacg.scripts.data.checks import check_image
 from clipcacg.scripts.data.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,6 @@ ANNOTATORS = {"single": 1, "multiple": 3}
 LABEL_FILE = "labelResultAll.txt"
 # No separator, no leading dot and no two dots in a row: such a file name cannot leave the folder data/.
 SAFE_ID = re.compile(r"[\w-]+(\.[\w-]+)*")
-END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 
 
 class Problem(NamedTuple):
@@ -176,7 +175,14 @@ def _read_rows(folder: Path) -> list[tuple[int, list[str]]]:
         if line.strip()
     ]
     has_header = bool(rows) and rows[0][1][0].lower().split()[:1] == ["id"]
-    return rows[1:] if has_header else rows
+    if not has_header:
+        return rows
+    # "image,text" names the columns in the other order.
+    swapped = {column for column, names in enumerate(rows[0][1]) if names.lower().startswith("im")}
+    return [
+        (number, [",".join(reversed(f.split(","))) if column in swapped else f for column, f in enumerate(fields)])
+        for number, fields in rows[1:]
+    ]
 
 
 def _check_variant(rows: list[tuple[int, list[str]]], folder: Path, variant: str | None) -> str:
@@ -260,25 +266,11 @@ def _read_bytes(path: Path, what: str, size: int = -1) -> bytes:
 
 
 def _check_image(path: Path) -> str:
-    """Return the path of an image that can be decoded. Only an image without an end marker is decoded to find out."""
+    """Return the path of an image that exists and passes `check_image`."""
     _read_bytes(path, "image", 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if not has_end_marker(path, image.format):
-                    image.load()
-    except Exception as error:  # Pillow raises nearly any exception for a broken file
-        raise InputError(f"broken image: data/{path.name}: {type(error).__name__}: {error}") from error
-    return str(path)
-
-
-def has_end_marker(path: Path, image_format: str | None) -> bool:
-    """Whether a JPEG, PNG or GIF file ends with the end marker of its format, apart from padding."""
-    marker = END_MARKERS.get(image_format or "")
     with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - 64, 0))
-        return marker is not None and file.read().rstrip(b"\0\r\n ").endswith(marker)
+        check_image(file, f"data/{path.name}")
+    return str(path)
 
 
 def _report(problems: list[Problem], folder: Path, on_error: str) -> None:

@@ -137,7 +137,7 @@ def eval_results(facts: RunFacts) -> list[EvalResult]:
             dataset_name=name,
             dataset_split=split,
             dataset_args={"splits": facts.splits, **facts.split_settings},
-            metric_type=score.removesuffix("_macro"),  # the Hub knows one f1; the title says which mean it is
+            metric_type=score.partition("_")[0],  # the Hub knows one f1; the title says which mean it is
             metric_name=title,
             metric_value=round(float(scores[score]), 4),
         )
@@ -172,6 +172,7 @@ def template_values(facts: RunFacts, model_id: str) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {number}" for name, number in facts.versions.items()),
         "results": {split: results_table(scores, names or None) for split, scores in facts.results.items()},
         "majority": {split: majority(scores, names) for split, scores in facts.results.items()},
+        "thresholds": [f"{value:.2f}" for value in facts.config.label_thresholds or ()],
     }
 
 
@@ -190,7 +191,7 @@ def left_out(config: PretrainedConfig) -> str:
 def majority(scores: Mapping[str, Any], label_names: Sequence[str]) -> tuple[str, str] | None:
     """The most frequent label of the posts that were scored and its share: the accuracy of always predicting it."""
     supports = [row["support"] for row in scores.get("per_class", {}).values()]
-    if not supports or not label_names:
+    if "accuracy" not in scores or not supports or not label_names:
         return None
     return escape_markdown(label_names[supports.index(max(supports))]), f"{max(supports) / sum(supports):.4f}"
 

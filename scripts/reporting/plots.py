@@ -15,7 +15,7 @@ CURVES_FILE = "training_curves.png"
 # Panels of the curves: the title, and the entries of the Trainer's log with their names in the legend.
 PANELS = {
     "Loss": {"loss": "training", "eval_loss": "validation"},
-    "Validation score": {"eval_accuracy": "accuracy", "eval_f1": "weighted F1"},
+    "Validation score": {"eval_accuracy": "accuracy", "eval_f1": "weighted F1", "eval_f1_micro": "micro F1"},
     "Validation error": {"eval_mse": "mean squared error", "eval_mae": "mean absolute error"},
 }
 

@@ -10,6 +10,7 @@ from tabulate import tabulate
 SCORES = {
     "accuracy": "Accuracy",
     "f1": "Weighted F1",
+    "f1_micro": "Micro F1",
     "f1_macro": "Macro F1",
     "mse": "Mean squared error",
     "mae": "Mean absolute error",

@@ -9,42 +9,15 @@ Posts that share a key are duplicates. The statistics read the second file. It c
 not publish it.
 """
 
-import json
-import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-logger = logging.getLogger(__name__)
+from clipcacg.scripts.data.lines import read_lines
 
 RUNS_FILE, PREDICTIONS_FILE = "runs.jsonl", "predictions.jsonl"
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append a line and flush it to disk. An incomplete last line of a killed run stays a line of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            file.write(b"" if file.read(1) == b"\n" else b"\n")
-        file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of a file; none if it does not exist."""
-    lines = []
-    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            if text:
-                logger.warning("%s:%d is incomplete and ignored", path, number)
-    return lines
 
 
 def select(lines: Sequence[dict[str, Any]], hashes: dict[str, str]) -> list[dict[str, Any]]:

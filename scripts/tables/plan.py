@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from clipcacg.scripts.baselines.logistic_regression import MODALITIES
-from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, append_line, read_lines, read_predictions
+from clipcacg.scripts.data.lines import append_line, read_lines, short_hash
+from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, read_predictions
 from clipcacg.scripts.tables.rendering import write_tables
-from clipcacg.scripts.tables.rows import ROWS, WORD_VECTORS, ReproduceArguments, Settings, folds_of, short_hash
+from clipcacg.scripts.tables.rows import ROWS, WORD_VECTORS, ReproduceArguments, Settings, folds_of
 from clipcacg.scripts.tables.runs import Fold, load_fold
 from clipcacg.scripts.tables.workers import Outcome, make_runs
 from clipcacg.scripts.training.metrics import load_metric, score
@@ -102,7 +103,7 @@ class Plan:
             predictions = read_predictions(self.folder)[best["run"]]
             names = list(best["metrics"]["validation"]["per_class"])
             answers = np.eye(len(names))[predictions["prediction"]], np.asarray(predictions["label"])
-            scores = {fold["measured"]: score(*answers, load_metric(regression=False), names)}
+            scores = {fold["measured"]: score(*answers, load_metric(), names)}
             facts = {key: best[key] for key in best.keys() - run.keys()} | {"metrics": scores | best["metrics"]}
             self.write(run, facts, {key: value for key, value in predictions.items() if key != "run"})
         return best["values"]

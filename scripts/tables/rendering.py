@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from clipcacg.scripts.data.lines import read_lines
 from clipcacg.scripts.reporting.tables import escape_markdown, markdown_table
-from clipcacg.scripts.tables.lines import RUNS_FILE, answers, read_lines, select
+from clipcacg.scripts.tables.lines import RUNS_FILE, answers, select
 from clipcacg.scripts.tables.rows import Row
 from clipcacg.scripts.tables.statistics import SCORES, summarise
 

@@ -1,10 +1,8 @@
 """What the tables compare: the rows, the command's flags, and the config of each row."""
 
 import copy
-import hashlib
 import inspect
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -24,8 +22,11 @@ from clipcacg.scripts.training.arguments import (
     ModelArguments,
     RecipeArguments,
     checked,
+    given_flags,
     read_config,
+    yielding,
 )
+from clipcacg.scripts.training.checks import check_flags
 
 WORD_VECTORS = ("cnn_multi", "dnn_lr", "co_memory", "mvan")  # the systems before BERT
 WHOLE = {"modality": "both", "use_cross_attention": True, "use_gating": True, "use_modality_heads": False}
@@ -93,7 +94,7 @@ OF_SYSTEMS = (
 # Beginnings of the recipe's fields that cannot change a score.
 IRRELEVANT = (
     "output_dir", "overwrite_", "seed", "report_to", "disable_tqdm", "use_cpu", "resume_from", "log", "save_", "hub_",
-    "push_", "dataloader_", "load_best",
+    "push_", "dataloader_", "load_best", "hp_search",
 )  # fmt: skip
 
 SMALL = {"hidden_size": 48, "num_attention_heads": 4, "maps": 16}
@@ -241,6 +242,7 @@ def parse(argv: Sequence[str]) -> tuple[ReproduceArguments, Settings]:
     parser.set_defaults(**{key: value for key, value in smoke.items() if key != "systems"})
     config = Path(parser.parse_known_args(argv)[0].config)
     defaults = read_config(config, parser, OF_TABLES) | {"output_dir": f"outputs/reproduce/{config.stem}"} | smoke
+    defaults = yielding(defaults, given_flags(classes, argv))
     grid, systems = read_grid(config, defaults.pop("tuning", {}), parser), defaults.pop("systems", {})
     if unknown := sorted(systems.keys() - SYSTEMS.keys()):
         raise InputError(f"Unknown key {', '.join(unknown)} under systems in {config}. Allowed: {', '.join(SYSTEMS)}.")
@@ -253,6 +255,7 @@ def parse(argv: Sequence[str]) -> tuple[ReproduceArguments, Settings]:
         raise InputError(f"--trials needs the key tuning in {config}.")
     check(model, training)
     choose_epochs_in_memory(training)
+    check_flags(model, training)
     own.seeds = own.seeds or [training.seed]
     return own, Settings(model, data, training, systems, grid if own.trials else {}, own.word_vectors)
 
@@ -303,6 +306,8 @@ def check(model: ModelArguments, training: RecipeArguments) -> None:
             "--augment needs --augment_views, because outputs of frozen encoders are cached, or encoders that train: "
             f"leave out {', '.join(f'--{flag}' for flag in frozen if getattr(model, flag))}."
         )
+    if training.hp_search:
+        raise InputError("--hp_search is a flag of train.py: use --trials, which searches for every row.")
     if training.world_size > 1:
         raise InputError(
             "Start reproduce.py with python, without a launcher of several processes: --jobs trains several rows at "
@@ -316,8 +321,8 @@ def choose_epochs_in_memory(training: RecipeArguments) -> None:
     training.load_best_model_at_end = True  # early stopping demands it; nothing is loaded without a checkpoint
     if training.eval_strategy == "no":
         training.eval_strategy = "epoch"
-    training.metric_for_best_model = training.metric_for_best_model or "accuracy"
-    training.greater_is_better = not training.metric_for_best_model.endswith("loss")
+    if training.metric_for_best_model is None:
+        training.metric_for_best_model, training.greater_is_better = "accuracy", True
 
 
 def folds_of(own: ReproduceArguments, data: DataArguments) -> list[int | None]:
@@ -348,8 +353,3 @@ def changed(arguments: ModelArguments | RecipeArguments) -> dict[str, Any]:
     plain = type(arguments)()
     values = {entry.name: getattr(arguments, entry.name) for entry in fields(arguments) if entry.init}
     return {key: value for key, value in values.items() if value != getattr(plain, key, MISSING)}
-
-
-def short_hash(value: Any) -> str:
-    """Hash a JSON value independently of the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

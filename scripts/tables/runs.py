@@ -19,7 +19,7 @@ from clipcacg.scripts.baselines.sentibank_sentistrength import LexiconCollator, 
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import add_digests, cache_features, frozen_backbones
-from clipcacg.scripts.data.labels import label_names
+from clipcacg.scripts.data.labels import check_classes, label_fields, label_names, task_of
 from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.splitting import duplicate_keys
@@ -35,7 +35,6 @@ from clipcacg.scripts.training.run import (
     build,
     choose_combination,
     compute_features,
-    label_fields,
     limit_and_freeze,
     make_trainer,
     set_loss,
@@ -81,7 +80,7 @@ class Fold:
     def pooled(self) -> tuple[dict[str, np.ndarray], int, int]:
         """Pooled features (posts, text + image width) per split, the text width, and the encoders' parameters."""
         settings = self.settings.for_row("regression_both")
-        model, processor = build_system("concatenation", settings, label_names(self.posts["train"]))
+        model, processor = build_system("concatenation", settings, label_fields(self.posts["train"]))
         model.freeze_backbones(True, True, True)
         device, workers = settings.training.device, settings.training.dataloader_num_workers
         posts = datasets.DatasetDict({split: labelled(dataset) for split, dataset in self.posts.items()})
@@ -108,8 +107,9 @@ def load_fold(number: int | None, settings: Settings) -> Fold:
     posts = load_posts(settings.data)
     if not {"train", "validation"} <= posts.keys():
         raise InputError(f"reproduce.py needs the splits train and validation, got {', '.join(posts)}.")
-    if label_names(posts["train"]) is None:
-        raise InputError("reproduce.py needs posts with classes, and these labels are numbers.")
+    if task_of(posts["train"]) != "single_label_classification":
+        raise InputError("reproduce.py needs posts of one class each, and these labels are numbers or lists.")
+    check_classes(posts)
     for column in ("text", "image"):
         posts = datasets.DatasetDict({split: add_digests(dataset, column) for split, dataset in posts.items()})
     return Fold(number, posts, settings)
@@ -124,10 +124,10 @@ def protocol(data: DataArguments, posts: datasets.DatasetDict) -> str:
     return ", ".join(parts)
 
 
-def build_system(name: str, settings: Settings, names: list[str]) -> tuple[PreTrainedModel, ClipCaCgProcessor]:
+def build_system(name: str, settings: Settings, labels: dict[str, Any]) -> tuple[PreTrainedModel, ClipCaCgProcessor]:
     """Build one of the other systems and its processor, as `training.run.build` builds ours."""
     backbones = {**backbone_names(settings.model, settings.data.is_sample), **settings.model.loading_options()}
-    fields = {**settings.systems.get(name, {}), **label_fields(names), **settings.model.head_fields()}
+    fields = {**settings.systems.get(name, {}), **labels, **settings.model.head_fields()}
     fields["dropout"] = settings.model.dropout
     model = SYSTEMS[name].from_backbones(**backbones, **fields)
     processor = ClipCaCgProcessor.from_backbones(**backbones)
@@ -147,9 +147,9 @@ def train_row(name: str, settings: Settings, seed: int, posts: datasets.DatasetD
     set_seed(seed)
     adapt_to_data(training, posts, settings.model.modality)
     if system:
-        model, processor = build_system(system, settings, label_names(posts["train"]))
+        model, processor = build_system(system, settings, label_fields(posts["train"]))
     else:
-        model, processor = build(settings.model, settings.data.is_sample, label_names(posts["train"]))
+        model, processor = build(settings.model, settings.data.is_sample, label_fields(posts["train"]))
     set_loss(model, training, settings.model, posts["train"])
     features = None
     if (training.augment_views or not training.augment) and frozen_backbones(model):
@@ -210,7 +210,7 @@ def run(name: str, fold: Fold, settings: Settings, seed: int | None) -> tuple[di
         found = fit_floor(name, fold)
     else:
         found = train_row(name, settings, seed, datasets.DatasetDict(wanted))
-    metric, names, logits = load_metric(regression=False), label_names(fold.posts["train"]), found.pop("logits")
+    metric, names, logits = load_metric(), label_names(fold.posts["train"]), found.pop("logits")
     labels = {split: np.asarray(fold.posts[split]["label"]) for split in logits}
     found["metrics"] = {split: score(logits[split], labels[split], metric, names) for split in logits}
     found["hardware"] = hardware_name(settings.training)

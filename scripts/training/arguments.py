@@ -2,13 +2,14 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import is_deepspeed_available
 
 from clipcacg.configuration_clipcacg import BACKBONES, did_you_mean
 from clipcacg.scripts.data.errors import InputError, parse_flags
@@ -16,6 +17,32 @@ from clipcacg.scripts.data.loading import DataArguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OF_TABLES = ("tuning", "systems")  # keys of a config that only reproduce.py reads
+LOWER_IS_BETTER = ("loss", "mse", "mae")  # endings of metrics
+
+# A flag on the command line beats every default of a YAML file. A setting of the file is switched off if a flag that
+# it would override is set, or if a flag that it needs is off.
+# Setting: (its value when off, flags that it would override, flags that it needs)
+SWITCHED_OFF: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
+    "adam": (False, ("optim", "optim_args"), ()),
+    "step_decay_epochs": (None, ("lr_scheduler_type", "lr_scheduler_kwargs"), ()),
+    "max_steps": (-1, ("num_train_epochs",), ()),
+    "bf16": (False, ("fp16",), ()),
+    "fp16": (False, ("bf16",), ()),
+    "freeze_text": (False, ("freeze_text_layers",), ()),
+    "freeze_vision": (False, ("freeze_vision_blocks",), ()),
+    "model_name_or_path": (None, ("text_model", "vision_model", "clip_model"), ()),
+    "data_dir": (None, ("dataset_name",), ()),
+    "dataset_name": (None, ("data_dir",), ()),
+    "splits": ("random", ("dataset_name",), ()),
+    "text_label_column": (None, ("data_dir",), ()),
+    "image_label_column": (None, ("data_dir",), ()),
+    "use_conflicting_posts": (False, ("dataset_name",), ("use_modality_heads",)),
+    "augment_views": (0, (), ("augment", "cache_features")),
+    "early_stopping_patience": (0, (), ("eval_strategy",)),
+    "load_best_model_at_end": (False, (), ("eval_strategy", "save_strategy")),
+    "average_checkpoints": (0, (), ("eval_strategy", "save_strategy", "load_best_model_at_end")),
+}
+OFF = (False, 0, None, "no")
 
 # Of the loading options of `from_backbones` those that make sense as a flag.
 LOADING_FLAGS = {
@@ -177,7 +204,21 @@ class RecipeArguments(TrainingArguments):
             "draw one per epoch."
         },
     )
-    # TrainingArguments has this flag too, but demands a value for it.
+    hp_search: int = field(
+        default=0,
+        metadata={
+            "help": "Search so many settings on the validation split (learning rates, dropout, epochs, weight decay), "
+            "and train with the best. A flag on the command line is not searched."
+        },
+    )
+    # TrainingArguments has the next two flags with other defaults.
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Continue the count of early stopping after a resume."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the model does not know the columns of the posts."}
+    )
+    # And this one demands a value there.
     debug: str | None = field(
         default="",
         metadata={
@@ -186,6 +227,12 @@ class RecipeArguments(TrainingArguments):
             "help": "Print the traceback of an error in the input too; or one of transformers' debug features.",
         },
     )
+    given: frozenset[str] = field(default=frozenset(), init=False)  # names of the flags on the command line
+
+    def __post_init__(self) -> None:
+        if self.greater_is_better is None and self.metric_for_best_model:
+            self.greater_is_better = not self.metric_for_best_model.endswith(LOWER_IS_BETTER)
+        super().__post_init__()
 
 
 def names_data(argv: Sequence[str]) -> bool:
@@ -201,11 +248,8 @@ def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArgume
     Raises:
         InputError: If the file or a flag is at fault.
     """
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, RecipeArguments),
-        usage="%(prog)s [CONFIG.yaml] [flags]",
-        description=description,
-    )
+    classes = (ModelArguments, DataArguments, RecipeArguments)
+    parser = HfArgumentParser(classes, usage="%(prog)s [CONFIG.yaml] [flags]", description=description)
     config = CONFIGS / ("mvsa_single.yaml" if names_data(argv) else "sample.yaml")
     if argv and argv[0].endswith((".yaml", ".yml")):
         config, argv = Path(argv[0]), argv[1:]
@@ -213,16 +257,57 @@ def parse_arguments(argv: list[str], description: str = "") -> tuple[ModelArgume
     defaults = {key: value for key, value in defaults.items() if key not in OF_TABLES}
     if config.name == "sample.yaml" and any(word.startswith("--output_dir") for word in argv):
         defaults["overwrite_output_dir"] = False  # the sample's own folder may be overwritten, no other
-    parser.set_defaults(**defaults)
-    parsed = parse_flags(parser, argv)
-    model, _, recipe = parsed
-    if not 0 < recipe.layerwise_lr_decay <= 1:
-        raise InputError(f"--layerwise_lr_decay must be above 0 and at most 1, got {recipe.layerwise_lr_decay}.")
+    given = given_flags(classes, argv)
+    if given.get("deepspeed") and not is_deepspeed_available():
+        raise InputError("--deepspeed needs the package deepspeed: pip install deepspeed.")
+    parser.set_defaults(**yielding(defaults, given))
+    model, data, recipe = parse_flags(parser, argv)
+    recipe.given = frozenset(given)
     if recipe.augment_views and not (recipe.augment and model.cache_features):
         raise InputError("--augment_views needs --augment and --cache_features; without them nothing is stored.")
-    if recipe.dataloader_drop_last:
-        raise InputError("--dataloader_drop_last would drop posts of validation and test too: leave it out.")
-    return parsed
+    return model, data, recipe
+
+
+def given_flags(classes: Sequence[type], argv: Sequence[str]) -> dict[str, Any]:
+    """The flags that a command line gives, and their values.
+
+    Args:
+        classes: The dataclasses of the command.
+        argv: Words of the command line.
+    """
+    parser = HfArgumentParser(classes, add_help=False)
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return vars(parser.parse_known_args(list(argv))[0])
+
+
+def yielding(defaults: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Change the defaults of a YAML file so that every flag on the command line has an effect.
+
+    Args:
+        defaults: Key of the file to value.
+        given: See `given_flags`.
+    """
+    defaults = dict(defaults)
+    for setting, (off, overridden, needed) in SWITCHED_OFF.items():
+        is_overridden = any(given.get(flag) not in OFF for flag in overridden)
+        lacks = any(flag in given and given[flag] in OFF for flag in needed)
+        if setting in defaults and (is_overridden or lacks):
+            defaults[setting] = off
+    # Steps are counted only under the strategy "steps".
+    strategies = {
+        kind: given.get(f"{kind}_strategy", "steps" if f"{kind}_steps" in given else None)
+        for kind in ("eval", "save", "logging")
+    }
+    defaults |= {f"{kind}_strategy": value for kind, value in strategies.items() if value is not None}
+    # Where the best checkpoint is kept, checkpoints are written when the model is evaluated.
+    if given.get("load_best_model_at_end", defaults.get("load_best_model_at_end")):
+        for kind, other in (("eval", "save"), ("save", "eval")):
+            asked = strategies[kind]
+            if strategies[other] is None and asked in ("steps", "epoch"):
+                steps = given.get(f"{kind}_steps", defaults.get(f"{kind}_steps"))
+                defaults |= {f"{other}_strategy": asked} | ({} if steps is None else {f"{other}_steps": steps})
+    return defaults
 
 
 def read_config(file: Path, parser: argparse.ArgumentParser, other_keys: Sequence[str] = ()) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, add_debug_flag, parse_flags
-from clipcacg.scripts.data.labels import label_names
+from clipcacg.scripts.data.labels import align, label_names, task_of
 from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.training.arguments import names_data
 from clipcacg.scripts.training.metrics import load_metric, score
@@ -49,18 +49,23 @@ def labelled_posts(
     Raises:
         InputError: If there is no such split, or the labels of the model and of the data differ.
     """
+    task = "regression" if model.config.task == "regression" else "classification"
+    if data_arguments.task not in ("auto", task):
+        raise InputError(f"--task {data_arguments.task}: the checkpoint was trained for {task}; leave the flag out.")
+    if data_arguments.dataset_name:
+        data_arguments = replace(data_arguments, task=task)
     posts = load_posts(replace(data_arguments, use_conflicting_posts=False), model.config.modality)
     if split not in posts:
         raise InputError(f"There is no post in the split {split!r}. Allowed: {', '.join(posts)}.")
-    names = label_names(posts[split])
-    known = model.config.label_names
-    if (names is None) != (model.config.task == "regression"):
-        raise InputError("The model and the data do not fit: one has classes, the other numbers.")
-    if names is not None and not set(names) <= set(known):
-        raise InputError(f"The data has the labels {', '.join(names)}, the model {', '.join(known)}.")
-    if names is None or names == known:
-        return posts[split]
-    return posts[split].align_labels_with_mapping({name: index for index, name in enumerate(known)}, "label")
+    found = task_of(posts[split])
+    if found != model.config.task:
+        described = {
+            "regression": "values",
+            "single_label_classification": "one class per post",
+            "multi_label_classification": "lists of labels",
+        }
+        raise InputError(f"The data has {described[found]}, the model predicts {described[model.config.task]}.")
+    return align(posts[split], model.config.label_names)
 
 
 def evaluate_posts(
@@ -82,4 +87,5 @@ def evaluate_posts(
             data_collator=PostCollator(processor, model.config),
         )
         output = trainer.predict(posts)
-    return score(output.predictions, output.label_ids, load_metric(names is None), names)
+    metric = load_metric(model.config.task)
+    return score(output.predictions, output.label_ids, metric, names, model.config.label_thresholds)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TorchAoConfig
 
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.reporting.predictions import checkpoint_config, load_checkpoint
@@ -58,12 +59,12 @@ def compare(
     return {name: (torch.cat(logits[name]), seconds[name]) for name in models}
 
 
-def summary(results: dict[str, tuple[Tensor, float]], labels: Any, names: list[str] | None) -> str:
-    """One line per model: accuracy and weighted F1, or the squared error of a regression, and the time."""
-    metric, lines = load_metric(names is None), []
+def summary(results: dict[str, tuple[Tensor, float]], labels: Any, config: ClipCaCgConfig) -> str:
+    """One line per model: its main scores and the time."""
+    metric, names, lines = load_metric(config.task), None if config.task == "regression" else config.label_names, []
     for name, (logits, seconds) in results.items():
-        scores = score(logits.numpy(), labels, metric, names)
-        shown = ", ".join(f"{key} {scores[key]:.4f}" for key in ("accuracy", "f1", "mse") if key in scores)
+        scores = score(logits.numpy(), labels, metric, names, config.label_thresholds)
+        shown = ", ".join(f"{key} {scores[key]:.4f}" for key in ("accuracy", "f1", "f1_micro", "mse") if key in scores)
         lines.append(f"{name:>8}: {shown}, {1000 * seconds / len(labels):.2f} ms per post")
     before, after = (seconds for _, seconds in results.values())
     return "\n".join([*lines, f"{before / after:.2f} times as fast on {torch.get_num_threads()} CPU thread(s)"])

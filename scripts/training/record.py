@@ -10,9 +10,10 @@ import datasets
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import NO_LIMIT
 from clipcacg.scripts.data.labels import label_names
-from clipcacg.scripts.data.loading import SPLIT_NAMES, DataArguments
+from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import MARKER
+from clipcacg.scripts.data.sources import SPLIT_NAMES
 from clipcacg.scripts.reporting.model_card import write_model_card
 from clipcacg.scripts.reporting.plots import (
     CONFUSION_MATRIX_FILE,
@@ -99,7 +100,8 @@ def split_name(arguments: DataArguments, posts: datasets.DatasetDict) -> str:
     drawn = f"(seed {arguments.split_seed})"
     if arguments.dataset_name is None:
         return f"random 8:1:1 {drawn}" if arguments.splits == "random" else str(arguments.splits)
-    brought = {split for split, rows in posts.items() if SPLIT_NAMES.get(str(rows.split), str(rows.split)) == split}
+    ours = SPLIT_NAMES | {own: split for split, own in arguments.own_splits().items()}
+    brought = {split for split, rows in posts.items() if ours.get(str(rows.split)) == split}
     if "validation" not in posts or "validation" in brought:
         return "those of the data set"
     if "test" not in posts or "test" in brought:
@@ -137,6 +139,7 @@ def recipe(arguments: RecipeArguments, model_arguments: ModelArguments, label_sm
         "augment_views": arguments.augment_views if arguments.augment else 0,
         "modality_combination": "the better one on the validation split" * chosen,
         "label_smoothing": label_smoothing,
+        "hp_search": f"the best of {arguments.hp_search} trials on validation" if arguments.hp_search else "",
     }
     return values | {name: value for name, value in ours.items() if value}
 

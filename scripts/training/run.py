@@ -3,8 +3,11 @@
 import ctypes
 import json
 import logging
+import math
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,29 +18,33 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from sklearn.utils.class_weight import compute_class_weight
-from transformers import AutoConfig, EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, EvalPrediction, PreTrainedModel, TrainerCallback
 
-from clipcacg.configuration_clipcacg import MODALITY_COMBINATIONS, ClipCaCgConfig, split_keywords
+from clipcacg.configuration_clipcacg import BACKBONES, MODALITY_COMBINATIONS, ClipCaCgConfig, split_keywords
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, label_scores
 from clipcacg.scripts.data.augmentation import Augmentation
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.features import FEATURES, FeatureStore, cache_features
-from clipcacg.scripts.data.labels import label_names
+from clipcacg.scripts.data.labels import align, check_classes, label_names, task_of
 from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, load_posts
 from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import make_tiny_backbones
-from clipcacg.scripts.reporting.hub import check_repo_id, push_checkpoint
+from clipcacg.scripts.reporting.hub import push_checkpoint
 from clipcacg.scripts.reporting.predictions import checkpoint_config, load_checkpoint, prediction_line, write_line
 from clipcacg.scripts.reporting.tables import results_table
-from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
+from clipcacg.scripts.training.arguments import LoadingArguments, ModelArguments, RecipeArguments
 from clipcacg.scripts.training.averaging import KeepBestCheckpoints, best_checkpoints, load_average
-from clipcacg.scripts.training.metrics import load_metric, score
-from clipcacg.scripts.training.trainer import SentimentTrainer
+from clipcacg.scripts.training.checks import check_validation
+from clipcacg.scripts.training.metrics import best_threshold, check_metric_name, load_metric, score
+from clipcacg.scripts.training.trainer import EarlyStopping, SentimentTrainer
 
 logger = logging.getLogger(__name__)
 
+CHANGEABLE = ("dropout", "contrastive_loss_weight")  # fields of the config that a trained model may get anew
+# What chooses a checkpoint in place of accuracy, and whether a greater value is better.
+BEST_BY = {"regression": ("mse", False), "multi_label_classification": ("f1_micro", True)}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt, which Python does not name
 
 
@@ -47,12 +54,13 @@ def load_training_posts(
     """Load the posts, in the main process first, and settle the flags that depend on them.
 
     Raises:
-        InputError: If there is no training split, or the modality heads lack labels.
+        InputError: If there is no training split, its posts all have one label, or the modality heads lack labels.
     """
     has_heads = model_arguments.use_modality_heads
     if model_arguments.model_name_or_path:
         config = checkpoint_config(model_arguments.model_name_or_path)
-        model_arguments.modality, has_heads = config.modality, has_heads or config.use_modality_heads
+        follow_checkpoint(model_arguments, config, arguments.given)
+        has_heads = has_heads or config.use_modality_heads
     if data_arguments.use_conflicting_posts and not has_heads:
         raise InputError("--use_conflicting_posts trains modality heads alone: add --use_modality_heads.")
     with arguments.main_process_first(desc="loading the posts"):
@@ -67,8 +75,34 @@ def load_training_posts(
             "--use_modality_heads needs labels of text and image alone: name their columns with --text_label_column "
             "and --image_label_column."
         )
+    check_classes(posts)
+    if model_arguments.model_name_or_path and len(label_names(posts["train"]) or ()) == config.num_labels:
+        with suppress(InputError):  # other classes keep their own order
+            posts = datasets.DatasetDict({split: align(part, config.label_names) for split, part in posts.items()})
     adapt_to_data(arguments, posts, model_arguments.modality)
     return posts
+
+
+def follow_checkpoint(arguments: ModelArguments, config: ClipCaCgConfig, given: Collection[str]) -> None:
+    """Take the fields of a checkpoint's config, except for dropout and loss weight that the command line gives.
+
+    Args:
+        arguments: The flags, which are changed.
+        config: Config of `--model_name_or_path`.
+        given: Names of the flags on the command line.
+
+    Raises:
+        InputError: If the command line gives a field that a trained model cannot change, or names encoders.
+    """
+    encoders = {f"{part}_model" for part in BACKBONES} | {entry.name for entry in fields(LoadingArguments)}
+    if named := sorted(encoders & set(given)):
+        raise InputError(f"--{named[0]} cannot be used with --model_name_or_path, which brings its own encoders.")
+    for name in arguments.config_fields().keys() - arguments.head_fields().keys():
+        wanted, found = getattr(arguments, name), getattr(config, name)
+        if name not in given:
+            setattr(arguments, name, found)
+        elif wanted != found and name not in CHANGEABLE:
+            raise InputError(f"--{name} is {found} in {arguments.model_name_or_path} and cannot be {wanted}.")
 
 
 def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modality: str) -> None:
@@ -77,38 +111,40 @@ def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modal
     Raises:
         InputError: If the flags do not fit together.
     """
-    arguments.remove_unused_columns = False  # the collator reads columns that the model does not know
     arguments.dataloader_pin_memory &= torch.cuda.is_available()
-    arguments.restore_callback_states_from_checkpoint = True  # early stopping continues its count after a resume
     if modality == "image" and arguments.train_sampling_strategy == "group_by_length":
+        if "train_sampling_strategy" in arguments.given:
+            raise InputError(
+                "--train_sampling_strategy group_by_length needs texts, which --modality image leaves out."
+            )
         arguments.train_sampling_strategy = "random"
-    if label_names(posts["train"]) is None and arguments.metric_for_best_model in (None, "accuracy"):
-        arguments.metric_for_best_model, arguments.greater_is_better = "mse", False
+    task, is_chosen = task_of(posts["train"]), "metric_for_best_model" in arguments.given
+    if task in BEST_BY and not is_chosen and arguments.metric_for_best_model in (None, "accuracy"):
+        arguments.metric_for_best_model, arguments.greater_is_better = BEST_BY[task]
+    if arguments.metric_for_best_model:
+        check_metric_name(arguments.metric_for_best_model, task)
     if "validation" not in posts:
+        check_validation(arguments, list(posts))
         logger.warning("There is no validation split: training runs without evaluation and keeps the last epoch.")
         arguments.eval_strategy, arguments.load_best_model_at_end = "no", False
         arguments.early_stopping_patience = arguments.average_checkpoints = 0
     if arguments.average_checkpoints > 1:
-        if not arguments.load_best_model_at_end:
-            raise InputError("--average_checkpoints needs --load_best_model_at_end True, to know the best.")
         arguments.save_total_limit = None
 
 
 def build(
-    arguments: ModelArguments, is_sample: bool, names: list[str] | None
+    arguments: ModelArguments, is_sample: bool, labels: dict[str, Any]
 ) -> tuple[ClipCaCgForSequenceClassification, ClipCaCgProcessor]:
     """Build or load the model and its processor, and freeze the backbones that the flags name.
 
     Args:
         arguments: The flags.
         is_sample: Use the sample's tiny backbones where no others are named.
-        names: Names of the classes, or None for a regression.
+        labels: Config fields from `label_fields`.
 
     Raises:
-        InputError: If there are fewer than two classes, a backbone is missing or cannot be loaded, or the flags do not
-            fit together.
+        InputError: If a backbone is missing or cannot be loaded, or the flags do not fit together.
     """
-    labels = label_fields(names)
     if arguments.model_name_or_path:
         model, processor = load_checkpoint(
             arguments.model_name_or_path,
@@ -116,6 +152,7 @@ def build(
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             class_weights=None,
+            **{name: getattr(arguments, name) for name in CHANGEABLE},
             **arguments.head_fields(),
             **labels,
         )
@@ -133,20 +170,6 @@ def build(
     with as_input_error("The encoders cannot be frozen", ValueError):
         limit_and_freeze(model, processor, arguments)
     return model, processor
-
-
-def label_fields(names: list[str] | None) -> dict[str, Any]:
-    """The config fields for these class names; None for a regression.
-
-    Raises:
-        InputError: If there are fewer than two classes.
-    """
-    if names is None:
-        return {"num_labels": 1, "problem_type": "regression"}
-    if len(names) < 2:
-        raise InputError(f"A model needs posts of at least two classes; the data has only {', '.join(names)}.")
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    return {**labels, "problem_type": "single_label_classification"}
 
 
 def limit_and_freeze(model: PreTrainedModel, processor: ClipCaCgProcessor, arguments: ModelArguments) -> None:
@@ -225,14 +248,18 @@ def balanced_weights(dataset: datasets.Dataset) -> list[float]:
     """One weight per class, inverse to its frequency, 1 on average over the posts (scikit-learn's "balanced").
 
     Raises:
-        InputError: If the labels are numbers, or a class has no post.
+        InputError: If posts have no or several classes, or a class has no post.
     """
-    if not isinstance(dataset.features["label"], datasets.ClassLabel):
-        raise InputError("--class_weights balanced is for classes, and these labels are numbers.")
-    classes = np.arange(dataset.features["label"].num_classes)
-    if set(dataset["label"]) != set(classes):
-        raise InputError("--class_weights balanced needs posts of every class in the training split.")
-    return compute_class_weight("balanced", classes=classes, y=np.asarray(dataset["label"])).tolist()
+    label = dataset.features["label"]
+    if not isinstance(label, datasets.ClassLabel):
+        raise InputError("--class_weights balanced is for one class per post, and these labels are numbers or lists.")
+    classes, labels = np.arange(label.num_classes), np.asarray(dataset["label"])
+    if missing := sorted(set(classes) - set(labels)):
+        raise InputError(
+            "--class_weights balanced needs training posts of every class, and there is none of "
+            f"{', '.join(label.names[index] for index in missing)}: leave the flag out, or add posts."
+        )
+    return compute_class_weight("balanced", classes=classes, y=labels).tolist()
 
 
 def compute_features(
@@ -279,7 +306,7 @@ def make_trainer(
     train = posts["train"] if model.config.use_modality_heads else labelled(posts["train"])
     collator = PostCollator(processor, model.config, features or {})
     patience, averaged = arguments.early_stopping_patience, arguments.average_checkpoints
-    callbacks: list[TrainerCallback] = [EarlyStoppingCallback(patience)] if patience else []
+    callbacks: list[TrainerCallback] = [EarlyStopping()] if patience else []
     if averaged > 1:
         callbacks.append(KeepBestCheckpoints(averaged))
     trainer = SentimentTrainer(
@@ -289,7 +316,7 @@ def make_trainer(
         train_dataset=prepare_training(train, collator, arguments),
         eval_dataset=posts.get("validation"),
         processing_class=processor,
-        compute_metrics=partial(compute_metrics, metric=load_metric(names is None), names=names),
+        compute_metrics=partial(compute_metrics, metric=load_metric(task_of(posts["train"])), names=names),
         callbacks=callbacks,
     )
     if averaged > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -315,8 +342,9 @@ def prepare_training(
 
 
 def compute_metrics(evaluated: EvalPrediction, metric: evaluate.Metric, names: list[str] | None) -> dict[str, float]:
-    """The metric's scalar scores, which the Trainer logs and chooses a checkpoint by."""
+    """The scalar scores, which the Trainer logs and chooses a checkpoint by; nan if undefined."""
     scores = score(np.asarray(evaluated.predictions), evaluated.label_ids, metric, names)
+    scores = {name: math.nan if value is None else value for name, value in scores.items()}
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
@@ -391,18 +419,18 @@ def evaluate_splits(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> d
         Split name to the metric's scores.
     """
     names, results = label_names(posts["train"]), {}
-    metric = load_metric(names is None)
+    metric, config = load_metric(task_of(posts["train"])), trainer.model.config
     for split, prefix in (("validation", "eval"), ("test", "test")):
         if split not in posts:
             continue
         output = trainer.predict(posts[split], metric_key_prefix=prefix)
-        results[split] = score(output.predictions, output.label_ids, metric, names)
+        results[split] = score(output.predictions, output.label_ids, metric, names, config.label_thresholds)
         details = {f"{prefix}_{name}": value for name, value in results[split].items()}
         trainer.save_metrics(prefix, {**output.metrics, **details})
         if trainer.is_world_process_zero():
             with (Path(trainer.args.output_dir) / "predictions.jsonl").open("w", encoding="utf-8") as file:
                 for post_id, logits in zip(posts[split]["id"], torch.from_numpy(output.predictions), strict=True):
-                    write_line(file, prediction_line(post_id, logits, trainer.model.config))
+                    write_line(file, prediction_line(post_id, logits, config))
             logger.info("\n%s, %d posts\n%s\n", split, len(posts[split]), results_table(results[split], names))
     return results
 
@@ -430,20 +458,37 @@ def choose_combination(trainer: SentimentTrainer, posts: datasets.DatasetDict, a
     logger.info("modality_combination: %s, by the validation %s of %s", config.modality_combination, metric, scores)
 
 
+def choose_thresholds(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> None:
+    """Set `label_thresholds` of a model for several labels per post, by the F1 of each label on the validation split.
+
+    A label without validation posts keeps 0.5, and so does one whose F1 no threshold improves.
+
+    Source: our choice. At 0.5 a model predicts rare labels hardly ever.
+    """
+    config = trainer.model.config
+    config.label_thresholds = None
+    if config.task != "multi_label_classification" or "validation" not in posts:
+        return
+    output = trainer.predict(posts["validation"], metric_key_prefix="eval")
+    probabilities = label_scores(torch.from_numpy(output.predictions), config).numpy()
+    config.label_thresholds = [
+        best_threshold(*label) for label in zip(output.label_ids.T, probabilities.T, strict=True)
+    ]
+    listed = ", ".join(
+        f"{name} {found:.2f}" for name, found in zip(config.label_names, config.label_thresholds, strict=True)
+    )
+    logger.info("Probability from which a label is predicted: %s", listed)
+
+
 def take_over_push(arguments: RecipeArguments) -> tuple[bool, str | None]:
     """Switch off the Trainer's own push, which would upload its checkpoints and arguments too.
 
     Returns:
         Whether to push at the end, and the access token. It is taken out of the arguments, since every checkpoint
         has a copy of them.
-
-    Raises:
-        InputError: If there is no name to push to.
     """
     asked, arguments.push_to_hub = arguments.push_to_hub, False
     token, arguments.hub_token = arguments.hub_token, None
-    if asked:
-        check_repo_id(arguments.hub_model_id, "--hub_model_id")
     return asked, token
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import datasets
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -97,6 +98,20 @@ class SeededLengthSampler(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
+class NotFinite(InputError):
+    """The loss is not a finite number."""
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Early stopping with the patience of this command, also after a resume.
+
+    transformers' own class takes it from the checkpoint.
+    """
+
+    def on_train_begin(self, args: RecipeArguments, *_: Any, **__: Any) -> None:
+        self.early_stopping_patience = args.early_stopping_patience
+
+
 class SentimentTrainer(Trainer):
     """The Trainer with the paper's optimizer and schedule, and a separate learning rate for the backbones.
 
@@ -132,11 +147,11 @@ class SentimentTrainer(Trainer):
         """Stop at a loss that is not finite, before it reaches the weights of the next checkpoint.
 
         Raises:
-            InputError: If the loss is not a finite number.
+            NotFinite: If the loss is not a finite number.
         """
         loss = super().training_step(*args, **kwargs)
         if not loss.isfinite():
-            raise InputError(
+            raise NotFinite(
                 f"The loss of step {self.state.global_step + 1} is {loss.item()}, at a learning rate of "
                 f"{self._get_learning_rate():.3g}: try a lower --learning_rate, --warmup_steps, or --bf16 in place of "
                 "--fp16. Earlier checkpoints are complete."
@@ -153,6 +168,10 @@ class SentimentTrainer(Trainer):
             # overwritten, the old mark must go first.
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        # A resumed run may have callbacks that the checkpoint's state does not know.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, {})
         with writing_faults(self.args.output_dir):
             super()._save_checkpoint(*args, **kwargs)
 
@@ -201,8 +220,13 @@ class SentimentTrainer(Trainer):
         if self.args.step_decay_epochs is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        steps = self.args.step_decay_epochs * math.ceil(len(self.train_dataset) / batch)
-        self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer or self.optimizer, step_size=steps, gamma=0.1)
+        decay = self.args.step_decay_epochs * math.ceil(len(self.train_dataset) / batch)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            return (step / warmup if step < warmup else 1.0) * 0.1 ** (step // decay)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 

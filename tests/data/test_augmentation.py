@@ -9,6 +9,7 @@ from PIL import Image
 
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.augmentation import Augmentation, augment_text
+from clipcacg.scripts.data.labels import label_fields
 from clipcacg.scripts.training import run
 from clipcacg.scripts.training.arguments import parse_arguments
 
@@ -32,7 +33,7 @@ def test_only_training_posts_change_and_anew_in_every_epoch(
 ) -> None:
     model_arguments, data_arguments, arguments = parse_arguments(flags(posts_folder, backbones, tmp_path, "--augment"))
     posts = run.load_training_posts(model_arguments, data_arguments, arguments)
-    model, processor = run.build(model_arguments, data_arguments.is_sample, run.label_names(posts["train"]))
+    model, processor = run.build(model_arguments, data_arguments.is_sample, label_fields(posts["train"]))
     trainer = run.make_trainer(arguments, model, processor, posts)
     plain = trainer.data_collator([posts["train"][number] for number in range(8)])
     first, second = (trainer.data_collator([trainer.train_dataset[n] for n in range(8)]) for _ in range(2))

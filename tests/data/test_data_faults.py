@@ -17,7 +17,7 @@ from PIL import Image
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts import evaluate_checkpoint, predict, train
-from clipcacg.scripts.data import load_mvsa, mvsa, split_mvsa
+from clipcacg.scripts.data import checks, load_mvsa, split_mvsa
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.reporting import predictions
@@ -383,7 +383,7 @@ def test_an_image_that_fails_during_training_or_evaluation_is_one_sentence(
     """The loader checks only the end of the file; the rest fails when it is decoded, perhaps in a worker."""
     content = bytearray(PNG)
     content[len(PNG) // 2] ^= 255
-    monkeypatch.setattr(mvsa, "has_end_marker", lambda path, image_format: True)
+    monkeypatch.setattr(checks, "has_end_marker", lambda file, image_format: True)
     (tmp_path / "posts/data").mkdir(parents=True)
     ids = [str(number) for number in range(40)]
     for post_id in ids:

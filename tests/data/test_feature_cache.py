@@ -26,6 +26,7 @@ from clipcacg.scripts.data.augmentation import Augmentation
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES, cache_features, key
+from clipcacg.scripts.data.labels import label_fields
 from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.reporting.predictions import load_checkpoint
 from clipcacg.scripts.training import run
@@ -330,7 +331,7 @@ def test_training_draws_from_the_stored_views_and_evaluation_from_none(
     parsed = parse_arguments(flags(posts_folder, backbones, tmp_path, *words.split(), "--max_train_samples", "8"))
     model_arguments, data_arguments, arguments = parsed
     posts = run.load_training_posts(model_arguments, data_arguments, arguments)
-    model, processor = run.build(model_arguments, data_arguments.is_sample, run.label_names(posts["train"]))
+    model, processor = run.build(model_arguments, data_arguments.is_sample, label_fields(posts["train"]))
     posts, stores = run.compute_features(arguments, model_arguments, model, processor, posts)
     trainer = run.make_trainer(arguments, model, processor, posts, stores)
 

@@ -70,7 +70,7 @@ def test_only_a_test_split_may_lack_its_labels(
         dataset.to_parquet(tmp_path / f"data/{split}.parquet")
     arguments = DataArguments(dataset_name=str(tmp_path / "data"))
     if answer:
-        with pytest.raises(ValueError, match=f"{answer}.* has posts without a label"):
+        with pytest.raises(ValueError, match=f"row 1 of the split {answer} of .*: it has no label"):
             load_posts(arguments, "text")
     else:
         assert set(load_posts(arguments, "text")) == {"train", "validation"}

@@ -163,13 +163,14 @@ def test_complete_images_are_not_decoded(folder: Path, image_format: str, monkey
     path, decoded = folder / "data" / "3.jpg", []
     Image.open(path).save(path, format=image_format)
     load = ImageFile.ImageFile.load
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image.filename) or load(image))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image.format) or load(image))
     for junk in (b"", b"\0\0\r\n"):
         path.write_bytes(path.read_bytes() + junk)
         assert len(load_mvsa(folder)) == 3
         assert bool(decoded) == (image_format == "BMP")  # it has no end marker
+    before = len(decoded)
     path.write_bytes(path.read_bytes() + b"more junk")
-    assert len(load_mvsa(folder)) == 3 and decoded[-1] == str(path)
+    assert len(load_mvsa(folder)) == 3 and len(decoded) > before
 
 
 def test_folder_is_checked_and_never_written(folder: Path) -> None:

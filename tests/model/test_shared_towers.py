@@ -159,9 +159,9 @@ def parse(backbones: Path) -> Callable[[str], Any]:
 
 def test_the_flags_of_train(parse: Callable[[str], Any]) -> None:
     flags = "--share_clip_text --share_clip_vision --freeze_clip --max_length 7"
-    model, processor = run.build(parse(flags), is_sample=False, names=["no", "yes"])
+    model, processor = run.build(parse(flags), is_sample=False, labels={"id2label": {0: "no", 1: "yes"}})
     assert model.config.shared == ("text", "vision") and processor.clip_tokenizer.model_max_length == 7
     with pytest.raises(
         InputError, match=r"^The encoders cannot be frozen: With share_clip_text=True the text encoder"
     ):
-        run.build(parse("--share_clip_text --freeze_text"), is_sample=False, names=["no", "yes"])
+        run.build(parse("--share_clip_text --freeze_text"), is_sample=False, labels={"id2label": {0: "no", 1: "yes"}})

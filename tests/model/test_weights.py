@@ -118,7 +118,7 @@ def test_every_place_that_loads_gets_the_options_of_its_own_backbone(
     words += [f"--{name}_model=user/{name}" for name in ("text", "vision", "clip")]
     sizes = [f"--{name}={value}" for name, value in SMALL.items()]
     flags = parse_arguments([*words, *sizes, "--output_dir", str(tmp_path / "run")])[0]
-    trained, _ = run.build(flags, False, ["negative", "neutral", "positive"])
+    trained, _ = run.build(flags, False, {})
     for name, encoder in trained.backbones().items():
         other = expected.backbones()[name].state_dict()
         assert all(torch.equal(value, other[key]) for key, value in encoder.state_dict().items())

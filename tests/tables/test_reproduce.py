@@ -22,10 +22,11 @@ from clipcacg.scripts import reproduce
 from clipcacg.scripts.baselines import SYSTEMS
 from clipcacg.scripts.data import features, splitting
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.lines import read_lines, short_hash
 from clipcacg.scripts.data.mvsa import load_mvsa
 from clipcacg.scripts.tables import runs, workers
-from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, read_lines, read_predictions
-from clipcacg.scripts.tables.rows import CONFIGS, ROWS, WORD_VECTORS, folds_of, parse, short_hash
+from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, read_predictions
+from clipcacg.scripts.tables.rows import CONFIGS, ROWS, WORD_VECTORS, folds_of, parse
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce.py"
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from sklearn.metrics import f1_score
 
-from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, answers, append_line, read_lines, select
+from clipcacg.scripts.data.lines import append_line, read_lines
+from clipcacg.scripts.tables.lines import PREDICTIONS_FILE, RUNS_FILE, answers, select
 from clipcacg.scripts.tables.rendering import write_tables
 from clipcacg.scripts.tables.rows import Row
 from clipcacg.scripts.tables.statistics import groups_of, holm, paired_test, scores, swapping_p

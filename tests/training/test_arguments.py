@@ -45,8 +45,6 @@ def test_a_yaml_file_is_checked_as_flags_are(text: str, said: str, tmp_path: Pat
     [
         ("--hiden_size 5", "Unknown argument --hiden_size. Did you mean --hidden_size?"),
         ("--nonsense=5", "Unknown argument --nonsense=5. --help lists the flags."),
-        ("--save_strategy steps", "flags cannot be used: --load_best_model_at_end requires"),
-        ("--dataloader_drop_last", "--dataloader_drop_last would drop posts of validation and test"),
         ("--augment --augment_views 4", "--augment_views needs --augment and --cache_features"),
         ("--cache_features --augment_views 4", "--augment_views needs --augment and --cache_features"),
         ("nothing.yaml", "nothing.yaml is not a YAML file"),

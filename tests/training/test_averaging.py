@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import TrainerState, TrainingArguments
 
 from clipcacg.scripts import reproduce, train
-from clipcacg.scripts.tables.lines import RUNS_FILE, read_lines
+from clipcacg.scripts.data.lines import read_lines
+from clipcacg.scripts.tables.lines import RUNS_FILE
 from clipcacg.scripts.training.arguments import parse_arguments
 from clipcacg.scripts.training.averaging import KeepBest, greedy_average
 from clipcacg.scripts.training.run import checkpoints

@@ -91,7 +91,7 @@ def test_no_script_runs_them(
         elif script == "evaluate_checkpoint":
             evaluate_checkpoint.main([str(trapped), *data, "--output", str(tmp_path / "scores.json")])
         elif script == "train":
-            train.main([*flags(posts_folder, backbones, tmp_path / "out"), "--model_name_or_path", str(trapped)])
+            train.main([*flags(posts_folder, None, tmp_path / "out"), "--model_name_or_path", str(trapped)])
         elif script == "explain":
             pytest.importorskip("captum")
             pytest.importorskip("clipcacg.scripts.explain").main([str(trapped), *post])

@@ -264,10 +264,10 @@ def test_without_a_validation_split_the_last_epoch_is_kept(
     assert json.loads((tmp_path / "model/config.json").read_text())["modality"] == "image"
 
 
-def test_training_starts_from_a_checkpoint(trained: Path, posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+def test_training_starts_from_a_checkpoint(trained: Path, posts_folder: Path, tmp_path: Path) -> None:
     # Frozen, or training would move its BatchNorm statistics at any learning rate.
     more = ["--model_name_or_path", str(trained), "--learning_rate", "0", "--num_train_epochs", "1", "--freeze_vision"]
-    train.main(flags(posts_folder, backbones, tmp_path / "model", *more))
+    train.main(flags(posts_folder, None, tmp_path / "model", *more))
     assert results(tmp_path / "model")["test_confusion_matrix"] == results(trained)["test_confusion_matrix"]
 
 
@@ -297,7 +297,7 @@ def test_splits_without_training_posts_are_named(posts_folder: Path, backbones: 
 def test_posts_of_one_class_are_refused(tmp_path: Path) -> None:
     rows = "".join(f"so good {number},happy\n" for number in range(20))
     (tmp_path / "posts.csv").write_text(f"text,label\n{rows}")
-    with pytest.raises(SystemExit, match="at least two classes; the data has only happy"):
+    with pytest.raises(SystemExit, match="at least two classes, .* the label of all 16 training posts is happy"):
         train.main(f"--dataset_name {tmp_path}/posts.csv --modality text --output_dir {tmp_path}/out".split())
 
 

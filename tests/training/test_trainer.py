@@ -8,8 +8,10 @@ import torch
 from inputs import flags
 
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.labels import label_fields
 from clipcacg.scripts.training import run
 from clipcacg.scripts.training.arguments import parse_arguments
+from clipcacg.scripts.training.checks import check_flags
 from clipcacg.scripts.training.trainer import SentimentTrainer
 
 Make = Callable[..., SentimentTrainer]
@@ -20,9 +22,11 @@ def make(posts_folder: Path, backbones: Path, tmp_path: Path) -> Make:
     """A function that builds a Trainer from flags, as `train.py` does."""
 
     def build(*more: str) -> SentimentTrainer:
-        model_arguments, data_arguments, arguments = parse_arguments(flags(posts_folder, backbones, tmp_path, *more))
+        encoders = None if "--model_name_or_path" in more else backbones
+        model_arguments, data_arguments, arguments = parse_arguments(flags(posts_folder, encoders, tmp_path, *more))
+        check_flags(model_arguments, arguments)
         posts = run.load_training_posts(model_arguments, data_arguments, arguments)
-        model, processor = run.build(model_arguments, data_arguments.is_sample, run.label_names(posts["train"]))
+        model, processor = run.build(model_arguments, data_arguments.is_sample, label_fields(posts["train"]))
         run.set_loss(model, arguments, model_arguments, posts["train"])
         return run.make_trainer(arguments, model, processor, posts)
 

@@ -24,20 +24,22 @@ from sklearn.metrics import (
 )
 
 DESCRIPTION = """
-Accuracy, F1 and confusion matrix of a classifier; squared error, absolute error and correlation of a regressor
-(configuration "regression").
+Accuracy, F1 and confusion matrix of a classifier; F1 of a classifier with several labels per post (configuration
+"multilabel"); squared error, absolute error and correlation of a regressor (configuration "regression").
 """
 
 INPUTS = """
 Args:
-    predictions: one class index per post, or one float per post for regression.
-    references: the true class indices, or the true values.
+    predictions: one class index per post; for several labels per post a list with 1 for each label that applies, else
+        0; one float per post for regression.
+    references: the true class indices, lists or values.
     label_names: names of all classes in the order of their indices. Without them a class is named by its index, and
         the highest index seen sets the number of classes. Regression ignores them.
 Returns:
     accuracy, f1 (mean over classes weighted by support: the F1 that papers on MVSA report), f1_macro (plain mean over
     all classes; one that never occurs counts 0), per_class (name to precision, recall, f1, support) and
     confusion_matrix (rows are true classes, columns predicted ones).
+    Several labels per post: f1_micro (over all decisions), f1_macro and per_class.
     Regression: mse, mae and pearsonr, which is None where it is undefined (one post, or all values the same).
 """
 
@@ -48,7 +50,7 @@ Interaction" (2024), which does not say how it averages over classes.
 
 
 class SentimentMetrics(evaluate.Metric):
-    """Scores of classes (default configuration) or of values (configuration "regression")."""
+    """Scores of classes (default configuration), of several labels ("multilabel") or of values ("regression")."""
 
     def _info(self) -> evaluate.MetricInfo:
         """Describe the metric to `evaluate`.
@@ -56,10 +58,14 @@ class SentimentMetrics(evaluate.Metric):
         Raises:
             ValueError: an unknown configuration.
         """
-        if self.config_name not in ("default", "regression"):
-            raise ValueError(f"Unknown configuration {self.config_name!r}: use 'regression' or leave it out.")
+        if self.config_name not in ("default", "multilabel", "regression"):
+            raise ValueError(
+                f"Unknown configuration {self.config_name!r}: use 'multilabel', 'regression', or leave it out."
+            )
         # Floats for classes too: as int64, `datasets` would silently turn a probability of 0.9 into class 0.
-        features = {name: datasets.Value("float64") for name in ("predictions", "references")}
+        value = datasets.Value("float64")
+        value = datasets.List(value) if self.config_name == "multilabel" else value
+        features = {name: value for name in ("predictions", "references")}
         return evaluate.MetricInfo(
             description=DESCRIPTION,
             citation=CITATION,
@@ -68,13 +74,13 @@ class SentimentMetrics(evaluate.Metric):
         )
 
     def _compute(
-        self, predictions: list[float], references: list[float], label_names: Sequence[str] | None = None
+        self, predictions: list[Any], references: list[Any], label_names: Sequence[str] | None = None
     ) -> dict[str, Any]:
         """Score all posts at once; `evaluate` calls this from `compute`.
 
         Args:
-            predictions: class indices, or values, one per post.
-            references: true class indices, or true values, one per post.
+            predictions: class indices, lists of 0 and 1, or values, one per post.
+            references: the true ones.
             label_names: all class names in index order, or None.
 
         Returns:
@@ -89,6 +95,8 @@ class SentimentMetrics(evaluate.Metric):
         predicted, true = np.asarray(predictions), np.asarray(references)
         if self.config_name == "regression":
             return regression_scores(predicted, true)
+        if self.config_name == "multilabel":
+            return multilabel_scores(predicted, true, label_names)
         return class_scores(predicted, true, label_names)
 
 
@@ -119,11 +127,35 @@ def class_scores(
         "accuracy": float(accuracy_score(true, predicted)),
         "f1": float(f1_score(true, predicted, labels=classes, average="weighted", zero_division=0)),
         "f1_macro": float(f1_score(true, predicted, labels=classes, average="macro", zero_division=0)),
-        "per_class": {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f1), "support": int(support)}
-            for name, p, r, f1, support in zip(names, *per_class, strict=True)
-        },
+        "per_class": _by_name(names, per_class),
         "confusion_matrix": confusion_matrix(true, predicted, labels=classes).tolist(),
+    }
+
+
+def multilabel_scores(
+    predictions: np.ndarray, references: np.ndarray, label_names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Both F1 means, and scores per label.
+
+    Args:
+        predictions: (posts, labels), 1 for each predicted label, else 0.
+        references: (posts, labels), 1 for each true label, else 0.
+        label_names: all names in index order, or None to name labels by their index.
+
+    Returns:
+        The dict that the metric's description lists. A precision, recall or F1 of 0/0 is 0.
+
+    Raises:
+        ValueError: a value is neither 0 nor 1.
+
+    Source: the definitions are scikit-learn's.
+    """
+    true, predicted = _class_indices(references, 2), _class_indices(predictions, 2)
+    names = list(label_names) if label_names is not None else [str(index) for index in range(true.shape[1])]
+    return {
+        "f1_micro": float(f1_score(true, predicted, average="micro", zero_division=0)),
+        "f1_macro": float(f1_score(true, predicted, average="macro", zero_division=0)),
+        "per_class": _by_name(names, precision_recall_fscore_support(true, predicted, zero_division=0)),
     }
 
 
@@ -143,6 +175,14 @@ def regression_scores(predictions: np.ndarray, references: np.ndarray) -> dict[s
         "mse": float(mean_squared_error(references, predictions)),
         "mae": float(mean_absolute_error(references, predictions)),
         "pearsonr": None if undefined else float(pearsonr(references, predictions).statistic),
+    }
+
+
+def _by_name(names: Sequence[str], scores: Sequence[np.ndarray]) -> dict[str, dict[str, float]]:
+    """Name scikit-learn's arrays of precision, recall, F1 and support."""
+    return {
+        name: {"precision": float(p), "recall": float(r), "f1": float(f1), "support": int(support)}
+        for name, p, r, f1, support in zip(names, *scores, strict=True)
     }
 
 

@@ -1,0 +1,67 @@
+"""Cheap checks of images before training: each file exists, its header is that of an image, and it is complete."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import datasets
+from PIL import Image
+
+from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.images import image_source
+
+END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+
+
+def bad_images(dataset: datasets.Dataset) -> dict[int, str]:
+    """Return what is wrong with the images of posts, by the index of the post.
+
+    An image behind a URL is checked when it is read.
+    """
+    if "image" not in dataset.column_names:
+        return {}
+    reasons = {}
+    for index, value in enumerate(dataset["image"]):
+        try:
+            source = image_source(value)
+            if not isinstance(source, str):
+                check_image(source, source.name)
+            elif "://" not in source:
+                if not os.path.isfile(source):
+                    raise InputError(f"missing image: {source}")
+                with Path(source).open("rb") as file:
+                    check_image(file, source)
+        except (InputError, OSError) as error:
+            reasons[index] = str(error)
+    return reasons
+
+
+def check_image(file: BinaryIO, name: str) -> None:
+    """Open an image. Only one without an end marker is decoded to find out whether it is complete.
+
+    Args:
+        file: The encoded image.
+        name: Its name, for the message.
+
+    Raises:
+        InputError: If the image cannot be opened or decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                if not has_end_marker(file, image.format):
+                    image.load()
+    except Exception as error:  # Pillow raises nearly any exception for a broken file
+        raise InputError(f"broken image: {name}: {type(error).__name__}: {error}") from error
+
+
+def has_end_marker(file: BinaryIO, image_format: str | None) -> bool:
+    """Whether a JPEG, PNG or GIF file ends with the end marker of its format, apart from padding."""
+    marker = END_MARKERS.get(image_format or "")
+    position = file.tell()
+    file.seek(max(file.seek(0, os.SEEK_END) - 64, 0))
+    end = file.read().rstrip(b"\0\r\n ")
+    file.seek(position)
+    return marker is not None and end.endswith(marker)

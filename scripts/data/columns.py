@@ -1,0 +1,143 @@
+"""Give the columns of a source the names and forms that the other modules read: row, id, text, image and labels."""
+
+import base64
+import binascii
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.images import locate_image
+
+logger = logging.getLogger(__name__)
+
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")  # a path has a dot, or is shorter
+STRINGS, BYTES = ("string", "large_string", "string_view"), ("binary", "large_binary", "binary_view")
+IMAGE = datasets.Image(decode=False)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a source hold what.
+
+    Args:
+        text: Columns whose texts are joined; none if the model reads no texts.
+        image: Column of the images; None if the model reads no images.
+        labels: Column to "label", "text_label" or "image_label".
+    """
+
+    text: Sequence[str] = ()
+    image: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """All of them, each once."""
+        return list(dict.fromkeys([*self.labels, *self.text, *([self.image] if self.image else [])]))
+
+
+def as_posts(
+    dataset: datasets.Dataset, columns: Columns, folder: Path | str, prefix: str, name: str
+) -> datasets.Dataset:
+    """Give a split the columns row (its number, from 1), id, text, image and the labels.
+
+    Args:
+        dataset: A split as the source has it.
+        columns: Its columns.
+        folder: Folder or URL that paths of images start from.
+        prefix: Start of the ID of a row that has none of its own.
+        name: The source, for messages.
+
+    Raises:
+        InputError: If a column holds no texts or no images.
+    """
+    rows = list(range(1, len(dataset) + 1))
+    kept = dict(columns.labels)
+    if columns.image and is_image(dataset.features[columns.image]):
+        kept[columns.image] = "image"  # such a column stays on disk
+    if kept:
+        posts = dataset.select_columns(list(kept)).rename_columns(kept).add_column("row", rows)
+    else:
+        posts = datasets.Dataset.from_dict({"row": rows}, split=dataset.split)
+    ids = dataset["id"][:] if "id" in dataset.column_names else [None] * len(dataset)
+    ids = [f"{prefix}{row}" if own is None else str(own) for row, own in zip(rows, ids, strict=True)]
+    posts = posts.add_column("id", ids, feature=datasets.Value("string"))
+    if columns.text:
+        parts = [check_texts(dataset, column, name)[column][:] for column in columns.text]
+        texts = [join_texts(part) for part in zip(*parts, strict=True)]
+        posts = posts.add_column("text", texts, feature=datasets.Value("string"))
+    if columns.image and "image" not in kept.values():
+        values = check_images(dataset, columns.image, name)[columns.image][:]
+        posts = posts.add_column("image", [as_image(value, folder) for value in values], feature=IMAGE)
+        if several := sum(isinstance(value, list) and len(value) > 1 for value in values):
+            logger.warning("%d rows of %s hold several images: the first of each counts", several, name)
+    return posts.cast_column("image", IMAGE) if columns.image else posts
+
+
+def is_image(feature: Any) -> bool:
+    """Whether a column can be cast to `datasets.Image` as it is."""
+    if isinstance(feature, dict):
+        return feature.keys() == {"bytes", "path"}
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in BYTES
+
+
+def check_texts(dataset: datasets.Dataset, column: str, name: str) -> datasets.Dataset:
+    """Return the column alone.
+
+    Raises:
+        InputError: If it holds lists, images or other things that are no texts.
+    """
+    feature = dataset.features[column]
+    if not isinstance(feature, (datasets.Value, datasets.Json)) or getattr(feature, "dtype", "") in BYTES:
+        raise InputError(f"The column {column} of {name} holds no texts, but {feature}: name another --text_column.")
+    return dataset.select_columns([column])
+
+
+def check_images(dataset: datasets.Dataset, column: str, name: str) -> datasets.Dataset:
+    """Return the column alone, not decoded.
+
+    Raises:
+        InputError: If it holds neither strings nor lists.
+    """
+    feature = dataset.features[column]
+    is_list = isinstance(feature, (datasets.List, datasets.LargeList))
+    inner = feature.feature if is_list else feature
+    if not is_image(inner) and getattr(inner, "dtype", "") not in (*STRINGS, "null"):
+        raise InputError(f"The column {column} of {name} holds no images, but {feature}: name another --image_column.")
+    dataset = dataset.select_columns([column])
+    return dataset.cast_column(column, type(feature)(IMAGE)) if is_list and is_image(inner) else dataset
+
+
+def join_texts(values: Iterable[Any]) -> str | None:
+    """Join texts, without empty ones, by a space. None if all of them are missing; numbers become texts."""
+    texts = [str(value) for value in values if value is not None]
+    return " ".join(text for text in texts if text) if texts else None
+
+
+def as_image(value: Any, folder: Path | str) -> dict[str, Any] | None:
+    """Return an image as `{"path", "bytes"}`, without opening it; None if there is none.
+
+    Args:
+        value: A path, relative to `folder` or absolute, a URL, base64, bytes, `{"path", "bytes"}`, or a list of these,
+            of which the first counts.
+        folder: Folder or URL that relative paths start from.
+    """
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if isinstance(value, dict):
+        return value if value["bytes"] is not None else as_image(value["path"], folder)
+    if isinstance(value, bytes):
+        return {"path": None, "bytes": value}
+    if not isinstance(value, str) or not value.strip():
+        return None
+    if value.startswith("data:") or BASE64.fullmatch(value):
+        try:
+            return {"path": None, "bytes": base64.b64decode(value.partition(",")[2] or value)}
+        except binascii.Error:
+            return {"path": value, "bytes": None}  # whoever opens it reports it
+    return {"path": locate_image(value, Path(folder)), "bytes": None}
