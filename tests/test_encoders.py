@@ -30,6 +30,7 @@ from clipcacg.scripts.data.features import cache_features
 from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.reporting.explanation import explain
 from clipcacg.scripts.training import onnx_export
+from clipcacg.scripts.training.quantization import quantize
 
 TABLE = Path(__file__).parents[1] / "scripts" / "results" / "encoders.md"
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
@@ -447,6 +448,43 @@ def test_lora_on_a_vit(model_and_processor: Any, tmp_path: Path) -> None:
     adapted(**inputs, labels=torch.tensor([0])).loss.backward()
     lora = {name: weight for name, weight in adapted.named_parameters() if "lora_B" in name}
     assert len(lora) == 6 and all(weight.grad.abs().sum() > 0 for weight in lora.values())
+
+
+@pytest.mark.slow
+def test_text_towers_in_8_bits(model_and_processor: Any, tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    model, processor = model_and_processor
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "float32")
+    quantize(str(tmp_path / "float32")).save_pretrained(tmp_path / "int8")
+    small = ClipCaCgForSequenceClassification.from_pretrained(tmp_path / "int8")
+    in_8_bits = {
+        name
+        for name, encoder in small.backbones().items()
+        for module in encoder.modules()
+        if isinstance(module, torch.nn.Linear) and isinstance(module.weight, torchao.Int8Tensor)
+    }
+    assert in_8_bits == {"text", "clip.text"}
+    inputs = processor(images=IMAGE, text="a day", return_tensors="pt")
+    with torch.inference_mode():
+        assert 0 < (small(**inputs).logits - model(**inputs).logits).abs().max() < 0.05
+
+
+@pytest.mark.slow
+def test_the_demo(model_and_processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = pytest.importorskip("clipcacg.scripts.reporting.page", exc_type=ImportError)
+    for part in model_and_processor:
+        part.save_pretrained(tmp_path / "checkpoint")
+    IMAGE.save(tmp_path / "post.png")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # the demo reads uploads alone
+    demo = page.build_demo(str(tmp_path / "checkpoint"))
+    answer = next(function.fn for function in demo.fns.values() if function.api_name == "explain")
+    *_, shown = answer({"path": str(tmp_path / "post.png"), "orig_name": "post.png"}, "so happy today")
+    values = {getattr(component, "label", None): value for component, value in shown.items()}
+    assert len(shown) == 9 and set(values["Sentiment"]) == {"negative", "neutral", "positive"}
+    for encoder in ("the vision encoder", "CLIP"):
+        assert np.ptp(np.asarray(values[f"Image regions, through {encoder}"])) > 0
+    assert [word for word, _ in values["Words that moved the score"]] == ["so", "happy", "today"]
 
 
 def table() -> str:
