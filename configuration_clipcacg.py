@@ -132,6 +132,9 @@ class ClipCaCgConfig(PreTrainedConfig):
         contrastive_loss_weight: Weight of the symmetric contrastive loss of `clip_mode="feature"`, the only mode
             that has one: CLIP's own towers are trained already. Our choice: 0.1.
         logit_scale_init_value: Logarithm of the inverse temperature of that loss at the start; CLIP's ln(1 / 0.07).
+        modality_dropout: Probability in training that the model does not read one side of an example, the image or the
+            text, in [0, 1). Any value above 0 adds the learned states that stand in for what is missing, so that the
+            model can answer posts that lack a side. The paper has none.
         class_weights: Weight of each class in the cross-entropy, one number for each label, or None for equal weights.
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
         label_thresholds: With several labels per example, the probability from which each label applies, one number
@@ -142,6 +145,9 @@ class ClipCaCgConfig(PreTrainedConfig):
         modality_combination: What `logits` are in evaluation mode. `"classifier"`: equation 16, as in the paper;
             `"average"`: the mean of the classifier's probabilities and of those that MVSA's label rule makes of the
             two heads. The rule needs the labels negative, neutral and positive, in any order.
+        text_columns: Columns of the training table whose texts were joined by a space, or None. `forward` does not
+            depend on them; the commands read the same columns again.
+        image_column: Column of its images, or None.
         **kwargs: What every transformers config takes: `num_labels`, `id2label`, `problem_type`, `dtype`, ...
             Three labels without names are 0 negative, 1 neutral, 2 positive, and that is also the default.
 
@@ -164,6 +170,8 @@ class ClipCaCgConfig(PreTrainedConfig):
         "text_embeds",
         "gate",
         "contrastive_loss",
+        "has_image",
+        "has_text",
         "text_logits",
         "image_logits",
         "modality_loss",
@@ -196,6 +204,9 @@ class ClipCaCgConfig(PreTrainedConfig):
         use_modality_heads: bool = False,
         modality_loss_weight: float = 1.0,
         modality_combination: str = "classifier",
+        modality_dropout: float = 0.0,
+        text_columns: list[str] | None = None,
+        image_column: str | None = None,
         **kwargs: Any,
     ) -> None:
         check_keywords(type(self).__name__, kwargs, self.known_fields())
@@ -222,6 +233,9 @@ class ClipCaCgConfig(PreTrainedConfig):
         self.use_modality_heads = use_modality_heads
         self.modality_loss_weight = modality_loss_weight
         self.modality_combination = modality_combination
+        self.modality_dropout = modality_dropout
+        self.text_columns = text_columns
+        self.image_column = image_column
         if kwargs.get("id2label") is None and kwargs.get("label2id"):
             kwargs["id2label"] = {index: label for label, index in kwargs["label2id"].items()}
         if kwargs.get("id2label") is None and kwargs.get("num_labels") in (None, len(LABELS)):
@@ -284,9 +298,14 @@ class ClipCaCgConfig(PreTrainedConfig):
                 f"hidden_size must be a multiple of num_attention_heads, but {self.hidden_size} is not a multiple of "
                 f"{self.num_attention_heads}."
             )
-        for name in ("dropout", "label_smoothing"):
+        for name in ("dropout", "label_smoothing", "modality_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}.")
+        if self.modality_dropout and self.modality != "both":
+            raise ValueError(
+                f"modality_dropout={self.modality_dropout} needs modality='both': a model with "
+                f"modality={self.modality!r} has only one side to read."
+            )
         if self.problem_type == "regression" and self.num_labels != 1:
             raise ValueError(f"A regression predicts one value: num_labels must be 1, not {self.num_labels}.")
         for name in ("class_weights", "label_thresholds"):

@@ -3,10 +3,12 @@
     python scripts/predict.py CHECKPOINT --image photo.jpg --text "What a lovely morning!"
     python scripts/predict.py CHECKPOINT --input posts.csv --output predictions.jsonl
 
-The input is a `.csv` or `.jsonl` file with the columns id, text and image (paths relative to the file), or a folder in
-the layout of MVSA. The output has one JSON line per post, in the order of the input: id, label and probabilities
-(labels and probabilities for several labels per post, value for a regression). A post that cannot be read gets a line
-with its id and an error. An interrupted run continues where it stopped when called again with the same output.
+The input is what `train.py --dataset_name` takes, a table, a folder or a Hub data set, or a folder in the layout of
+MVSA. It needs no labels. Its columns are those that the checkpoint was trained on, and perhaps an id. The output has
+one JSON line per post, in the order of the input: id, label and probabilities (labels and probabilities for several
+labels per post, value for a regression). A post that cannot be read gets a line with its id and an error; more than a
+tenth of such posts end in an error. An interrupted run continues where it stopped when called again with the same
+output.
 """
 
 import sys
@@ -19,16 +21,23 @@ from transformers import HfArgumentParser
 
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, add_debug_flag, one_sentence, parse_flags, set_up_logging
+from clipcacg.scripts.data.loading import ColumnArguments
 from clipcacg.scripts.reporting.predictions import load_checkpoint, predict_file, predict_rows, prepare, write_line
 
 
 @dataclass
-class PredictionArguments:
+class PredictionArguments(ColumnArguments):
     """What to predict, and where the predictions go."""
 
     image: str | None = field(default=None, metadata={"help": "Path or URL of one image."})
     text: str | None = field(default=None, metadata={"help": "One text."})
-    input: str | None = field(default=None, metadata={"help": "Or: a .csv or .jsonl file, or a folder like MVSA's."})
+    input: str | None = field(
+        default=None,
+        metadata={
+            "help": "Or: a table, a folder of tables or images, a Hub data set, or a folder of <ID>.jpg and <ID>.txt."
+        },
+    )
+    split: str = field(default="test", metadata={"help": "train, validation or test, of an input that has several."})
     output: str = field(default="predictions.jsonl", metadata={"help": "File of JSON lines, for --input."})
     overwrite: bool = field(default=False, metadata={"help": "Start again instead of continuing the output."})
     max_samples: int | None = field(default=None, metadata={"help": "Predict only the first posts."})
@@ -38,6 +47,7 @@ class PredictionArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that the checkpoint holds."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.input is None) == (self.image is None and self.text is None):
             raise InputError("Give one post with --image and --text, or many with --input.")
 
@@ -47,15 +57,16 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence(argv):
         parser = HfArgumentParser(PredictionArguments, description=__doc__.split("\n")[0])
         parser.add_argument("checkpoint", help="Folder or Hub name of a trained model.")
+        parser.set_defaults(on_error="skip")
         add_debug_flag(parser)
         arguments, rest = parse_flags(parser, argv)
         model, processor = load_checkpoint(rest.checkpoint, arguments.trust_remote_code)
         # Convolutions are faster with the channels last.
         model.to(PartialState().device, memory_format=torch.channels_last)
         if arguments.input:
-            options = {name: getattr(arguments, name) for name in ("max_samples", "batch_size", "num_workers", "bf16")}
-            source, output = Path(arguments.input), Path(arguments.output)
-            predict_file(model, processor, source, output, overwrite=arguments.overwrite, **options)
+            names = ("split", "max_samples", "batch_size", "num_workers", "bf16", "overwrite")
+            options = {name: getattr(arguments, name) for name in names}
+            predict_file(model, processor, arguments.input, Path(arguments.output), columns=arguments, **options)
             return
         row = {"id": arguments.image or "text", "text": arguments.text, "image": arguments.image}
         rows, inputs = prepare([row], PostCollator(processor, model.config))

@@ -14,13 +14,16 @@ import sys
 from transformers import enable_full_determinism, set_seed
 
 from clipcacg.scripts.data.errors import one_sentence, set_up_logging
+from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import label_fields
+from clipcacg.scripts.data.loading import training_stream
 from clipcacg.scripts.training.arguments import parse_arguments
 from clipcacg.scripts.training.checks import check_flags
 from clipcacg.scripts.training.record import complete_checkpoint
 from clipcacg.scripts.training.run import (
     average_checkpoints,
     build,
+    check_posts,
     choose_combination,
     choose_thresholds,
     compute_features,
@@ -45,20 +48,28 @@ def main(argv: list[str] | None = None) -> None:
         with training_faults(arguments.output_dir):
             check_flags(model_arguments, arguments)
             pushes, token = take_over_push(arguments)
-            posts = load_training_posts(model_arguments, data_arguments, arguments)
+            faults = Faults(data_arguments.on_error)
+            posts = load_training_posts(model_arguments, data_arguments, arguments, faults)
             checkpoint = where_to_resume(arguments)
             if arguments.hp_search and search(model_arguments, data_arguments, arguments, posts):
                 checkpoint = None  # those in the folder are of other settings
             if arguments.hp_search:
                 set_seed(arguments.seed)
             model, processor = build(model_arguments, data_arguments.is_sample, label_fields(posts["train"]))
+            if data_arguments.dataset_name:
+                model.config.text_columns = data_arguments.text_column
+                model.config.image_column = data_arguments.image_column
+            check_posts(posts, model, processor, arguments, model_arguments.cache_features, faults)
             set_loss(model, arguments, model_arguments, posts["train"])
             features = None
             if model_arguments.cache_features:
                 with arguments.main_process_first(desc="computing features"):
                     posts, features = compute_features(arguments, model_arguments, model, processor, posts)
 
-            trainer = make_trainer(arguments, model, processor, posts, features)
+            stream = None
+            if data_arguments.streaming:
+                stream = training_stream(data_arguments, model_arguments.modality, posts, model.config, arguments.seed)
+            trainer = make_trainer(arguments, model, processor, posts, features, faults, stream)
             trained = trainer.train(resume_from_checkpoint=checkpoint)
             averaged = average_checkpoints(trainer)
             choose_combination(trainer, posts, model_arguments.modality_combination)
@@ -66,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
             trainer.save_model()
             trainer.save_state()
             trainer.save_metrics("train", trained.metrics)
+            faults.gather()
+            trainer.save_metrics("skipped", faults.summary())
             results = evaluate_splits(trainer, posts)
             if trainer.is_world_process_zero():
                 seconds, resumed = trained.metrics["train_runtime"], checkpoint is not None

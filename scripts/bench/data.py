@@ -181,7 +181,7 @@ def prediction(setting: Setting) -> dict[str, Figure]:
         times = in_turn(
             min(setting.repeats, 3),
             forward=partial(forward, collated(posts, best)),
-            predict=partial(predict_file, model, processor, source, output, **options),
+            predict=partial(predict_file, model, processor, str(source), output, **options),
         )
     how = f"{len(posts)} posts, batches of {best}"
     return {

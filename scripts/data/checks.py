@@ -14,15 +14,22 @@ from clipcacg.scripts.data.images import image_source
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 
 
-def bad_images(dataset: datasets.Dataset) -> dict[int, str]:
+def bad_images(dataset: datasets.Dataset, may_lack: bool = False) -> dict[int, str]:
     """Return what is wrong with the images of posts, by the index of the post.
 
     An image behind a URL is checked when it is read.
+
+    Args:
+        dataset: Posts.
+        may_lack: Accept posts that have a text and no image.
     """
     if "image" not in dataset.column_names:
         return {}
+    texts = dataset["text"][:] if may_lack else [None] * len(dataset)
     reasons = {}
-    for index, value in enumerate(dataset["image"]):
+    for index, (value, text) in enumerate(zip(dataset["image"], texts, strict=True)):
+        if value is None and text and text.strip():
+            continue
         try:
             source = image_source(value)
             if not isinstance(source, str):

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,40 @@ def as_posts(
         if several := sum(isinstance(value, list) and len(value) > 1 for value in values):
             logger.warning("%d rows of %s hold several images: the first of each counts", several, name)
     return posts.cast_column("image", IMAGE) if columns.image else posts
+
+
+def stream_posts(
+    dataset: datasets.IterableDataset, columns: Columns, present: Sequence[str], folder: Path | str, prefix: str
+) -> datasets.IterableDataset:
+    """Give a stream of rows the columns row, id, text and image; no row is kept.
+
+    Args:
+        dataset: A split as the source has it.
+        columns: Its columns.
+        present: Names of all columns of the source.
+        folder, prefix: As in `as_posts`.
+    """
+    if columns.image and dataset.features and is_image(dataset.features[columns.image]):
+        dataset = dataset.cast_column(columns.image, IMAGE)
+    as_post = partial(_as_post, columns=columns, folder=folder, prefix=prefix)
+    return dataset.map(as_post, with_indices=True, remove_columns=list(present))
+
+
+def in_memory(dataset: datasets.IterableDataset, image: str | None) -> datasets.Dataset:
+    """Read a stream to its end, without decoding the column of its images."""
+    if image and dataset.features and is_image(dataset.features[image]):
+        dataset = dataset.cast_column(image, IMAGE)
+    return datasets.Dataset.from_list(list(dataset), features=dataset.features, split=dataset.split)
+
+
+def _as_post(row: Mapping[str, Any], index: int, columns: Columns, folder: Path | str, prefix: str) -> dict[str, Any]:
+    own = row.get("id")
+    post: dict[str, Any] = {"row": index + 1, "id": f"{prefix}{index + 1}" if own is None else str(own)}
+    if columns.text:
+        post["text"] = join_texts(row[column] for column in columns.text)
+    if columns.image:
+        post["image"] = as_image(row[columns.image], folder)
+    return post
 
 
 def is_image(feature: Any) -> bool:

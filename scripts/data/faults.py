@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+from accelerate.utils import gather_object
 
 from clipcacg.scripts.data.errors import InputError
 
@@ -33,7 +34,7 @@ class Faults:
         """Leave out bad rows.
 
         Args:
-            dataset: Rows of one split, with the column row: their numbers in the source, from 1.
+            dataset: Rows of one split, with the column row, their numbers in the source, or else with the column id.
             reasons: Index of each bad row in `dataset` to what is wrong with it.
             source: File or data set for the message.
 
@@ -42,13 +43,35 @@ class Faults:
         """
         if not reasons:
             return dataset
-        numbers = dataset["row"][:]
-        bad = {f"row {numbers[index]} of {source}": reason for index, reason in sorted(reasons.items())}
+        kind, column = ("row", "row") if "row" in dataset.column_names else ("post", "id")
+        names = dataset[column][:]
+        bad = {f"{kind} {names[index]} of {source}": reason for index, reason in sorted(reasons.items())}
         if self.on_error == "raise":
             raise InputError(report(bad, "--on_error skip leaves them out"))
         logger.warning(report(bad, "left out"))
         self.left_out |= bad
         return dataset.select([index for index in range(len(dataset)) if index not in reasons])
+
+    def add(self, bad: Mapping[str, str]) -> None:
+        """Count posts that were replaced in a training batch, each once; see `PostCollator`.
+
+        Args:
+            bad: ID of each to what is wrong with it.
+
+        Raises:
+            InputError: If more than a tenth of the rows are bad now.
+        """
+        new = {f"post {post_id}": reason for post_id, reason in bad.items()}
+        new = {name: reason for name, reason in new.items() if name not in self.left_out}
+        if new:
+            logger.warning(report(new, "replaced by other posts of their batches"))
+            self.left_out |= new
+            self.check_share()
+
+    def gather(self) -> None:
+        """Take over what the other processes of a run have left out."""
+        for row in gather_object(list(self.left_out.items())):
+            self.left_out.setdefault(*row)
 
     def check_share(self) -> None:
         """Refuse data of which too much was left out.

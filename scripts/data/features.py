@@ -35,7 +35,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from clipcacg.modeling_clipcacg import (
@@ -51,6 +50,7 @@ from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.augmentation import Augmentation, view_name
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.images import image_bytes, image_source
+from clipcacg.scripts.data.progress import Progress
 from clipcacg.scripts.data.reading import read_posts
 
 logger = logging.getLogger(__name__)
@@ -319,7 +319,7 @@ def _fill(
         collate_fn=partial(_encoder_inputs, rows=rows, processor=processor, encoder_name=encoder_name),
     )
     pending: dict[str, Tensor] = {}
-    with tqdm(total=len(order), desc=f"features of {encoder_name}", unit=" posts") as bar:
+    with Progress(len(order), f"features of {encoder_name}") as bar:
         for names, inputs, mask in loader:
             for name, output in zip(names, outputs(model, encoder_name, inputs, mask), strict=True):
                 pending[name] = output.to(dtype).contiguous()
@@ -356,7 +356,7 @@ def _encoder_inputs(
                 post |= augmentation({feature.column: [post[feature.column]]})
                 post[feature.column] = post[feature.column][0]
         posts.append(post)
-    batch = read_posts(processor, posts, [feature.column])
+    batch = read_posts(processor, posts, [feature.column], may_lack=True)
     mask = None if feature.mask is None else batch[feature.mask]
     return [name for name, _, _ in order], batch[feature.input], mask
 
@@ -385,7 +385,9 @@ def cached_inputs(rows: Sequence[dict[str, Any]], stores: dict[str, FeatureStore
         if feature.mask is None:
             batch[feature.name] = torch.stack(found)
             continue
-        batch[feature.name] = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
         words = [len(output) - (name == "clip.text") for output in found]
-        batch[feature.mask] = (torch.arange(max(words)) < torch.tensor(words)[:, None]).long()
+        if not any(words):  # no post has a text; a batch has one token at least
+            found = [torch.nn.functional.pad(output, (0, 0, 0, 1)) for output in found]
+        batch[feature.name] = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+        batch[feature.mask] = (torch.arange(max(1, *words)) < torch.tensor(words)[:, None]).long()
     return batch

@@ -10,13 +10,15 @@ from huggingface_hub.constants import HF_HOME
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.scripts.data.checks import bad_images
-from clipcacg.scripts.data.columns import Columns, as_posts
+from clipcacg.scripts.data.columns import Columns, as_posts, in_memory, stream_posts
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import with_labels, with_modality_labels
-from clipcacg.scripts.data.mvsa import load_mvsa
-from clipcacg.scripts.data.sources import read_source
+from clipcacg.scripts.data.mending import Reasons
+from clipcacg.scripts.data.mvsa import load_mvsa, read_folder
+from clipcacg.scripts.data.sources import column_names, read_source
 from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
+from clipcacg.scripts.data.streaming import PostStream
 
 SAMPLE_FOLDER = Path(HF_HOME) / "clipcacg" / "sample"
 
@@ -37,6 +39,9 @@ class ColumnArguments:
     train_split: str | None = field(default=None, metadata={"help": "Its own name of the training split."})
     validation_split: str | None = field(default=None, metadata={"help": "Its own name of the validation split."})
     test_split: str | None = field(default=None, metadata={"help": "Its own name of the test split."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read rows one after the other, without a copy on this disk."}
+    )
     on_error: Literal["raise", "skip"] = field(
         default="raise",
         metadata={"help": "Stop at rows that cannot be read, or leave them out, up to a tenth of all rows."},
@@ -95,6 +100,10 @@ class DataArguments(ColumnArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.streaming and not self.dataset_name:
+            raise InputError("--streaming is for --dataset_name alone: an MVSA folder is read where it lies.")
+        if self.streaming and self.group_duplicates:
+            raise InputError("--group_duplicates compares all posts, which --streaming does not keep: choose one.")
         if self.data_dir and self.dataset_name:
             raise InputError("--data_dir and --dataset_name both name the data: give one of them.")
         if self.dataset_name and self.splits not in (None, "random"):
@@ -121,6 +130,7 @@ def load_posts(
     modality: str = "both",
     remembered: ClipCaCgConfig | None = None,
     faults: Faults | None = None,
+    may_lack: bool = False,
 ) -> datasets.DatasetDict:
     """Load the posts of any source in one form, and split them if they are not split yet.
 
@@ -131,12 +141,16 @@ def load_posts(
         remembered (`ClipCaCgConfig`, *optional*): config of a checkpoint, whose columns are read if no flag says
             otherwise.
         faults (`Faults`, *optional*): takes the rows that `on_error="skip"` leaves out.
+        may_lack (`bool`): accept posts that have a text and no image, for a model with `modality_dropout`.
 
     Returns:
         `datasets.DatasetDict`: some of the splits train, validation and test, with the columns id, text, image (not
         decoded) and label. The label is a ClassLabel, a list of them, or a float for a regression. Of MVSA, and of a
         data set that names them, also text_label and image_label, with the classes of label; -100 where a post has
         none. Only conflicting posts, which only the training split may hold, have the label -100.
+
+        With `streaming`, the training split has no text and no image (see `training_stream`), the others lie in
+        memory, and an unsplit source has no other split.
 
     Raises:
         InputError: a column is missing, the data cannot be read or a row is bad; see `load_mvsa` and `split_mvsa`.
@@ -149,14 +163,17 @@ def load_posts(
 
             folder = make_sample(SAMPLE_FOLDER / "posts")
         keep_conflicting = arguments.use_conflicting_posts and arguments.splits is not None
-        dataset = load_mvsa(folder, on_error=arguments.on_error, keep_conflicting=keep_conflicting)
+        dataset = load_mvsa(folder, None, arguments.on_error, keep_conflicting, faults)
         if arguments.splits is None:
             posts = datasets.DatasetDict(test=dataset)
         else:
             posts = split_mvsa(dataset, arguments.splits, arguments.split_seed, arguments.group_duplicates)
         posts = posts.cast_column("image", datasets.Image(decode=False))
     else:
-        posts = _load_any(arguments, arguments.dataset_name, modality, remembered, faults)
+        posts = _load_any(arguments, arguments.dataset_name, modality, remembered, faults, may_lack)
+        if arguments.streaming:
+            faults.check_share()
+            return posts
         if len(posts) == 1 and (arguments.splits is None or "test" in posts):
             posts = datasets.DatasetDict(test=next(iter(posts.values())))
         else:
@@ -166,20 +183,31 @@ def load_posts(
 
 
 def _load_any(
-    arguments: DataArguments, name: str, modality: str, remembered: ClipCaCgConfig | None, faults: Faults
+    arguments: DataArguments,
+    name: str,
+    modality: str,
+    remembered: ClipCaCgConfig | None,
+    faults: Faults,
+    may_lack: bool,
 ) -> datasets.DatasetDict:
     """Load a data set, and bring its splits and columns to the names and types that `load_posts` returns."""
     own_labels = {arguments.text_label_column: "text_label", arguments.image_label_column: "image_label"}
     labels = {arguments.label_column: "label"} | {column: label for column, label in own_labels.items() if column}
-    posts = read_rows(arguments, name, modality, remembered, labels)
-    faults.num_rows += sum(map(len, posts.values()))
+    posts, malformed = read_rows(arguments, name, modality, remembered, labels)
+    for split, dataset in posts.items():
+        faults.num_rows += len(dataset)
+        posts[split] = faults.leave_out(dataset, malformed.get(split, {}), _source(name, split, posts))
     posts = with_labels(posts, name, arguments.task, faults)
     for column in {"text_label", "image_label"} & set(labels.values()):
         posts = with_modality_labels(posts, column, name, faults)
     for split, dataset in posts.items():
-        source = name if len(posts) == 1 else f"the split {split} of {name}"
-        posts[split] = faults.leave_out(dataset, bad_images(dataset), source).remove_columns("row")
-    return posts
+        posts[split] = faults.leave_out(dataset, bad_images(dataset, may_lack), _source(name, split, posts))
+    return posts if arguments.streaming else posts.remove_columns("row")
+
+
+def _source(name: str, split: str, posts: datasets.DatasetDict) -> str:
+    """What messages call a split."""
+    return name if len(posts) == 1 else f"the split {split} of {name}"
 
 
 def read_rows(
@@ -188,7 +216,7 @@ def read_rows(
     modality: str,
     remembered: ClipCaCgConfig | None,
     labels: Mapping[str, str],
-) -> datasets.DatasetDict:
+) -> tuple[datasets.DatasetDict, Reasons]:
     """Read a data set, and give its splits the columns of `as_posts`.
 
     Args:
@@ -198,19 +226,24 @@ def read_rows(
         remembered: Config of a checkpoint.
         labels: Column of labels to its new name.
 
+    Returns:
+        The splits, and by split what is wrong with a row that could not be parsed, by its index.
+
     Raises:
         InputError: If a column is missing.
     """
     texts = [arguments.text_column, getattr(remembered, "text_columns", None), ["text"]]
     images = [arguments.image_column, getattr(remembered, "image_column", None), "image"]
-    posts = read_source(
+    posts, malformed = read_source(
         name,
         config=arguments.dataset_config,
         splits=arguments.own_splits(),
         texts=["id", *(column for choice in texts for column in choice or ()), *filter(None, images)],
         labels=list(labels),
+        on_error=arguments.on_error,
+        streaming=arguments.streaming,
     )
-    present = next(iter(posts.values())).column_names
+    present = column_names(next(iter(posts.values())), name)
     if modality != "image":
         arguments.text_column = next(c for c in texts if c and (c in texts[::2] or set(c) <= set(present)))
     if modality != "text":
@@ -229,12 +262,67 @@ def read_rows(
         )
     path = Path(name).expanduser()
     folder = path if path.is_dir() else path.parent
-    return datasets.DatasetDict(
-        {
-            split: as_posts(dataset, columns, folder, f"{split}-" if len(posts) > 1 else "", name)
-            for split, dataset in posts.items()
-        }
-    )
+    prefix = "{}-" if len(posts) > 1 else ""
+    for split, dataset in posts.items():
+        used = columns
+        if arguments.streaming and labels and isinstance(arguments, DataArguments):
+            limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
+            dataset = dataset if limit is None else dataset.take(limit)
+            if split == "train":
+                used, dataset = Columns(labels=labels), dataset.select_columns([*labels, *({"id"} & set(present))])
+            dataset = in_memory(dataset, used.image)
+        elif arguments.streaming:
+            posts[split] = stream_posts(dataset, columns, present, folder, prefix.format(split))
+            continue
+        posts[split] = as_posts(dataset, used, folder, prefix.format(split), name)
+    return posts, malformed
+
+
+def training_stream(
+    arguments: DataArguments, modality: str, posts: datasets.DatasetDict, remembered: ClipCaCgConfig | None, seed: int
+) -> PostStream:
+    """Open the training posts of `--streaming`, of which `load_posts` returns the labels alone.
+
+    Args:
+        arguments: The source.
+        modality: "both", "image" or "text".
+        posts: What `load_posts` returned for it.
+        remembered: Config of a checkpoint.
+        seed: Seed of the order of the posts.
+    """
+    streams, _ = read_rows(arguments, str(arguments.dataset_name), modality, remembered, {})
+    return PostStream(streams["train"], posts["train"], seed)
+
+
+def load_to_predict(arguments: ColumnArguments, name: str, split: str, config: ClipCaCgConfig) -> datasets.Dataset:
+    """Load posts without labels.
+
+    Args:
+        arguments: Says which columns and splits, and with `streaming` that no row is kept.
+        name: A source as `read_source` takes it, or a folder with <ID>.jpg and <ID>.txt in itself or in `data`, which
+            are read in the order of their IDs.
+        split: Which split, of a source that has several.
+        config: Config of the model: its `modality`, and the columns that it was trained on.
+
+    Returns:
+        Rows with id, text and image, those that the model reads, and error: why a row could not be parsed, or None.
+
+    Raises:
+        InputError: If the source or the split is not there.
+    """
+    folder = Path(name).expanduser()
+    if rows := read_folder(folder, config.modalities):
+        string = datasets.Value("string")
+        features = {"id": string, "text": string, "image": datasets.Image(decode=False), "error": string}
+        return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    posts, malformed = read_rows(arguments, name, config.modality, config, {})
+    split = next(iter(posts)) if len(posts) == 1 else split
+    if split not in posts:
+        raise InputError(f"{name} has no split {split}: name one with --split. Choices: {', '.join(posts)}.")
+    if arguments.streaming:
+        return posts[split]
+    errors = [malformed.get(split, {}).get(index) for index in range(len(posts[split]))]
+    return posts[split].remove_columns("row").add_column("error", errors, feature=datasets.Value("string"))
 
 
 def _cap(posts: datasets.DatasetDict, arguments: DataArguments) -> datasets.DatasetDict:

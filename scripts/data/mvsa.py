@@ -21,6 +21,8 @@ import datasets
 
 from clipcacg.scripts.data.checks import check_image
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.faults import Faults
+from clipcacg.scripts.data.sources import READERS, table_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,11 @@ def majority_label(votes: Sequence[str]) -> str | None:
 
 
 def load_mvsa(
-    data_dir: str | Path, variant: str | None = None, on_error: str = "raise", keep_conflicting: bool = False
+    data_dir: str | Path,
+    variant: str | None = None,
+    on_error: str = "raise",
+    keep_conflicting: bool = False,
+    faults: Faults | None = None,
 ) -> datasets.Dataset:
     """Load an MVSA folder without decoding its images.
 
@@ -93,6 +99,7 @@ def load_mvsa(
         on_error (`str`): "raise" stops at faulty posts; "skip" logs the same report as a warning and drops them.
         keep_conflicting (`bool`): keep the posts of a positive and a negative label, with the label -100. They can
             train modality heads; `split_mvsa` puts them into the training split.
+        faults (`Faults`, *optional*): counts the posts that "skip" drops.
 
     Returns:
         `datasets.Dataset`: the posts in the order of the label file, with the columns id, text, image (a path, decoded
@@ -111,9 +118,39 @@ def load_mvsa(
     posts = _drop_unlabelled(_parse_rows(rows, ANNOTATORS[variant], problems), keep_conflicting)
     examples = [example for post in posts if (example := _read_post(folder, post, problems))]
     _report(problems, folder, on_error)
+    if faults is not None:
+        faults.num_rows += len(rows)
+        faults.left_out |= {f"{LABEL_FILE}:{p.line}": f"{p.kind}: {p.detail}" for p in sorted(problems)}
     if not examples:
         raise InputError(f"no usable post in {folder}: {len(rows)} rows, {len(problems)} problems")
     return as_dataset(examples, variant)
+
+
+def read_folder(source: Path, modalities: Sequence[str]) -> list[dict[str, str | None]]:
+    """Read posts without labels: <ID>.jpg and <ID>.txt of a folder or of its subfolder `data`, in the order of IDs.
+
+    Args:
+        source: The folder.
+        modalities: "image", "text" or both.
+
+    Returns:
+        One {id, text, image, error} per post; error is None if its text could be read. No post if there is no such
+        folder, or if it holds a table.
+    """
+    folder = source / "data" if (source / "data").is_dir() else source
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    ids = {path.stem for path in files if path.suffix in (".jpg", ".txt")}
+    if any(path.stem == "metadata" or table_suffix(path) in READERS for path in files):
+        return []
+    rows = []
+    for post_id in sorted(ids, key=lambda post_id: (len(post_id), post_id)):
+        row = {"id": post_id, "text": None, "image": str(folder / f"{post_id}.jpg"), "error": None}
+        try:
+            row["text"] = read_text(folder / f"{post_id}.txt") if "text" in modalities else None
+        except InputError as error:
+            row["error"] = str(error)
+        rows.append(row)
+    return rows
 
 
 def read_text(path: Path) -> str:

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pyarrow
 from datasets.packaged_modules.csv.csv import CsvConfig
 
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.mending import mend
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,8 @@ READERS = {
     ".arrow": "arrow",
 }  # fmt: skip
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+FAULTS = (datasets.exceptions.DatasetGenerationError, OSError, StopIteration, ValueError, pyarrow.ArrowException)
+METADATA = "metadata.csv"  # of an imagefolder, with the column file_name
 SPLITS = ("train", "validation", "test")
 # Names of files and of splits, to ours.
 SPLIT_NAMES = {
@@ -38,8 +41,9 @@ def read_source(
     splits: Mapping[str, str] | None = None,
     texts: Sequence[str] = (),
     labels: Sequence[str] = (),
+    on_error: str = "raise",
     streaming: bool = False,
-) -> Any:
+) -> tuple[Any, dict[str, dict[int, str]]]:
     """Read the splits train, validation and test of any source, those of them that it has.
 
     Args:
@@ -48,11 +52,12 @@ def read_source(
         splits: Ours to the source's own name, where it is not one of `SPLIT_NAMES`.
         texts: Columns whose cells stay as they are written; others may become numbers.
         labels: Columns in which words such as NaN are empty cells.
+        on_error: With "skip", a row of a .csv or .jsonl file that cannot be parsed is an empty row.
         streaming: Read rows when they are asked for, without a copy on this machine.
 
     Returns:
-        `DatasetDict` or `IterableDatasetDict` of the splits, with their columns as they are. A source that is not
-        split has the one split "train".
+        A `DatasetDict` or `IterableDatasetDict` of the splits, with their columns as they are; a source that is not
+        split has the one split "train". And by split, what is wrong with a row that could not be parsed, by its index.
 
     Raises:
         InputError: If the source cannot be read, or a config or a split is not there.
@@ -60,28 +65,47 @@ def read_source(
     path, splits = Path(name).expanduser(), splits or {}
     cells = {"converters": dict.fromkeys(texts, str), "keep_default_na": False}
     cells["na_values"] = dict.fromkeys(labels, EMPTY_CELLS)
-    with _reading(name):
-        if files := _tables(path, splits):
+    with reading(name):
+        if files := _tables(path, splits, streaming):
             if config:
                 raise InputError(f"--dataset_config {config}: {name} has no configs.")
             first = next(iter(files.values()))[0]
-            builder = READERS[_suffix(first)]
+            builder = READERS[table_suffix(first)]
             options: dict[str, Any] = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
             options = {"csv": options | cells, "json": options}.get(builder, {})
-            if _suffix(first) == ".tsv":
+            if table_suffix(first) == ".tsv":
                 options["sep"] = "\t"
-            # Together the splits would get the types and the class names of the first.
-            found = {
-                split: datasets.load_dataset(
-                    builder, data_files={split: list(map(str, part))}, split=split, streaming=streaming, **options
-                )
-                for split, part in files.items()
-            }
-            return datasets.IterableDatasetDict(found) if streaming else datasets.DatasetDict(found)
+
+            def load(files: Mapping[str, list[Path]]) -> Any:
+                # Together the splits would get the types and the class names of the first.
+                found = {
+                    split: datasets.load_dataset(
+                        builder, data_files={split: list(map(str, part))}, split=split, streaming=streaming, **options
+                    )
+                    for split, part in files.items()
+                }
+                return datasets.IterableDatasetDict(found) if streaming else datasets.DatasetDict(found)
+
+            if first.name == METADATA:
+                return _imagefolder(files, load), {}
+            try:
+                return load(files), {}
+            except FAULTS:
+                if builder not in ("csv", "json"):
+                    raise
+                files, bad = mend(files, options.get("sep", ","))
+                lines = [line for rows in bad.values() for line in rows.values()]
+                if not lines:
+                    raise
+                if on_error == "raise":
+                    raise InputError(
+                        f"{name} cannot be read: {lines[0]}. --on_error skip leaves out bad rows."
+                    ) from None
+            return load(files), bad
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))
             found = found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict(train=found)
-            return _ours(found, name, splits)
+            return _ours(found, name, splits), {}
         name = str(path) if path.exists() else name
         try:
             is_csv = isinstance(datasets.load_dataset_builder(name, config).config, CsvConfig)
@@ -89,44 +113,48 @@ def read_source(
             _check_config(name, config)
             raise
         found = datasets.load_dataset(name, config, streaming=streaming, **(cells if is_csv else {}))
-        return _ours(found, name, splits)
+        return _ours(found, name, splits), {}
+
+
+def column_names(dataset: datasets.Dataset | datasets.IterableDataset, name: str) -> list[str]:
+    """Return the names of the columns; a stream of text has them in its first row."""
+    if dataset.column_names is None:
+        with reading(name):
+            return list(next(iter(dataset)))
+    return list(dataset.column_names)
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def reading(name: str) -> Iterator[None]:
     """Turn what the readers raise into an InputError that names the source."""
     try:
         yield
     except InputError:
         raise
-    except (
-        datasets.exceptions.DatasetGenerationError,
-        OSError,
-        StopIteration,
-        ValueError,
-        pyarrow.ArrowException,
-    ) as error:
+    except FAULTS as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0] or "it is empty"
         raise InputError(f"{name} cannot be read as a data set: {reason}") from error
 
 
-def _suffix(path: Path) -> str:
+def table_suffix(path: Path) -> str:
     """The suffix that tells a table's format, in small letters and without that of its compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSED), "")
 
 
-def _tables(path: Path, splits: Mapping[str, str]) -> dict[str, list[Path]]:
+def _tables(path: Path, splits: Mapping[str, str], streaming: bool) -> dict[str, list[Path]]:
     """The tables to read, by split; none for a folder or Hub data set that datasets understands by itself.
 
     Raises:
         InputError: If there is no such file, or it is no table.
     """
     if path.is_dir():
-        return _tables_of_folder(path, splits)
-    if path.exists() and _suffix(path) not in READERS:
+        files = _tables_of_folder(path, splits)
+        is_imagefolder = any(file.name == METADATA for part in files.values() for file in part)
+        return {} if is_imagefolder and streaming else files
+    if path.exists() and table_suffix(path) not in READERS:
         raise InputError(f"{path} is not a table that can be read. Allowed: {', '.join(READERS)}.")
-    if _suffix(path) in READERS:
+    if table_suffix(path) in READERS:
         if not path.is_file():
             raise InputError(f"There is no file {path}.")
         for ours, own in splits.items():
@@ -138,12 +166,13 @@ def _tables(path: Path, splits: Mapping[str, str]) -> dict[str, list[Path]]:
 def _tables_of_folder(folder: Path, splits: Mapping[str, str]) -> dict[str, list[Path]]:
     """The tables of a folder by the split that their names or folders tell, those of the commonest format."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    metadata = {path.name for path in files if path.stem == "metadata"}
     own_rules = {"README.md", "dataset_dict.json", "state.json"}  # of the Hub, and of save_to_disk
-    if any(path.name in own_rules or path.stem == "metadata" for path in files):
+    if any(path.name in own_rules for path in files) or metadata - {METADATA}:
         return {}
-    tables = [path for path in files if _suffix(path) in READERS]
-    formats = Counter(_suffix(path) for path in tables)
-    tables = [path for path in tables if _suffix(path) == max(formats, key=formats.__getitem__)]
+    tables = [path for path in files if path.name == METADATA or (not metadata and table_suffix(path) in READERS)]
+    formats = Counter(table_suffix(path) for path in tables)
+    tables = [path for path in tables if table_suffix(path) == max(formats, key=formats.__getitem__)]
     found: dict[str | None, list[Path]] = {}
     for path in tables:
         found.setdefault(_split_of(path.relative_to(folder), splits), []).append(path)
@@ -156,6 +185,19 @@ def _tables_of_folder(folder: Path, splits: Mapping[str, str]) -> dict[str, list
     if without and not found:
         return {"train": without}
     return {split: found[split] for split in SPLITS if split in found}
+
+
+def _imagefolder(files: Mapping[str, list[Path]], load: Callable[..., Any]) -> datasets.DatasetDict:
+    """Read the metadata.csv of an imagefolder; the reader of `datasets` would take the text NA for an empty cell."""
+    posts = datasets.DatasetDict()
+    for split, part in files.items():
+        pieces = []
+        for path in part:
+            rows = load({split: [path]})[split]
+            images = [str(path.parent / name) for name in rows["file_name"]]
+            pieces.append(rows.remove_columns("file_name").add_column("image", images))
+        posts[split] = datasets.concatenate_datasets(pieces)
+    return posts
 
 
 def _split_of(path: Path, splits: Mapping[str, str]) -> str | None:

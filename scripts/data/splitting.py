@@ -22,6 +22,7 @@ from scipy.sparse.csgraph import connected_components
 
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.images import image_bytes
+from clipcacg.scripts.data.labels import label_names
 from clipcacg.scripts.data.mvsa import ANNOTATORS, has_label, labelled
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def random_split(
     """Assign whole groups, the largest first, each to the split whose counts it brings closest to its share.
 
     Args:
-        labels (`list`): label of each row.
+        labels (`list`): label of each row, or a list of its labels.
         groups (`list[int]`): group number of each row; all different if duplicates do not matter.
         seed (`int`): seed of the order in which groups of equal size are assigned.
         shares (`Mapping[str, float]`): share of each split; they add up to 1.
@@ -122,12 +123,15 @@ def random_split(
         members[group].append(row)
     order = list(members.values())
     random.Random(seed).shuffle(order)
-    weight = len(set(labels))
-    wanted: Counter[Any] = Counter(labels) + Counter(all=weight * len(labels))
+    labels_of = [label if isinstance(label, list) else [label] for label in labels]
+    wanted: Counter[Any] = Counter(label for own in labels_of for label in own)
+    weight = max(len(wanted), 1)
+    wanted += Counter(all=weight * len(labels))
     assigned: dict[str, Counter[Any]] = {split: Counter() for split in shares}
     rows: dict[str, list[int]] = {split: [] for split in shares}
     for member_rows in sorted(order, key=len, reverse=True):
-        counts = Counter(labels[row] for row in member_rows) + Counter(all=weight * len(member_rows))
+        counts = Counter(label for row in member_rows for label in labels_of[row])
+        counts += Counter(all=weight * len(member_rows))
         growth = {split: _chi_square_growth(counts, assigned[split], share, wanted) for split, share in shares.items()}
         closest = min(growth, key=growth.__getitem__)
         assigned[closest] += counts
@@ -144,8 +148,7 @@ def _chi_square_growth(counts: Counter, assigned: Counter, share: float, wanted:
 
 def _strata(dataset: datasets.Dataset) -> list[Any]:
     """The classes of the posts; the numbers of a regression are not stratified."""
-    is_class = isinstance(dataset.features["label"], datasets.ClassLabel)
-    return dataset["label"][:] if is_class else [0] * len(dataset)
+    return [0] * len(dataset) if label_names(dataset) is None else dataset["label"][:]
 
 
 def _finish(posts: Mapping[str, datasets.Dataset], groups: dict[str, list[int]]) -> datasets.DatasetDict:

@@ -1,30 +1,29 @@
 """Predict posts: one at a time, or a file or folder of them, line by line into a file of predictions."""
 
-import csv
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import count, islice
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import datasets
 import torch
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, missing_parts
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
-from clipcacg.scripts.data.images import locate_image
-from clipcacg.scripts.data.mvsa import read_text
+from clipcacg.scripts.data.faults import ALLOWED_SHARE
+from clipcacg.scripts.data.loading import ColumnArguments, load_to_predict
+from clipcacg.scripts.data.progress import Progress
+from clipcacg.scripts.data.sources import reading
 
 logger = logging.getLogger(__name__)
 
@@ -81,77 +80,6 @@ def load_checkpoint(
     return model, processor
 
 
-def read_rows(source: Path) -> Iterator[Row]:
-    """Read the posts of a file or folder lazily.
-
-    Args:
-        source: A .csv or .jsonl file with the columns id, text and image, or a folder in the layout of MVSA.
-
-    Yields:
-        {id, text, image}, or {id, error} for a row that cannot be read.
-
-    Raises:
-        InputError: If the source cannot be read, or is neither a folder of posts nor a .csv or .jsonl file.
-    """
-    readers = {".csv": read_csv, ".jsonl": read_jsonl}
-    reader = read_folder if source.is_dir() else readers.get(source.suffix)
-    if reader is None:
-        raise InputError(f"{source} is neither a folder nor a .csv or .jsonl file.")
-    with as_input_error(f"{source} cannot be read", OSError):
-        yield from reader(source)
-
-
-def read_jsonl(source: Path) -> Iterator[Row]:
-    """Read the posts of a file of JSON lines."""
-    with source.open(encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield as_post(json.loads(line), number, source.parent)
-            except (AttributeError, RecursionError, ValueError) as error:
-                yield {"id": str(number), "error": f"line {number} is not a JSON object: {error}"}
-
-
-def read_csv(source: Path) -> Iterator[Row]:
-    """Read the posts of a table. Strictly: an unclosed quote would otherwise swallow the rows below it silently."""
-    csv.field_size_limit(sys.maxsize)
-    with source.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        for number in count(1):
-            try:
-                yield as_post(next(rows), number, source.parent)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield {"id": str(number), "error": f"the row that ends on line {rows.line_num}: {error}"}
-
-
-def read_folder(source: Path) -> Iterator[Row]:
-    """Read the posts <ID>.jpg and <ID>.txt of a folder, or of its subfolder `data`, in the order of their IDs.
-
-    Raises:
-        InputError: If there are none.
-    """
-    folder = source / "data" if (source / "data").is_dir() else source
-    ids = {path.stem for path in folder.iterdir() if path.suffix in (".jpg", ".txt")}
-    if not ids:
-        raise InputError(f"{folder} holds neither <ID>.jpg nor <ID>.txt.")
-    for post_id in sorted(ids, key=lambda post_id: (len(post_id), post_id)):
-        try:
-            text = read_text(folder / f"{post_id}.txt")
-            yield {"id": post_id, "text": text, "image": str(folder / f"{post_id}.jpg")}
-        except InputError as error:
-            yield {"id": post_id, "error": str(error)}
-
-
-def as_post(row: Row, number: int, folder: Path) -> Row:
-    """Keep id, text and image of a row; its number replaces a missing ID."""
-    post_id = row.get("id")
-    image = locate_image(row.get("image") or None, folder)
-    return {"id": str(number if post_id is None else post_id), "text": row.get("text"), "image": image}
-
-
 def prediction_line(post_id: str, logits: torch.Tensor, config: ClipCaCgConfig) -> dict[str, Any]:
     """The line that is written for one post.
 
@@ -175,54 +103,29 @@ def write_line(file: TextIO, line: dict[str, Any]) -> None:
     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-@dataclass
-class PreparedBatches(IterableDataset):
-    """Batches of rows with the model inputs of the readable ones, made by any number of worker processes.
-
-    Worker k of n makes every n-th batch, and the loader takes from the workers in turn, which keeps the order.
-    """
-
-    source: Path
-    start: int
-    stop: int | None
-    batch_size: int
-    collator: PostCollator
-
-    def __iter__(self) -> Iterator[tuple[list[Row], Inputs | None]]:
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        rows = islice(read_rows(self.source), self.start, self.stop)
-        for turn in count():
-            batch = list(islice(rows, self.batch_size))
-            if not batch:
-                return
-            if turn % workers == number:
-                yield prepare(batch, self.collator)
-
-
 def prepare(rows: list[Row], collator: PostCollator) -> tuple[list[Row], Inputs | None]:
-    """Make the model inputs of the readable rows, and give every other row an error.
+    """Make the model inputs of the readable rows.
 
     Rows are tried one by one only after the batch failed, which keeps the usual case fast.
 
     Returns:
-        The rows, and the inputs of those without an error, in their order; None if there is no such row.
+        {id, error} of each row, where the error of a readable one is None; and the inputs of those, in their order,
+        or None if there are none.
     """
+    found = []
     for row in rows:
-        missing = [name for name in collator.config.modalities if not isinstance(row.get(name), str)]
-        if missing and "error" not in row:
-            row["error"] = f"the model needs {' and '.join(missing)}, which this post does not have"
-    good = [row for row in rows if "error" not in row]
+        missing = missing_parts(row, collator.config)
+        fault = f"the model needs {' and '.join(missing)}, which this post does not have" if missing else None
+        found.append({"id": str(row["id"]), "error": row.get("error") or fault})
+    good = [(row, line) for row, line in zip(rows, found, strict=True) if not line["error"]]
     try:
-        return rows, collator(good) if good else None
+        return found, collator([row for row, _ in good]) if good else None
     except InputError:
-        for row in good:
-            try:
-                collator([row])
-            except InputError as error:
-                row["error"] = str(error)
-        good = [row for row in good if "error" not in row]
-        return rows, collator(good) if good else None
+        bad = collator.faults([row for row, _ in good])
+        for index, reason in bad.items():
+            good[index][1]["error"] = reason
+        rest = [row for index, (row, _) in enumerate(good) if index not in bad]
+        return found, collator(rest) if rest else None
 
 
 @torch.inference_mode()
@@ -235,12 +138,7 @@ def predict_rows(
         inputs = {name: value.to(model.device) for name, value in inputs.items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             logits = iter(model(**inputs).logits.float().cpu())
-    return [
-        {"id": str(row["id"]), "error": row["error"]}
-        if "error" in row
-        else prediction_line(str(row["id"]), next(logits), model.config)
-        for row in rows
-    ]
+    return [row if row["error"] else prediction_line(row["id"], next(logits), model.config) for row in rows]
 
 
 def lines_done(output: Path, origin: dict[str, Any]) -> int:
@@ -276,22 +174,26 @@ def lines_done(output: Path, origin: dict[str, Any]) -> int:
 def predict_file(
     model: ClipCaCgForSequenceClassification,
     processor: ClipCaCgProcessor,
-    source: Path,
+    source: str,
     output: Path,
     *,
+    columns: ColumnArguments | None = None,
+    split: str = "test",
     max_samples: int | None = None,
     batch_size: int = 32,
     num_workers: int = 1,
     bf16: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Predict every post of a file or folder, line by line into a file, and continue an interrupted run.
+    """Predict every post of a source, line by line into a file, and continue an interrupted run.
 
     Args:
         model: Model in evaluation mode, on the device to compute on.
         processor: Its processor.
-        source: See `read_rows`.
+        source: See `load_to_predict`.
         output: File of JSON lines; see `prediction_line`. A post that cannot be read gets {id, error}.
+        columns: Says which columns to read, and with `on_error="raise"` to stop at the first post that cannot be read.
+        split: Which split, of a source that has several.
         max_samples: Predict only the first posts.
         batch_size: Posts per forward pass.
         num_workers: Processes that prepare posts; 0 prepares them in this one.
@@ -299,30 +201,53 @@ def predict_file(
         overwrite: Start again instead of continuing the output.
 
     Raises:
-        InputError: If the input or the output cannot be used, or no post could be read.
+        InputError: If the input or the output cannot be used, or more than a tenth of the posts could not be read.
     """
-    if not source.exists():
-        raise InputError(f"There is no {source}.")
-    if output.exists() and output.samefile(source):
+    columns = columns or ColumnArguments(on_error="skip")
+    path = Path(source).expanduser()
+    if path.exists() and output.exists() and output.samefile(path):
         raise InputError(f"{source} is both input and output: give another --output.")
+    posts = load_to_predict(columns, source, split, model.config)
     weights = model.classifier.weight.detach().float().cpu().numpy().tobytes()
-    origin = {"input": str(source.resolve()), "model": hashlib.sha256(weights).hexdigest()}
+    origin = {"input": str(path.resolve()) if path.exists() else source, "model": hashlib.sha256(weights).hexdigest()}
+    origin |= {"split": split, "columns": [columns.text_column, columns.image_column]}
     with as_input_error(f"{output} cannot be written", OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             output.unlink(missing_ok=True)
         done = lines_done(output, origin | ({"bf16": True} if bf16 else {}))
         file = output.open("a", encoding="utf-8", errors="backslashreplace")
-    batches = PreparedBatches(source, done, max_samples, batch_size, PostCollator(processor, model.config))
-    failed, total = 0, 0
-    with file, tqdm(initial=done, unit=" posts") as bar:
-        for rows, inputs in DataLoader(batches, batch_size=None, num_workers=num_workers):
+    if isinstance(posts, datasets.Dataset):
+        total = len(posts) if max_samples is None else min(len(posts), max_samples)
+        rest: Any = posts.select(range(done, total) if done < total else [])
+    else:
+        total, rest = max_samples, posts.skip(done)
+        rest = rest if total is None else rest.take(max(total - done, 0))
+        num_workers = min(num_workers, 1)  # several would mix the order of the rows
+    loader: DataLoader[Any] = DataLoader(
+        rest,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=partial(prepare, collator=PostCollator(processor, model.config)),
+    )
+    failed = written = 0
+    with file, Progress(total, "predicting", initial=done) as bar:
+        for rows, inputs in read_batches(loader, source):
             for line in predict_rows(model, rows, inputs, bf16):
+                if "error" in line and columns.on_error == "raise":
+                    raise InputError(f"{source}, post {line['id']}: {line['error']}")
                 write_line(file, line)
-                failed, total = failed + ("error" in line), total + 1
+                failed, written = failed + ("error" in line), written + 1
             file.flush()
             bar.update(len(rows))
-    if failed and failed == done + total:
-        raise InputError(f"None of {total} posts could be read; their lines in {output} say why.")
     if failed:
-        logger.warning("%d of %d posts could not be read; their lines in %s say why", failed, total, output)
+        fault = f"{failed} of {written} posts could not be read; their lines in {output} say why"
+        if failed > ALLOWED_SHARE * written:
+            raise InputError(f"{fault}. That is more than a tenth: mend the data.")
+        logger.warning(fault)
+
+
+def read_batches(loader: DataLoader, source: str) -> Iterator[tuple[list[Row], Inputs | None]]:
+    """Yield the batches; a stream may turn out to be faulty in the middle."""
+    with reading(source):
+        yield from loader

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from clipcacg.scripts.baselines.logistic_regression import fit, majority, pooled
 from clipcacg.scripts.baselines.sentibank_sentistrength import LexiconCollator, SentiBankSentiStrength
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.features import add_digests, cache_features, frozen_backbones
 from clipcacg.scripts.data.labels import check_classes, label_fields, label_names, task_of
 from clipcacg.scripts.data.loading import DataArguments, load_posts
@@ -48,6 +49,7 @@ class Fold:
     number: int | None
     posts: datasets.DatasetDict
     settings: Settings
+    faults: Faults = field(default_factory=Faults)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -61,6 +63,7 @@ class Fold:
             "posts": {split: len(dataset) for split, dataset in self.posts.items()},
             "measured": self.measured,
             "published_on": kind.replace("-", "_"),
+            **({"skipped_posts": len(self.faults.left_out)} if self.faults.left_out else {}),
         }
 
     def hash(self) -> str:
@@ -104,7 +107,10 @@ def load_fold(number: int | None, settings: Settings) -> Fold:
     """
     if number is not None:
         settings = replace(settings, data=replace(settings.data, splits=f"cheema:{number}"))
-    posts = load_posts(settings.data)
+    if settings.data.streaming:
+        raise InputError("--streaming is for train.py and predict.py: leave it out.")
+    faults = Faults(settings.data.on_error)
+    posts = load_posts(settings.data, faults=faults)
     if not {"train", "validation"} <= posts.keys():
         raise InputError(f"reproduce.py needs the splits train and validation, got {', '.join(posts)}.")
     if task_of(posts["train"]) != "single_label_classification":
@@ -112,7 +118,7 @@ def load_fold(number: int | None, settings: Settings) -> Fold:
     check_classes(posts)
     for column in ("text", "image"):
         posts = datasets.DatasetDict({split: add_digests(dataset, column) for split, dataset in posts.items()})
-    return Fold(number, posts, settings)
+    return Fold(number, posts, settings, faults)
 
 
 def protocol(data: DataArguments, posts: datasets.DatasetDict) -> str:

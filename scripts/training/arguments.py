@@ -109,6 +109,13 @@ class ModelArguments(LoadingArguments):
             "validation split after training."
         },
     )
+    modality_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Withhold the image or the text of a training post with this probability: the model learns to "
+            "answer posts that lack one."
+        },
+    )
     freeze_text: bool = field(default=False, metadata={"help": "Do not train the text encoder."})
     freeze_text_layers: int = field(
         default=0, metadata={"help": "Do not train the text encoder's embeddings and this many of its lower layers."}
@@ -148,7 +155,7 @@ class ModelArguments(LoadingArguments):
         """The fields of `ClipCaCgConfig` among the flags."""
         names = (
             "clip_mode modality use_cross_attention use_gating share_clip_text share_clip_vision hidden_size "
-            "num_attention_heads projection_dim dropout contrastive_loss_weight"
+            "num_attention_heads projection_dim dropout contrastive_loss_weight modality_dropout"
         )
         fields = {name: getattr(self, name) for name in names.split()}
         return fields | self.head_fields()

@@ -12,10 +12,12 @@ from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, add_debug_flag, parse_flags
+from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import align, label_names, task_of
 from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.training.arguments import names_data
 from clipcacg.scripts.training.metrics import load_metric, score
+from clipcacg.scripts.training.trainer import show_posts
 
 
 def parse_arguments(argv: list[str], own: type, description: str) -> tuple[str, DataArguments, Any]:
@@ -42,19 +44,23 @@ def parse_arguments(argv: list[str], own: type, description: str) -> tuple[str, 
 
 
 def labelled_posts(
-    model: ClipCaCgForSequenceClassification, data_arguments: DataArguments, split: str
+    model: ClipCaCgForSequenceClassification, data_arguments: DataArguments, split: str, faults: Faults | None = None
 ) -> datasets.Dataset:
-    """Load the posts of one split, with the model's own label indices.
+    """Load the posts of one split, with the model's own label indices; `faults` takes the rows that are left out.
 
     Raises:
         InputError: If there is no such split, or the labels of the model and of the data differ.
     """
+    if data_arguments.streaming:
+        raise InputError("--streaming is for train.py and predict.py: leave it out.")
     task = "regression" if model.config.task == "regression" else "classification"
     if data_arguments.task not in ("auto", task):
         raise InputError(f"--task {data_arguments.task}: the checkpoint was trained for {task}; leave the flag out.")
     if data_arguments.dataset_name:
         data_arguments = replace(data_arguments, task=task)
-    posts = load_posts(replace(data_arguments, use_conflicting_posts=False), model.config.modality)
+    data_arguments = replace(data_arguments, use_conflicting_posts=False)
+    may_lack = model.config.modality_dropout > 0
+    posts = load_posts(data_arguments, model.config.modality, model.config, faults, may_lack)
     if split not in posts:
         raise InputError(f"There is no post in the split {split!r}. Allowed: {', '.join(posts)}.")
     found = task_of(posts[split])
@@ -86,6 +92,7 @@ def evaluate_posts(
             ),
             data_collator=PostCollator(processor, model.config),
         )
+        show_posts(trainer)
         output = trainer.predict(posts)
     metric = load_metric(model.config.task)
     return score(output.predictions, output.label_ids, metric, names, model.config.label_thresholds)

@@ -24,13 +24,15 @@ from clipcacg.configuration_clipcacg import BACKBONES, MODALITY_COMBINATIONS, Cl
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor, label_scores
 from clipcacg.scripts.data.augmentation import Augmentation
-from clipcacg.scripts.data.collator import PostCollator
+from clipcacg.scripts.data.collator import PostCollator, leave_out_unreadable
 from clipcacg.scripts.data.errors import InputError, as_input_error
+from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.features import FEATURES, FeatureStore, cache_features
 from clipcacg.scripts.data.labels import align, check_classes, label_names, task_of
 from clipcacg.scripts.data.loading import SAMPLE_FOLDER, DataArguments, load_posts
 from clipcacg.scripts.data.mvsa import labelled
 from clipcacg.scripts.data.sample import make_tiny_backbones
+from clipcacg.scripts.data.streaming import PostStream
 from clipcacg.scripts.reporting.hub import push_checkpoint
 from clipcacg.scripts.reporting.predictions import checkpoint_config, load_checkpoint, prediction_line, write_line
 from clipcacg.scripts.reporting.tables import results_table
@@ -42,29 +44,36 @@ from clipcacg.scripts.training.trainer import EarlyStopping, SentimentTrainer
 
 logger = logging.getLogger(__name__)
 
-CHANGEABLE = ("dropout", "contrastive_loss_weight")  # fields of the config that a trained model may get anew
+# Fields of the config that a trained model may get anew.
+CHANGEABLE = ("dropout", "contrastive_loss_weight", "modality_dropout")
 # What chooses a checkpoint in place of accuracy, and whether a greater value is better.
 BEST_BY = {"regression": ("mse", False), "multi_label_classification": ("f1_micro", True)}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt, which Python does not name
 
 
 def load_training_posts(
-    model_arguments: ModelArguments, data_arguments: DataArguments, arguments: RecipeArguments
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    arguments: RecipeArguments,
+    faults: Faults | None = None,
 ) -> datasets.DatasetDict:
     """Load the posts, in the main process first, and settle the flags that depend on them.
 
     Raises:
         InputError: If there is no training split, its posts all have one label, or the modality heads lack labels.
     """
-    has_heads = model_arguments.use_modality_heads
+    has_heads, config = model_arguments.use_modality_heads, None
     if model_arguments.model_name_or_path:
         config = checkpoint_config(model_arguments.model_name_or_path)
         follow_checkpoint(model_arguments, config, arguments.given)
         has_heads = has_heads or config.use_modality_heads
     if data_arguments.use_conflicting_posts and not has_heads:
         raise InputError("--use_conflicting_posts trains modality heads alone: add --use_modality_heads.")
+    if data_arguments.streaming:
+        adapt_to_stream(arguments, model_arguments.cache_features)
     with arguments.main_process_first(desc="loading the posts"):
-        posts = load_posts(data_arguments, model_arguments.modality)
+        may_lack = model_arguments.modality_dropout > 0
+        posts = load_posts(data_arguments, model_arguments.modality, config, faults, may_lack)
     if "train" not in posts:
         source = data_arguments.dataset_name or data_arguments.data_dir or "the drawn sample"
         if data_arguments.splits not in (None, "random"):
@@ -84,7 +93,7 @@ def load_training_posts(
 
 
 def follow_checkpoint(arguments: ModelArguments, config: ClipCaCgConfig, given: Collection[str]) -> None:
-    """Take the fields of a checkpoint's config, except for dropout and loss weight that the command line gives.
+    """Take the fields of a checkpoint's config, except for what the command line gives and `CHANGEABLE` allows.
 
     Args:
         arguments: The flags, which are changed.
@@ -103,6 +112,20 @@ def follow_checkpoint(arguments: ModelArguments, config: ClipCaCgConfig, given: 
             setattr(arguments, name, found)
         elif wanted != found and name not in CHANGEABLE:
             raise InputError(f"--{name} is {found} in {arguments.model_name_or_path} and cannot be {wanted}.")
+
+
+def adapt_to_stream(arguments: RecipeArguments, cache_features: bool) -> None:
+    """Settle the flags that depend on `--streaming`.
+
+    Raises:
+        InputError: If a flag needs all posts.
+    """
+    need_all = {"cache_features": cache_features, "augment": arguments.augment, "hp_search": arguments.hp_search}
+    for flag, is_set in need_all.items():
+        if is_set:
+            raise InputError(f"--{flag} needs all training posts, which --streaming does not keep: choose one.")
+    arguments.train_sampling_strategy = "random"
+    arguments.dataloader_num_workers = min(arguments.dataloader_num_workers, 1)  # the order of rows must stay
 
 
 def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modality: str) -> None:
@@ -262,6 +285,30 @@ def balanced_weights(dataset: datasets.Dataset) -> list[float]:
     return compute_class_weight("balanced", classes=classes, y=labels).tolist()
 
 
+def check_posts(
+    posts: datasets.DatasetDict,
+    model: ClipCaCgForSequenceClassification,
+    processor: ClipCaCgProcessor,
+    arguments: RecipeArguments,
+    with_training: bool,
+    faults: Faults,
+) -> None:
+    """Leave out what cannot be read of the splits that must be readable; training replaces such posts as it goes.
+
+    Args:
+        posts: Splits, of which some are replaced.
+        model: Says what is read.
+        processor: Reads it.
+        arguments: The recipe.
+        with_training: The training split is read as a whole too, to store features of it.
+        faults: Says whether bad posts are left out, and counts them.
+    """
+    collator = PostCollator(processor, model.config)
+    for split in [split for split in posts if with_training or split != "train"]:
+        workers = arguments.dataloader_num_workers
+        posts[split] = leave_out_unreadable(posts[split], collator, faults, f"the {split} split", workers)
+
+
 def compute_features(
     arguments: RecipeArguments,
     model_arguments: ModelArguments,
@@ -296,8 +343,13 @@ def make_trainer(
     processor: ClipCaCgProcessor,
     posts: datasets.DatasetDict,
     features: dict[str, FeatureStore] | None = None,
+    faults: Faults | None = None,
+    stream: PostStream | None = None,
 ) -> SentimentTrainer:
     """Make the Trainer; `features` come from `compute_features`. Conflicting posts train modality heads alone.
+
+    With `--on_error skip`, `faults` takes the training posts that cannot be read; with `--streaming`, `stream` are
+    the training posts.
 
     Raises:
         InputError: If checkpoints are to be averaged whose weights are spread over several files.
@@ -313,11 +365,12 @@ def make_trainer(
         model=model,
         args=arguments,
         data_collator=collator,
-        train_dataset=prepare_training(train, collator, arguments),
+        train_dataset=prepare_training(train, collator, arguments) if stream is None else stream,
         eval_dataset=posts.get("validation"),
         processing_class=processor,
         compute_metrics=partial(compute_metrics, metric=load_metric(task_of(posts["train"])), names=names),
         callbacks=callbacks,
+        faults=faults,
     )
     if averaged > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise InputError("--average_checkpoints does not work with FSDP and DeepSpeed: use one process or DDP.")

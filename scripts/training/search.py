@@ -24,13 +24,14 @@ from transformers import set_seed
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import label_fields
 from clipcacg.scripts.data.lines import append_line, read_lines, short_hash
 from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
 from clipcacg.scripts.training.averaging import metric_and_sign
 from clipcacg.scripts.training.record import recipe
-from clipcacg.scripts.training.run import build, checkpoints, compute_features, make_trainer, set_loss
+from clipcacg.scripts.training.run import build, check_posts, checkpoints, compute_features, make_trainer, set_loss
 from clipcacg.scripts.training.trainer import NotFinite, SentimentTrainer
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,9 @@ def search(
             f"{file} holds trials of other settings or data: name another --output_dir, or start again with "
             "--overwrite_output_dir."
         )
-    missing, features = range(len(lines), arguments.hp_search), None
+    missing, features, faults = range(len(lines), arguments.hp_search), None, Faults(data_arguments.on_error)
+    if missing:
+        check_posts(posts, model, processor, arguments, model_arguments.cache_features, faults)
     if missing and model_arguments.cache_features:
         posts, features = compute_features(arguments, model_arguments, model, processor, posts)
 
@@ -102,7 +105,7 @@ def search(
         own = copy.deepcopy(arguments)
         own.save_strategy, own.load_best_model_at_end, own.average_checkpoints = "no", False, 0
         set_loss(model, own, model_arguments, posts["train"])
-        trainer = make_trainer(own, model, processor, posts, features)
+        trainer = make_trainer(own, model, processor, posts, features, faults)
         trainer.model_init = fresh
         start = time.perf_counter()
         found = try_once(trainer, space, lines, arguments)

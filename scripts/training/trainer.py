@@ -6,6 +6,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ from typing import Any
 import datasets
 import torch
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, Trainer
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from clipcacg.modeling_clipcacg import layers_of_modules
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.faults import Faults
+from clipcacg.scripts.data.progress import Progress
 from clipcacg.scripts.training.arguments import RecipeArguments
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -112,22 +116,74 @@ class EarlyStopping(EarlyStoppingCallback):
         self.early_stopping_patience = args.early_stopping_patience
 
 
+class PostProgress(ProgressCallback):
+    """The Trainer's bars, in posts in place of steps."""
+
+    def on_train_begin(
+        self, args: RecipeArguments, state: TrainerState, control: Any, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            total = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            if has_length(train_dataloader):  # whose last batch may be smaller
+                per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+                total = round(len(train_dataloader.dataset) * state.max_steps / per_epoch)
+            self.training_bar = Progress(total, "training", initial=total * state.global_step // state.max_steps)
+
+    def on_step_end(self, args: RecipeArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.training_bar.update(
+                self.training_bar.total * state.global_step // state.max_steps - self.training_bar.n
+            )
+
+    def on_prediction_step(
+        self, args: RecipeArguments, state: TrainerState, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and has_length(eval_dataloader):
+            if self.prediction_bar is None:
+                total = len(eval_dataloader.dataset)
+                self.prediction_bar = Progress(total, "evaluating", is_part=self.training_bar is not None)
+            bar = self.prediction_bar
+            bar.update(min(args.eval_batch_size * args.world_size, bar.total - bar.n))
+
+
+def show_posts(trainer: Trainer) -> None:
+    """Let a Trainer that shows its progress show it in posts."""
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(PostProgress())
+
+
 class SentimentTrainer(Trainer):
     """The Trainer with the paper's optimizer and schedule, and a separate learning rate for the backbones.
 
     Logs the model's `contrastive_loss` and `modality_loss`, averaged over the steps since the last log as `loss` is.
+
+    Args:
+        faults: With `on_error="skip"`, it takes the posts that `PostCollator` replaces in training batches.
+        *args, **kwargs: As in `Trainer`.
     """
 
     args: RecipeArguments
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, faults: Faults | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        show_posts(self)
+        self.faults = faults or Faults()
         self.part_sums: dict[str, torch.Tensor] = {}
         self.part_steps: Counter[str] = Counter()
+
+    def get_train_dataloader(self) -> DataLoader:
+        collator = self.data_collator
+        if self.faults.on_error == "skip":
+            self.data_collator = replace(collator, replace_bad=True)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
+        self.faults.add(dict(inputs.pop("bad_posts", ())))
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         for name in ("contrastive_loss", "modality_loss"):
             part = getattr(outputs, name, None)

@@ -1,16 +1,26 @@
 """Labels are read from their values: what each kind of label column becomes, from loading to prediction."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
+from mvsa_folder import make_folder
+from transformers import pipeline
 
-from clipcacg.scripts.data import load_posts
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.scripts import train
+from clipcacg.scripts.data import load_mvsa, load_posts
 from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.data.labels import label_names, task_of
+from clipcacg.scripts.data.labels import align, check_classes, label_names, task_of
 from clipcacg.scripts.data.loading import DataArguments
+from clipcacg.scripts.evaluate_checkpoint import main as evaluate
+from clipcacg.scripts.predict import main as predict
+from clipcacg.scripts.training.metrics import best_threshold
+from clipcacg.scripts.training.run import balanced_weights
 
 TASKS = {
     "regression": "regression", "classes": "single_label_classification", "lists": "multi_label_classification"
@@ -119,3 +129,178 @@ def test_a_row_without_a_usable_label_is_named_or_left_out(
     posts = read(path, on_error="skip")
     assert len(posts) == 9 * len(good) and f"row {row} of {path}" in caplog.text
     assert posts["label"][:] == 9 * posts["label"][: len(good)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "task", "answer"),
+    [
+        ([{"is": 1}, {"is": 2}], "auto", "row 1 of .* has the label {'is': 1}. Labels are words, numbers, or lists"),
+        ([[["a"]], [["b"]]], "auto", r"row 1 of .* has the label \[\['a'\]\]. Labels are words, numbers, or lists"),
+        (["2020-01-01", "2020-01-02"], "auto", "row 1 of .* has the label datetime"),
+        ([None, None], "auto", "row 1 of .*: it has no label"),
+        ([[0, 1, 1], [1, 0, 0]], "auto", "lists of 0 and 1: give the names of each post's labels instead"),
+        (["bad", "good"], "regression", "its label 'bad' is a word, and --task regression needs numbers"),
+        ([["a"], ["b"]], "regression", r"its label \['a'\] is a list, and --task regression needs numbers"),
+    ],
+)
+def test_labels_that_no_model_can_learn_are_refused(labels: list[Any], task: str, answer: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=answer):
+        read(write(tmp_path / "posts.jsonl", labels), task=task)
+
+
+def test_a_flag_decides_what_numbers_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    whole, halves = write(tmp_path / "whole.csv", [3, 1, 2]), write(tmp_path / "halves.csv", [0.5, 10, 2])
+    assert label_names(read(whole)) == ["1", "2", "3"]
+    assert "whole numbers, read as classes: 1, 2, 3. --task regression reads values." in caplog.text
+    assert read(whole, task="regression")["label"][:] == [3, 1, 2]
+    assert label_names(read(halves)) is None
+    assert "are numbers, read as values. --task classification reads classes." in caplog.text
+    assert label_names(read(halves, task="classification")) == ["0.5", "2", "10"]
+    mixed = write(tmp_path / "mixed.jsonl", ["4+", 1, 2])
+    assert label_names(read(mixed, task="classification")) == ["1", "2", "4+"]
+    with pytest.raises(InputError, match="--task regression is for --dataset_name alone"):
+        DataArguments(data_dir="posts", task="regression")
+
+
+def test_variants_of_a_class_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read(write(tmp_path / "posts.csv", ["good", "GOOD", "good ", "good", "bad"]))
+    assert "differ only in case or spaces are one class: 'good' (2) = 'good ' (1) = 'GOOD' (1)" in caplog.text
+
+
+def declared(names: list[str], labels: list[Any]) -> datasets.Dataset:
+    label: Any = datasets.ClassLabel(names=names)
+    label = datasets.List(label) if isinstance(labels[0], list) else label
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    return datasets.Dataset.from_dict({"text": ["a"] * len(labels), "label": labels}, features=features)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "read_as"), [([0, 1], [0, 1], [1, 0]), ([[0], [1]], [[0, 1], [0]], [[0, 1], [1]])]
+)
+def test_classes_in_another_order_are_mapped_by_name(
+    train: list[Any], test: list[Any], read_as: list[Any], tmp_path: Path
+) -> None:
+    declared(["bad", "good"], train).to_parquet(tmp_path / "train.parquet")
+    declared(["good", "bad"], test).to_parquet(tmp_path / "test.parquet")
+    posts = load_posts(DataArguments(dataset_name=str(tmp_path)), "text")
+    assert label_names(posts["test"]) == label_names(posts["train"]) == ["bad", "good"]
+    assert posts["test"]["label"][:] == read_as
+    assert align(posts["test"], ["GOOD", "fair", "Bad "])["label"][:] == [
+        sorted(2 - 2 * i for i in label) if isinstance(label, list) else 2 - 2 * label for label in read_as
+    ]
+    with pytest.raises(InputError, match="The data has the labels good, the model bad, worse"):
+        align(posts["test"], ["bad", "worse"])
+
+
+def test_classes_that_a_split_lacks_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    names = ["bad", "fair", "good"]
+    posts = datasets.DatasetDict(train=declared(names, [0, 1, 1]), test=declared(names, [0, 2, 2]))
+    check_classes(posts)
+    assert "The train split has no post of good (2 in test): the model cannot learn it." in caplog.text
+    assert "The test split has no post of fair (2 in train): its scores do not cover it." in caplog.text
+    with pytest.raises(InputError, match="none of good: leave the flag out, or add posts"):
+        balanced_weights(posts["train"])
+    with pytest.raises(InputError, match="the label of all 2 training posts is fair"):
+        check_classes(datasets.DatasetDict(train=declared(names, [1, 1])))
+    values = datasets.Dataset.from_dict({"label": [0.5, 0.5]})
+    with pytest.raises(InputError, match="the label of all 2 training posts is 0.5"):
+        check_classes(datasets.DatasetDict(train=values))
+
+
+@pytest.mark.parametrize("header", ["text,image", "image,text", "Image, Text"])
+def test_the_header_of_mvsa_names_the_order_of_its_columns(header: str, tmp_path: Path) -> None:
+    make_folder(tmp_path / "posts", f"ID\t{header}\n1\tnegative,neutral\n2\tneutral,positive\n", ["1", "2"])
+    assert load_mvsa(tmp_path / "posts")["text_label"][0] == (0 if header == "text,image" else 1)
+    assert load_mvsa(tmp_path / "posts")["image_label"][1] == (2 if header == "text,image" else 1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "probabilities", "threshold"),
+    [
+        ([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], 0.25),
+        ([0, 1, 1], [0.7, 0.8, 0.9], 0.75),
+        ([0, 1, 1], [0.3, 0.8, 0.9], 0.5),
+        ([0, 0, 0], [0.3, 0.8, 0.9], 0.5),
+        ([1, 1], [0.2, 0.4], 0.1),
+    ],
+)
+def test_the_threshold_with_the_best_f1(labels: list[int], probabilities: list[float], threshold: float) -> None:
+    assert best_threshold(np.array(labels), np.array(probabilities)) == pytest.approx(threshold)
+
+
+def words(table: Path, backbones: Path, output: Path, more: str = "") -> list[str]:
+    """Flags of a short run on a table of texts."""
+    tiny = f"--modality text --text_model {backbones}/text --vision_model {backbones}/vision --hidden_size 16"
+    few = "--num_attention_heads 2 --num_train_epochs 2 --use_cpu --disable_tqdm True --dataloader_num_workers 0"
+    return f"--dataset_name {table} --output_dir {output} {tiny} {few} {more}".split()
+
+
+def save(path: Path, rows: list[tuple[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    return path
+
+
+def test_several_labels_per_post_from_training_to_prediction(
+    backbones: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    some: list[list[str]] = [["joy"], ["fun", "joy"], [], ["fun"], ["joy", "rare"]]
+    rows = [(f"so {' '.join(labels)} day {number}", labels) for number in range(20) for labels in some]
+    table, output = save(tmp_path / "posts.jsonl", rows), tmp_path / "model"
+    train.main(words(table, backbones, output, "--learning_rate 0.003"))
+    config = ClipCaCgConfig.from_pretrained(output)
+    assert config.task == "multi_label_classification" and config.label_names == ["fun", "joy", "rare"]
+    thresholds = dict(zip(config.label_names, config.label_thresholds, strict=True))
+
+    found = json.loads((output / "all_results.json").read_text())
+    assert 0 <= found["eval_f1_macro"] <= 1 and 0 < found["test_f1_micro"] <= 1
+    lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    hits = {label: 0 for label in thresholds}
+    for line in lines:
+        assert line["labels"] == [name for name, p in line["probabilities"].items() if p >= thresholds[name]]
+        for label in set(line["labels"]) & set(rows[int(line["id"]) - 1][1]):
+            hits[label] += 1
+    scores = found["test_per_class"]
+    assert {name: round(scores[name]["recall"] * scores[name]["support"]) for name in scores} == hits
+
+    # Both read the thresholds from the checkpoint.
+    evaluate([str(output), "--dataset_name", str(table), "--output", str(tmp_path / "scores.json")])
+    assert json.loads((tmp_path / "scores.json").read_text())["per_class"]["joy"]["support"] == 60
+    capsys.readouterr()
+    predict([str(output), "--text", "so joy"])
+    line = json.loads(capsys.readouterr().out)
+    assert line["labels"] == [name for name, p in line["probabilities"].items() if p >= thresholds[name]]
+    entries = pipeline("image-text-sentiment", model=str(output), trust_remote_code=True)({"text": "so joy"})
+    assert {entry["label"]: round(entry["score"], 6) for entry in entries} == line["probabilities"]
+    card = (output / "README.md").read_text()
+    assert f"rare {thresholds['rare']:.2f}." in card and "Micro F1" in card and "of which several can apply" in card
+    single = save(tmp_path / "single.jsonl", [("so good", "joy"), ("so bad", "fun")])
+    with pytest.raises(SystemExit, match="The data has one class per post, the model predicts lists of labels"):
+        evaluate([str(output), "--dataset_name", str(single), "--output", str(tmp_path / "no.json")])
+
+
+def test_a_checkpoint_remembers_its_task(backbones: Path, tmp_path: Path) -> None:
+    table = save(tmp_path / "posts.jsonl", [(f"so good {number}", number % 3) for number in range(30)])
+    train.main(words(table, backbones, tmp_path / "model", "--task regression"))
+    flags = [str(tmp_path / "model"), "--dataset_name", str(table), "--output", str(tmp_path / "scores.json")]
+    evaluate(flags)
+    assert json.loads((tmp_path / "scores.json").read_text())["mse"] > 0
+    with pytest.raises(SystemExit, match="--task classification: the checkpoint was trained for regression"):
+        evaluate([*flags, "--task", "classification"])
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_few_posts_and_classes_of_one_post_are_trained_on(count: int, backbones: Path, tmp_path: Path) -> None:
+    rows = [(f"so {number}", "bad" if number == 0 else "good") for number in range(count)]
+    train.main(words(save(tmp_path / "posts.jsonl", rows), backbones, tmp_path / "model"))
+    model = ClipCaCgConfig.from_pretrained(tmp_path / "model")
+    assert model.label_names == ["bad", "good"]
+    # The classes of a checkpoint keep their places, whatever the order and the spelling of the data's.
+    other = declared(["Good", "BAD"], [0, 1])
+    other.to_parquet(tmp_path / "other.parquet")
+    evaluate(f"{tmp_path}/model --dataset_name {tmp_path}/other.parquet --output {tmp_path}/scores.json".split())
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {name: row["support"] for name, row in scores["per_class"].items()} == {"bad": 1, "good": 1}
+    again = f"{tmp_path}/again --model_name_or_path {tmp_path}/model --use_cpu --max_steps 1 --learning_rate 0"
+    train.main(f"--dataset_name {tmp_path}/other.parquet --output_dir {again}".split())
+    assert ClipCaCgConfig.from_pretrained(tmp_path / "again").label_names == ["bad", "good"]

@@ -47,6 +47,14 @@ def test_random_split_is_stratified_and_seeded() -> None:
     assert list(split_mvsa(make_posts(["positive", "neutral"]))) == ["train"]
 
 
+def test_random_split_is_stratified_by_each_of_several_labels() -> None:
+    labels = [[name for name, every in (("a", 2), ("b", 5), ("c", 10)) if not row % every] for row in range(200)]
+    rows = random_split(labels, list(range(200)), seed=1)
+    for name, total in (("a", 100), ("b", 40), ("c", 20)):
+        counts = [sum(name in labels[row] for row in rows[split]) for split in ("train", "validation", "test")]
+        assert counts == pytest.approx([0.8 * total, 0.1 * total, 0.1 * total], abs=1)
+
+
 def test_a_table_of_the_same_posts_gets_the_same_random_split(posts_folder: Path, tmp_path: Path) -> None:
     """`--data_dir` and `--dataset_name` share one splitter."""
     dataset = load_mvsa(posts_folder)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,37 +66,46 @@ def faulty(posts_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("batch_size", ["1", "3", "64"])
-def test_a_broken_post_gets_a_line_with_its_error(
-    checkpoint: Path, faulty: Path, batch_size: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_broken_post_gets_a_line_with_its_error(checkpoint: Path, faulty: Path, batch_size: str) -> None:
     output = faulty.with_name("out.jsonl")
-    predict([str(checkpoint), "--input", str(faulty), "--output", str(output), "--batch_size", batch_size])
+    with pytest.raises(SystemExit, match="4 of 7 posts could not be read; their lines in .* more than a tenth"):
+        predict([str(checkpoint), "--input", str(faulty), "--output", str(output), "--batch_size", batch_size])
     found = lines(output)
     assert [line["id"] for line in found] == [f"post {number}" for number in range(1, 7)] + ["7"]
     assert ["error" in line for line in found] == [False, True, False, True, True, False, True]
     assert "2.jpg" in found[1]["error"] and "text" in found[3]["error"] and "5.jpg" in found[4]["error"]
     assert "line 7" in found[6]["error"]
-    assert "4 of 7 posts could not be read" in caplog.text
     alone = probabilities(checkpoint, faulty.parent / "6.jpg", "text 6")
     assert found[5]["probabilities"] == pytest.approx(alone, abs=1e-5)
 
 
-def test_it_fails_if_no_post_can_be_read(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "posts.csv").write_text("text,image\na,gone.png\nb,missing.png\n")
-    with pytest.raises(SystemExit, match="None of 2 posts could be read; their lines in .*out.jsonl say why"):
-        predict([str(checkpoint), "--input", str(tmp_path / "posts.csv"), "--output", str(tmp_path / "out.jsonl")])
-    assert ["error" in line for line in lines(tmp_path / "out.jsonl")] == [True, True]
+def test_a_tenth_of_broken_posts_is_a_warning_and_on_error_raise_stops(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
+    (tmp_path / "posts.csv").write_text("text,image\n" + "a,red.png\n" * 9 + "b,gone.png\n")
+    flags = [str(checkpoint), "--input", str(tmp_path / "posts.csv"), "--num_workers", "0", "--output"]
+    predict([*flags, str(tmp_path / "out.jsonl")])
+    assert "1 of 10 posts could not be read" in caplog.text
+    with pytest.raises(SystemExit, match="posts.csv, post 10: .*gone.png"):
+        predict([*flags, str(tmp_path / "raise.jsonl"), "--on_error", "raise"])
+    assert len(lines(tmp_path / "raise.jsonl")) == 9
 
 
 def test_an_interrupted_run_continues(checkpoint: Path, faulty: Path) -> None:
     output = faulty.with_name("out.jsonl")
     arguments = [str(checkpoint), "--input", str(faulty), "--output", str(output)]
-    predict([*arguments, "--max_samples", "2"])
+
+    def run(*more: str) -> None:
+        with suppress(SystemExit):  # more than a tenth of the posts is broken
+            predict([*arguments, *more])
+
+    run("--max_samples", "2")
     assert [line["id"] for line in lines(output)] == ["post 1", "post 2"]
-    predict(arguments)
+    run()
     whole = output.read_text()
     output.write_text(whole[: whole.index("post 4") + 3])  # in the middle of the fourth line
-    predict(arguments)
+    run()
     assert lines(output) == [json.loads(line) for line in whole.splitlines()]
     predict(arguments)
     assert len(lines(output)) == 7
@@ -115,8 +125,8 @@ def test_errors_in_the_input_end_in_one_sentence(
     for flags, message in (
         ([], "Give one post"),
         (["--input", str(tmp_path / "nothing.csv")], "nothing.csv"),
-        (["--input", str(tmp_path / "posts.xls")], "posts.xls is neither a folder nor a .csv or .jsonl file"),
-        (["--input", str(tmp_path / "empty")], "empty holds neither <ID>.jpg nor <ID>.txt"),
+        (["--input", str(tmp_path / "posts.xls")], "posts.xls is not a table that can be read"),
+        (["--input", str(tmp_path / "empty")], "empty cannot be read as a data set"),
         (taken, "out.jsonl cannot be written"),
         (["--text", "alone"], "needs image, which this post does not have"),
     ):
@@ -160,14 +170,17 @@ def test_odd_rows(checkpoint: Path, tmp_path: Path) -> None:
         b"a,missing.png,",
     ]
     (tmp_path / "posts.csv").write_bytes(b"\n".join(rows) + b"\n")
-    predict([str(checkpoint), "--input", str(tmp_path / "posts.csv"), "--output", str(tmp_path / "out.jsonl")])
+    with pytest.raises(SystemExit, match="1 of 4 posts"):
+        predict([str(checkpoint), "--input", str(tmp_path / "posts.csv"), "--output", str(tmp_path / "out.jsonl")])
     found = lines(tmp_path / "out.jsonl")
     assert ["label" in line for line in found] == [True, True, True, False]
     assert [line["id"] for line in found] == ["1", "2", "3", "4"] and "missing.png" in found[3]["error"]
-    table = b'{"id": "\\ud800", "text": "a", "image": "red.png"}\n\n{"text": "b", "image": "red.png"}\n'
+    table = b'{"text": "\\ud800", "image": "red.png"}\n\n{"text": "b", "image": "red.png"}\n'
     (tmp_path / "posts.jsonl").write_bytes(table)
-    predict([str(checkpoint), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "two.jsonl")])
-    assert [line["id"] for line in lines(tmp_path / "two.jsonl")] == ["\ud800", "3"]
+    with pytest.raises(SystemExit, match="1 of 2 posts"):
+        predict([str(checkpoint), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "two.jsonl")])
+    found = lines(tmp_path / "two.jsonl")
+    assert [line["id"] for line in found] == ["1", "2"] and "surrogates not allowed" in found[0]["error"]
 
 
 def test_bf16_is_close_and_not_mixed_with_float32(

@@ -423,7 +423,11 @@ def test_the_smoke_test_of_both_tables(tmp_path: Path) -> None:
     pytest.importorskip("vaderSentiment")
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *"--smoke --seeds 42 --num_train_epochs 1".split()],
+        [
+            sys.executable,
+            str(SCRIPT),
+            *"--smoke --seeds 42 --num_train_epochs 1 --max_train_samples 48 --max_eval_samples 24".split(),
+        ],
         cwd=tmp_path,
         check=True,
         capture_output=True,

@@ -74,7 +74,7 @@ def test_every_setting_that_yields_is_tested() -> None:
         assert {(setting, flag) for flag in (*overridden, *needed)} <= pairs
 
 
-@pytest.mark.parametrize("name", ["mvsa_single", "mvsa_single_best", "mvsa_single_offline_full"])
+@pytest.mark.parametrize("name", ["mvsa_single", "mvsa_single_best"])
 def test_every_setting_of_a_recipe_can_be_changed_by_its_flag(name: str) -> None:
     config = SCRIPTS / f"configs/{name}.yaml"
     other = {
@@ -273,6 +273,7 @@ def stopped(own: Path, backbones: Path) -> Any:
     return train_and_count
 
 
+@pytest.mark.slow
 def test_a_resumed_run_follows_a_changed_patience(stopped: Any, own: Path) -> None:
     resume = ["--resume_from_checkpoint", str(own.parent / "out/checkpoint-2"), "--early_stopping_patience"]
     assert stopped("--early_stopping_patience", "2") == 3

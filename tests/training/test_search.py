@@ -69,6 +69,7 @@ def test_the_best_trial_is_trained_again_and_saved(own: Path, backbones: Path, t
     assert not list(output.glob("run-*"))
 
 
+@pytest.mark.slow
 def test_a_killed_search_continues_as_if_it_had_not_been(own: Path, backbones: Path, tmp_path: Path) -> None:
     made, whole, _ = search_in(tmp_path / "whole", own, backbones, "--hp_search", "3")
     lines = (tmp_path / "whole" / TRIALS_FILE).read_text().splitlines(keepends=True)

@@ -43,6 +43,19 @@ def test_scores_by_hand(classes: evaluate.Metric) -> None:
     )
 
 
+def test_several_labels_by_hand() -> None:
+    metric = evaluate.load(METRIC, "multilabel", keep_in_memory=True)
+    true, predicted = [[1, 0, 1], [0, 1, 0], [0, 0, 0]], [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+    result = metric.compute(predictions=predicted, references=true, label_names=NAMES)
+    # By hand: 2 right decisions for a label, 2 wrong ones, 1 missed; F1 of the labels 2/3, 2/3 and 0.
+    assert result["f1_micro"] == pytest.approx(4 / 7) and result["f1_macro"] == pytest.approx(4 / 9)
+    assert result["per_class"]["neutral"] == pytest.approx(
+        {"precision": 1 / 2, "recall": 1.0, "f1": 2 / 3, "support": 1}
+    )
+    with pytest.raises(ValueError, match="from 0 to 1, got 0.5"):
+        metric.compute(predictions=[[0.5]], references=[[1]])
+
+
 def test_absent_class_counts_zero_without_warnings(classes: evaluate.Metric) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

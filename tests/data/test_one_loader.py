@@ -1,0 +1,170 @@
+"""train.py, evaluate_checkpoint.py and predict.py read the same posts of the same source, whatever its format."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from hub_server import HubServer, Repo
+from inputs import SCRIPTS, results
+from PIL import Image
+
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.scripts import evaluate_checkpoint, predict, train
+from clipcacg.scripts.data import streaming
+
+SPLITS = {"train": 30, "validation": 8, "test": 8}
+BAD = {"train": 3, "test": 5}  # row with an image that only decoding shows to be broken
+
+
+def image(number: int, broken: bool) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    pixels[..., number % 2] = 255
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    content[len(content) // 2] ^= 255 * broken
+    return bytes(content)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same posts as folders of Parquet, CSV and JSON lines, and the repository hub."""
+    folder = tmp_path_factory.mktemp("sources")
+    for kind in ("parquet", "csv", "jsonl"):
+        (folder / kind).mkdir()
+    (folder / "images").mkdir()
+    for split, size in SPLITS.items():
+        rows = []
+        for row in range(1, size + 1):
+            content = image(row, BAD.get(split) == row)
+            (folder / f"images/{split}{row}.png").write_bytes(content)
+            label = ("bad", "good")[row % 2]
+            rows.append({"title": "NA", "tweet": f"a {label} day {row}", "photo": content, "mood": label})
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"parquet/{split}.parquet")
+        named = [row | {"photo": f"../images/{split}{number}.png"} for number, row in enumerate(rows, start=1)]
+        datasets.Dataset.from_list(named).to_csv(folder / f"csv/{split}.csv")
+        datasets.Dataset.from_list(named).to_json(folder / f"jsonl/{split}.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(sources: Path, backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained") / "run"
+    names = [word for part in ("text", "vision", "clip") for word in (f"--{part}_model", str(backbones / part))]
+    train.main(
+        [
+            str(SCRIPTS / "configs/sample.yaml"), "--dataset_name", str(sources / "parquet"), "--text_column", "title",
+            "tweet", "--image_column", "photo", "--label_column", "mood", "--output_dir", str(output), *names,
+            "--num_train_epochs", "1", "--hidden_size", "32", "--num_attention_heads", "4", "--on_error", "skip",
+            "--disable_tqdm", "True", "--use_cpu",
+        ]
+    )  # fmt: skip
+    return output
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_training_on_a_stream(kind: str, sources: Path, trained: Path, tmp_path: Path) -> None:
+    flags = ["--text_column", "tweet", "--image_column", "photo", "--label_column", "mood", "--use_cpu"]
+    source = ["--dataset_name", str(sources / kind), "--model_name_or_path", str(trained), "--max_train_samples", "20"]
+    output = ["--output_dir", str(tmp_path), "--per_device_train_batch_size", "4", "--num_train_epochs", "2"]
+    train.main([str(SCRIPTS / "configs/sample.yaml"), *source, *flags, *output, "--streaming", "--on_error", "skip"])
+    found = results(tmp_path)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 10 and state["epoch"] == 2
+    assert found["skipped_posts"] == 2 and len(lines(tmp_path / "predictions.jsonl")) == 7
+    with pytest.raises(SystemExit, match="--cache_features needs all training posts"):
+        train.main([*source, *flags, *output, "--streaming", "--cache_features", "--freeze_text"])
+    with pytest.raises(SystemExit, match="--streaming is for train.py and predict.py"):
+        evaluate_checkpoint.main([str(trained), *source[:2], "--streaming", "--output", str(tmp_path / "scores.json")])
+
+
+def test_a_stream_has_its_labels_and_an_order_of_its_own_in_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "BUFFER", 5)
+    rows = datasets.Dataset.from_dict({"row": range(1, 21), "text": [f"text {row}" for row in range(1, 21)]})
+    labels = datasets.Dataset.from_dict({"row": range(2, 20, 2), "label": [row % 3 for row in range(2, 20, 2)]})
+    posts = streaming.PostStream(rows.to_iterable_dataset(), labels, seed=0)
+    orders = []
+    for epoch in (0, 1, 0):
+        posts.set_epoch(epoch)
+        found = list(posts)
+        assert sorted(post["row"] for post in found) == list(range(2, 20, 2)) and len(posts) == 9
+        assert all(post["label"] == post["row"] % 3 and post["text"] == f"text {post['row']}" for post in found)
+        orders.append([post["row"] for post in found])
+    assert orders[0] == orders[2] != orders[1]
+
+
+def lines(path: Path) -> dict[str, dict[str, Any]]:
+    return {line["id"]: line for line in map(json.loads, path.read_text().splitlines())}
+
+
+def test_a_post_that_fails_when_it_is_decoded_is_left_out_and_counted(trained: Path) -> None:
+    found = results(trained)
+    assert found["skipped_posts"] == 2
+    assert [row.split(":")[0] for row in found["skipped_first"]] == ["post test-5 of the test split", "post train-3"]
+    assert all("cannot be read as an image" in row for row in found["skipped_first"])
+    assert len(lines(trained / "predictions.jsonl")) == 7
+    config = ClipCaCgConfig.from_pretrained(trained)
+    assert config.text_columns == ["title", "tweet"] and config.image_column == "photo"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "hub"])
+def test_the_three_commands_give_the_same_scores(
+    kind: str, sources: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HubServer(tmp_path / "hub", {}) as hub, hub.used_here():
+        files = {f"data/{path.name}": hub.store(path.read_bytes()) for path in (sources / "parquet").iterdir()}
+        hub.repos["datasets", "user/posts"] = repo = Repo(private=False)
+        repo.commit("main", files, "posts")
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            datasets.config, "HUB_DATASETS_URL", hub.url + "/datasets/{repo_id}/resolve/{revision}/{path}"
+        )
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        source = "user/posts" if kind == "hub" else str(sources / kind)
+        scores = tmp_path / "scores.json"
+        evaluate_checkpoint.main(
+            [
+                str(trained),
+                "--dataset_name",
+                source,
+                "--label_column",
+                "mood",
+                "--on_error",
+                "skip",
+                "--output",
+                str(scores),
+            ]
+        )
+        for name, more in (("whole", []), ("stream", ["--streaming"])):
+            with pytest.raises(SystemExit, match="1 of 8 posts could not be read"):
+                predict.main([str(trained), "--input", source, "--output", str(tmp_path / name), *more])
+    expected = lines(trained / "predictions.jsonl")
+    for name in ("whole", "stream"):
+        found = lines(tmp_path / name)
+        assert "cannot be read as an image" in found.pop("test-5")["error"]
+        assert found.keys() == expected.keys()
+        for post_id, line in found.items():
+            assert line["probabilities"] == pytest.approx(expected[post_id]["probabilities"], abs=1e-5)
+    evaluated = json.loads(scores.read_text())
+    assert evaluated["posts"] == 7 and evaluated["skipped_posts"] == 1
+    assert evaluated["accuracy"] == results(trained)["test_accuracy"]
+
+
+def test_a_stream_stops_at_the_limit_continues_and_names_what_it_cannot_parse(
+    sources: Path, trained: Path, tmp_path: Path
+) -> None:
+    flags = [str(trained), "--input", str(sources / "csv"), "--split", "validation", "--streaming", "--output"]
+    predict.main([*flags, str(tmp_path / "out"), "--max_samples", "3"])
+    assert list(lines(tmp_path / "out")) == ["validation-1", "validation-2", "validation-3"]
+    predict.main([*flags, str(tmp_path / "out"), "--batch_size", "2"])
+    assert list(lines(tmp_path / "out")) == [f"validation-{row}" for row in range(1, 9)]
+    broken = tmp_path / "posts.jsonl"
+    broken.write_text('{"tweet": "a", "title": "b", "photo": "x.png"}\n{"tweet":\n')
+    with pytest.raises(SystemExit, match="posts.jsonl cannot be read as a data set"):
+        predict.main(
+            [str(trained), "--input", str(tmp_path / "posts.jsonl"), "--streaming", "--output", str(tmp_path / "b")]
+        )

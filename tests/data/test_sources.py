@@ -1,0 +1,327 @@
+"""Tables, folders and data sets of every kind give the same posts, and a bad row is named or left out."""
+
+import base64
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.faults import Faults
+from clipcacg.scripts.data.images import image_bytes
+from clipcacg.scripts.data.loading import ColumnArguments, DataArguments, load_posts, load_to_predict
+
+Rows = list[dict[str, Any]]
+# What pandas would read as empty cells, numbers and truth values.
+TEXTS = [
+    "NA",
+    "null",
+    "123",
+    "007",
+    "1e5",
+    "True",
+    "None",
+    "nan",
+    ' so, "good" ',
+    "two\nlines",
+    "#N/A",
+    "été",
+    "x",
+    "y",
+]
+COUNT = len(TEXTS)
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Rows:
+    """Fourteen posts, whose images lie in the folder photos."""
+    (tmp_path / "photos").mkdir()
+    for number in range(COUNT):
+        (tmp_path / f"photos/{number}.png").write_bytes(png(number))
+    labels = ["bad", "good"] * (COUNT // 2)
+    return [
+        {"id": f"0{number}", "text": text, "image": f"photos/{number}.png", "label": label}
+        for number, (text, label) in enumerate(zip(TEXTS, labels, strict=True))
+    ]
+
+
+def table(rows: Rows) -> datasets.Dataset:
+    return datasets.Dataset.from_list(rows)
+
+
+def by_split(rows: Rows, folder: Path, write: Callable[[Rows, Path], Any]) -> None:
+    """Write the first eight rows as training, and three each for validation and test."""
+    for name, part in (("train", rows[:8]), ("dev", rows[8:11]), ("test", rows[11:])):
+        write(part, folder / name)
+
+
+def with_bytes(rows: Rows, folder: Path) -> Rows:
+    return [row | {"image": (folder / row["image"]).read_bytes()} for row in rows]
+
+
+def metadata(rows: Rows, folder: Path, suffix: str) -> None:
+    """An imagefolder: per split a folder with the images and a table that names them."""
+    photos = folder.parents[1]
+    folder.mkdir(parents=True)
+    named = [{k: v for k, v in row.items() if k != "image"} | {"file_name": Path(row["image"]).name} for row in rows]
+    for row in rows:
+        (folder / Path(row["image"]).name).write_bytes((photos / row["image"]).read_bytes())
+    (table(named).to_csv if suffix == "csv" else table(named).to_json)(folder / f"metadata.{suffix}")
+
+
+def to_arrow(rows: Rows, path: Path) -> None:
+    table(rows).save_to_disk(path.with_suffix(""))
+    next(path.with_suffix("").glob("*.arrow")).rename(path)
+
+
+def up(rows: Rows) -> Rows:
+    """The same rows for a folder beside the images."""
+    return [row | {"image": f"../{row['image']}"} for row in rows]
+
+
+WHOLE: dict[str, Callable[[Rows, Path], Any]] = {
+    "posts.csv": lambda rows, path: table(rows).to_csv(path),
+    "posts.tsv": lambda rows, path: table(rows).to_csv(path, sep="\t"),
+    "posts.csv.gz": lambda rows, path: (
+        table(rows).to_csv(path.with_suffix("")),
+        path.write_bytes(gzip.compress(path.with_suffix("").read_bytes())),
+    ),
+    "posts.CSV": lambda rows, path: table(rows).to_csv(path),
+    "bom.csv": lambda rows, path: table(rows).to_csv(path, encoding="utf-8-sig"),
+    "posts.jsonl": lambda rows, path: table(rows).to_json(path),
+    "bom.jsonl": lambda rows, path: path.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8-sig"),
+    "posts.jsonl.gz": lambda rows, path: path.write_bytes(
+        gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    ),
+    "posts.json": lambda rows, path: path.write_text(json.dumps(rows, indent=1)),
+    "posts.parquet": lambda rows, path: table(rows).to_parquet(path),
+    "posts.arrow": to_arrow,
+    "bytes.parquet": lambda rows, path: table(with_bytes(rows, path.parent)).to_parquet(path),
+    "saved": lambda rows, path: table(with_bytes(rows, path.parent)).save_to_disk(path),
+}
+SPLIT: dict[str, Callable[[Rows, Path], Any]] = {
+    "csv": lambda rows, path: by_split(up(rows), path, lambda part, to: table(part).to_csv(f"{to}.csv")),
+    "tsv": lambda rows, path: by_split(up(rows), path, lambda part, to: table(part).to_csv(f"{to}.tsv", sep="\t")),
+    "jsonl": lambda rows, path: by_split(up(rows), path, lambda part, to: table(part).to_json(f"{to}.jsonl")),
+    "parquet": lambda rows, path: by_split(
+        with_bytes(rows, path.parent), path / "data", lambda part, to: table(part).to_parquet(f"{to}-0-of-1.parquet")
+    ),
+    "folders": lambda rows, path: by_split(
+        up(rows), path, lambda part, to: (to.mkdir(), table(part).to_csv(to / "posts.csv"))
+    ),
+    "metadata_jsonl": lambda rows, path: by_split(rows, path, lambda part, to: metadata(part, to, "jsonl")),
+    "metadata_csv": lambda rows, path: by_split(rows, path, lambda part, to: metadata(part, to, "csv")),
+}  # fmt: skip
+
+
+def contents(dataset: datasets.Dataset) -> list[tuple[str, str, bytes]]:
+    return [(row["id"], row["text"], image_bytes(row["image"])) for row in dataset]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_table_of_any_format_holds_the_same_posts(name: str, rows: Rows, tmp_path: Path) -> None:
+    WHOLE[name](rows, tmp_path / name)
+    expected = [(row["id"], row["text"], png(number)) for number, row in enumerate(rows)]
+    posts = load_posts(DataArguments(dataset_name=str(tmp_path / name), splits=None))
+    assert list(posts) == ["test"] and contents(posts["test"]) == expected
+    assert posts["test"].features["label"].names == ["bad", "good"]
+    assert contents(load_to_predict(ColumnArguments(), str(tmp_path / name), "test", ClipCaCgConfig())) == expected
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_folder_of_any_format_has_its_splits(name: str, rows: Rows, tmp_path: Path) -> None:
+    (tmp_path / name / "data").mkdir(parents=True)
+    SPLIT[name](rows, tmp_path / name)
+    expected = [(row["id"], row["text"], png(number)) for number, row in enumerate(rows)]
+    posts = load_posts(DataArguments(dataset_name=str(tmp_path / name)))
+    assert [*map(len, posts.values())] == [8, 3, 3] and list(posts) == ["train", "validation", "test"]
+    assert [row for part in posts.values() for row in contents(part)] == expected
+    found = load_to_predict(ColumnArguments(), str(tmp_path / name), "validation", ClipCaCgConfig())
+    assert contents(found) == expected[8:11]
+
+
+URL = "https://example.org/1.png"
+IMAGES: dict[str, tuple[Callable[[Path], Any], Any]] = {
+    "relative path": (lambda folder: "photos/1.png", png(1)),
+    "absolute path": (lambda folder: str(folder / "photos/1.png"), png(1)),
+    "URL": (lambda folder: URL, URL),
+    "bytes": (lambda folder: png(1), png(1)),
+    "path and bytes": (lambda folder: {"path": None, "bytes": png(1)}, png(1)),
+    "base64": (lambda folder: base64.b64encode(png(1)).decode(), png(1)),
+    "data URI": (lambda folder: "data:image/png;base64," + base64.b64encode(png(1)).decode(), png(1)),
+    "list of paths": (lambda folder: ["photos/1.png", "photos/2.png"], png(1)),
+    "list of bytes": (lambda folder: [png(1)], png(1)),
+    "PIL image": (lambda folder: Image.open(folder / "photos/1.png"), png(1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_an_image_column_of_any_kind(kind: str, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make, expected = IMAGES[kind]
+    table([row | {"image": make(tmp_path)} for row in rows]).to_parquet(tmp_path / "posts.parquet")
+    found = load_posts(DataArguments(dataset_name=str(tmp_path / "posts.parquet"), splits=None))["test"]["image"]
+    if expected == URL:
+        assert {image["path"] for image in found} == {URL}
+    else:
+        assert {Image.open(io.BytesIO(image_bytes(image))).getpixel((0, 0)) for image in found} == {(1, 0, 0)}
+    assert ("14 rows of" in caplog.text and "several images" in caplog.text) == (kind == "list of paths")
+
+
+@pytest.mark.parametrize(
+    ("cells", "joined"),
+    [
+        ({"title": "Sea", "caption": "so blue"}, "Sea so blue"),
+        ({"title": None, "caption": "so blue"}, "so blue"),
+        ({"title": 123, "caption": "x"}, "123 x"),
+        ({"title": True, "caption": "x"}, "True x"),
+        ({"title": "", "caption": ""}, ""),
+    ],
+)
+def test_several_text_columns_are_joined(cells: dict[str, Any], joined: str, rows: Rows, tmp_path: Path) -> None:
+    rows = [{**cells, "label": row["label"]} for row in rows]
+    (tmp_path / "posts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = DataArguments(
+        dataset_name=str(tmp_path / "posts.jsonl"), text_column=["title", "caption"], splits=None
+    )
+    assert set(load_posts(arguments, "text")["test"]["text"]) == {joined}
+    remembered = ClipCaCgConfig(modality="text", text_columns=["title", "caption"])
+    found = load_to_predict(ColumnArguments(), str(tmp_path / "posts.jsonl"), "test", remembered)
+    assert set(found["text"]) == {joined} and found["id"][:3] == ["1", "2", "3"]
+
+
+def test_columns_of_the_checkpoint_give_way_to_flags_and_to_the_usual_names(rows: Rows, tmp_path: Path) -> None:
+    table([{**row, "title": "t", "photo": row["image"]} for row in rows]).to_csv(tmp_path / "posts.csv")
+    source = str(tmp_path / "posts.csv")
+    for columns, expected in (
+        ({"text_columns": ["title"], "image_column": "photo"}, "t"),
+        ({"text_columns": ["headline"], "image_column": "picture"}, "NA"),  # which the table has not
+    ):
+        assert load_to_predict(ColumnArguments(), source, "test", ClipCaCgConfig(**columns))["text"][0] == expected
+    flags = ColumnArguments(text_column=["id"])
+    assert load_to_predict(flags, source, "test", ClipCaCgConfig(text_columns=["title"]))["text"][0] == "00"
+
+
+def test_splits_of_any_name(rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = {"train_split": "2019", "validation_split": "2020", "test_split": "hold-out"}
+    (tmp_path / "years").mkdir()
+    for name, part in (("2019", rows[:8]), ("2020", rows[8:11]), ("hold-out", rows[11:])):
+        table(up(part)).to_csv(tmp_path / f"years/posts {name}.csv")
+    posts = load_posts(DataArguments(dataset_name=str(tmp_path / "years"), **names))
+    assert [*map(len, posts.values())] == [8, 3, 3]
+    dataset = table(with_bytes(rows, tmp_path))
+    datasets.DatasetDict(a=dataset, b=dataset.select(range(2)), c=dataset).save_to_disk(tmp_path / "saved")
+    arguments = DataArguments(dataset_name=str(tmp_path / "saved"), train_split="a", test_split="b")
+    assert set(load_posts(arguments)) == {"train", "validation", "test"} and "split c of" in caplog.text
+    for flags, message in (
+        ({"train_split": "z"}, "--train_split z: .* has the splits a, b, c"),
+        ({}, "has the splits a, b, c: name those to use with --train_split"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_posts(DataArguments(dataset_name=str(tmp_path / "saved"), **flags))
+    with pytest.raises(InputError, match="--test_split 1999: no table of .* has this name"):
+        load_posts(DataArguments(dataset_name=str(tmp_path / "years"), test_split="1999"))
+    with pytest.raises(InputError, match="--test_split x: .* is one file without splits"):
+        load_posts(DataArguments(dataset_name=str(tmp_path / "years/posts 2019.csv"), test_split="x"))
+
+
+def test_a_data_set_of_several_configs_lists_them(rows: Rows, tmp_path: Path) -> None:
+    for name, part in (("english", rows[:10]), ("german", rows[10:])):
+        table(with_bytes(part, tmp_path)).to_parquet(tmp_path / f"hub/{name}/test.parquet")
+    configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("english", "german"))
+    (tmp_path / "hub/README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    source = {"dataset_name": str(tmp_path / "hub"), "splits": None}
+    assert len(load_posts(DataArguments(dataset_config="german", **source))["test"]) == 4
+    for flags, message in (({}, "has several configs"), ({"dataset_config": "french"}, "has no config french")):
+        with pytest.raises(InputError, match=f"{message}: name one with --dataset_config. Choices: english, german."):
+            load_posts(DataArguments(**source, **flags))
+    table(rows).to_csv(tmp_path / "posts.csv")
+    with pytest.raises(InputError, match="--dataset_config german: .* has no configs"):
+        load_posts(DataArguments(dataset_name=str(tmp_path / "posts.csv"), dataset_config="german"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("posts.xls", b"", "is not a table that can be read. Allowed: .csv, .tsv"),
+        ("posts.csv", b"", "cannot be read as a data set"),
+        ("posts.csv", b"id,text\n", "cannot be read as a data set"),
+        ("posts.parquet", b"PAR1", "cannot be read as a data set"),
+        ("posts.jsonl", b"[1]\n", "has no column label, image; it has text"),
+        ("gone.csv", None, "There is no file .*gone.csv"),
+        ("posts.csv", b"text,label\na,b\n", "has no column image; it has text, label"),
+        ("posts.jsonl", b'{"image": 1, "text": "a", "label": 1}\n', "column image of .* holds no images, but Value"),
+        ("posts.jsonl", b'{"image": "x", "text": ["a"], "label": 1}\n', "column text of .* holds no texts, but List"),
+    ],
+)  # fmt: skip
+def test_a_source_that_cannot_be_read_is_one_sentence(
+    name: str, content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        load_posts(DataArguments(dataset_name=str(tmp_path / name)))
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+BAD_ROWS = {
+    "missing file": ("csv", {"image": "photos/gone.png"}, "missing image: .*photos/gone.png"),
+    "no image": ("csv", {"image": ""}, "it has no image"),
+    "a page": ("csv", {"image": "page.png"}, "broken image: .*page.png: UnidentifiedImageError"),
+    "half an image": ("csv", {"image": "half.png"}, "broken image: .*half.png"),
+    "a folder": ("csv", {"image": "photos"}, "missing image: .*photos"),
+    "null": ("jsonl", {"image": None}, "it has no image"),
+    "broken bytes": ("parquet", {"image": b"no image"}, "broken image: image: UnidentifiedImageError"),
+    "no bytes": ("parquet", {"image": None}, "it has no image"),
+    "no JSON": ("jsonl", b'{"text": "a", "image"', "line 3: "),
+    "a number": ("jsonl", b"7", "line 3: it is no JSON object"),
+    "half a character": ("jsonl", b'{"text": "\\ud800", "image": "photos/1.png", "label": "bad"}', "line 3: "),
+    "too many cells": ("csv", b"2,a,photos/1.png,good,more", "line 4: it has 5 cells, the header 4"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_bad_row_is_named_or_left_out(
+    kind: str, rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    suffix, bad, reason = BAD_ROWS[kind]
+    (tmp_path / "page.png").write_text("<html>404</html>")
+    (tmp_path / "half.png").write_bytes(png(1)[:40])
+    path = tmp_path / f"posts.{suffix}"
+    rows = [row | {"text": "a"} for row in rows]
+    rows = with_bytes(rows, tmp_path) if suffix == "parquet" else rows
+    rows[2] |= bad if isinstance(bad, dict) else {}
+    write = {"csv": table(rows).to_csv, "jsonl": table(rows).to_json, "parquet": table(rows).to_parquet}[suffix]
+    write(path)
+    if isinstance(bad, bytes):
+        lines = path.read_bytes().splitlines()
+        lines[2 + (suffix == "csv")] = bad
+        path.write_bytes(b"\n".join(lines) + b"\n")
+    arguments = DataArguments(dataset_name=str(path), splits=None)
+    with pytest.raises(InputError, match=f"posts.{suffix}(.|\n)*{reason}") as error:
+        load_posts(arguments)
+    assert "row 3 of" in str(error.value) or "line" in str(error.value)
+    arguments.on_error, faults = "skip", Faults("skip")
+    assert load_posts(arguments, faults=faults)["test"]["id"][:] == [r["id"] for r in rows if r is not rows[2]]
+    assert faults.summary()["skipped_posts"] == 1 and "1 bad rows, left out" in caplog.text
+    assert faults.summary()["skipped_first"][0].startswith(f"row 3 of {path}: ")
+
+
+def test_more_than_a_tenth_of_bad_rows_is_an_error(rows: Rows, tmp_path: Path) -> None:
+    for row in rows[:2]:
+        row["image"] = "gone.png"
+    table(rows).to_csv(tmp_path / "posts.csv")
+    with pytest.raises(InputError, match="2 bad rows, more than a tenth of the 14 rows"):
+        load_posts(DataArguments(dataset_name=str(tmp_path / "posts.csv"), on_error="skip"))
