@@ -171,6 +171,7 @@ def build(
     if arguments.model_name_or_path:
         model, processor = load_checkpoint(
             arguments.model_name_or_path,
+            arguments.text_trust_remote_code or arguments.vision_trust_remote_code,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             class_weights=None,
