@@ -38,6 +38,7 @@ class EvaluationArguments:
         default=None, metadata={"help": "Score the posts as if none of them had an image, or a text."}
     )
     batch_size: int = field(default=64, metadata={"help": "Posts in a batch, per device."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that the checkpoint holds."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence(argv):
         checkpoint, data_arguments, arguments = parse_arguments(argv, EvaluationArguments, __doc__.partition("\n")[0])
         check_output(Path(arguments.output))
-        model, processor = load_checkpoint(checkpoint)
+        model, processor = load_checkpoint(checkpoint, arguments.trust_remote_code)
         faults = Faults(data_arguments.on_error)
         posts = labelled_posts(model, processor, data_arguments, arguments.split, faults)
         if arguments.withhold:

@@ -51,7 +51,7 @@ LOADING_FLAGS = {
     "subfolder": "Folder inside --{0}_model.",
     "token": "Access token for --{0}_model; not stored.",
     "cache_dir": "Folder for the download of --{0}_model.",
-    "trust_remote_code": "Run the code that --{0}_model brings.",
+    "trust_remote_code": "Run the code that --{0}_model, or this encoder of --model_name_or_path, brings.",
 }
 
 LoadingArguments = dataclasses.make_dataclass(
