@@ -67,7 +67,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -83,6 +83,8 @@ from transformers.utils import (
 
 from .configuration_clipcacg import (
     LOADING_KEYWORDS,
+    LOADING_OPTIONS,
+    MODEL_CLASS,
     PADDED_DUAL_ENCODERS,
     ClipCaCgConfig,
     check_keywords,
@@ -479,7 +481,7 @@ class EncoderFacts(NamedTuple):
     max_tokens: int | None
 
 
-ENCODER_FACTS: dict[tuple[str, str], EncoderFacts] = {}  # by part and config: a ResNet-50 takes half a second
+ENCODER_FACTS: dict[tuple[str, type, str], EncoderFacts] = {}  # by part and config: a ResNet-50 takes half a second
 # Fields of vision encoders that return more tokens than regions, or tokens without a place in the image.
 NOT_REGIONS = ("num_queries", "num_detection_tokens", "num_output_groups")
 MOST_PREFIX_TOKENS = 16
@@ -493,9 +495,15 @@ def encoder_facts(config: Any, part: str) -> EncoderFacts:
         part: "text", "vision", "clip.text" or "clip.vision".
 
     Raises:
-        ValueError: If the encoder does not turn token ids into token states, or an image into a map of regions.
+        ValueError: If the encoder does not turn token ids into token states, or an image into a map of regions, or has
+            code that may not run.
     """
-    key = part, config.to_json_string(use_diff=False)
+    if hasattr(config, "custom_code_fields"):
+        raise ValueError(
+            f"The encoder {config.model_type!r} has code of its own, which the checkpoint holds: to run it, load the "
+            "checkpoint with trust_remote_code=True (commands: --trust_remote_code)."
+        )
+    key = part, type(config), config.to_json_string(use_diff=False)
     if key not in ENCODER_FACTS:
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             try:
@@ -522,9 +530,9 @@ def dry_run(config: Any, part: str, device: str) -> EncoderFacts:
     with torch.device(device):
         encoder = part_of(AutoModel.from_config(config, dtype=torch.float32), part).eval()
 
-        def run() -> Tensor:
+        def run(length: int = 8) -> Tensor:
             if part.endswith("text"):
-                ids = torch.full((2, 8), 5)
+                ids = torch.full((2, length), 5)
                 # Of a mask on the meta device, many encoders ask whether it masks anything.
                 mask = {} if device == "meta" else {"attention_mask": torch.ones_like(ids)}
                 if part == "text":
@@ -537,6 +545,11 @@ def dry_run(config: Any, part: str, device: str) -> EncoderFacts:
         output = run()
         if part == "text" and output.shape[:2] != (2, 8):
             raise ValueError(f"its last hidden state has shape {tuple(output.shape)} for two texts of 8 tokens")
+        if part == "text":
+            try:
+                run(length=1)
+            except Exception as error:  # whatever such a family's own code raises
+                raise ValueError("it cannot read a text of one token") from error
         output.sum().backward()
         unused: dict[str, nn.Module] = {}
         for name, module in encoder.named_modules():
@@ -1240,12 +1253,46 @@ def load_config(source: str | Path, options: dict[str, Any]) -> Any:
         source: Hub name or folder.
         options: Loading options of `from_backbones`. With `trust_remote_code`, `AutoModel.from_config` will know the
             custom class, which is registered for this config.
+
+    Raises:
+        ValueError: If the custom class takes a config of transformers' own, to which other models belong.
     """
     config = AutoConfig.from_pretrained(source, **options)
     if options.get("trust_remote_code") and "AutoModel" in getattr(config, "auto_map", {}):
-        custom_class = get_class_from_dynamic_module(config.auto_map["AutoModel"], source, **options)
-        AutoModel.register(type(config), custom_class, exist_ok=True)
+        if type(config).__module__.startswith("transformers."):
+            raise ValueError(
+                f"{source} has its own model class but no config class: an encoder with its own code needs both."
+            )
+        register_custom_class(config, source, options)
     return config
+
+
+def register_custom_class(config: Any, source: str | Path, options: dict[str, Any]) -> None:
+    """Let `AutoModel.from_config` know the custom class of this config, and a saved config name it."""
+    custom_class = get_class_from_dynamic_module(config.auto_map["AutoModel"], source, **options)
+    AutoModel.register(type(config), custom_class, exist_ok=True)
+    setattr(type(config), MODEL_CLASS, custom_class)
+
+
+def custom_configs(config: ClipCaCgConfig, source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Run the code of the encoders that a checkpoint holds code for.
+
+    Args:
+        config: Config of the checkpoint.
+        source: Hub name or folder of the checkpoint.
+        options: Loading options of `from_pretrained`.
+
+    Returns:
+        Name of each field of `config` with such an encoder to the encoder's own config.
+    """
+    configs = {}
+    for name in ("text_config", "vision_config", "clip_config"):
+        fields = getattr(getattr(config, name), "custom_code_fields", None)
+        if fields is not None:
+            config_class: Any = get_class_from_dynamic_module(fields["auto_map"]["AutoConfig"], source, **options)
+            configs[name] = config_class.from_dict(fields)
+            register_custom_class(configs[name], source, options)
+    return configs
 
 
 def load_backbone(encoder: Any, source: str | Path, config: Any, part: str, **options: Any) -> None:
@@ -1457,12 +1504,32 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, use_safetensors: bool | None = True, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        config: Any = None,
+        use_safetensors: bool | None = True,
+        **kwargs: Any,
+    ) -> Any:
         """Load a checkpoint as `PreTrainedModel.from_pretrained` does, from safetensors alone by default.
 
-        transformers has no class attribute that excludes pickles.
+        transformers has no class attribute that excludes pickles. With `trust_remote_code=True` encoders run the code
+        that they brought, which the checkpoint holds.
         """
-        loaded: Any = super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+        source = pretrained_model_name_or_path
+        if kwargs.get("trust_remote_code"):
+            options = {
+                name: kwargs[name] for name in LOADING_OPTIONS if name in kwargs and name != "trust_remote_code"
+            }
+            if isinstance(config, PreTrainedConfig):
+                config = copy.copy(config)
+                for name, custom in custom_configs(config, source, options).items():
+                    setattr(config, name, custom)
+            else:
+                read = cls.config_class.from_pretrained(config or source, **options)
+                kwargs |= custom_configs(read, source, options)
+        loaded: Any = super().from_pretrained(source, *args, config=config, use_safetensors=use_safetensors, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_unused()
         return loaded
 
@@ -1512,6 +1579,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         if clip_model is None:
             fields.setdefault("clip_config", None)
         built = cls.config_class(**fields)
+        built.code_files()  # refuses code that no checkpoint could hold
         missing = [f"{name}_model" for name in built.encoders if sources[name] is None]
         if missing:
             raise ValueError(

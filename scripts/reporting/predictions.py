@@ -74,6 +74,7 @@ def load_checkpoint(
             model_class, processor_class = (
                 get_class_from_dynamic_module(auto_map[name], checkpoint) for name in names
             )
+            kwargs["trust_remote_code"] = True
         processor = processor_class.from_pretrained(checkpoint)
         model = model_class.from_pretrained(checkpoint, **kwargs).eval()
     return model, processor

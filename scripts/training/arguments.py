@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_available
 
 from clipcacg.configuration_clipcacg import BACKBONES, did_you_mean
 from clipcacg.scripts.data.errors import InputError, parse_flags
-from clipcacg.scripts.data.loading import DataArguments
+from clipcacg.scripts.data.loading import OF_DATA_SETS, DataArguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OF_TABLES = ("tuning", "systems")  # keys of a config that only reproduce.py reads
@@ -36,6 +36,7 @@ SWITCHED_OFF: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "splits": ("random", ("dataset_name",), ()),
     "text_label_column": (None, ("data_dir",), ()),
     "image_label_column": (None, ("data_dir",), ()),
+    **{flag: (False if flag == "streaming" else None, ("data_dir",), ()) for flag in OF_DATA_SETS},
     "use_conflicting_posts": (False, ("dataset_name",), ("use_modality_heads",)),
     "augment_views": (0, (), ("augment", "cache_features")),
     "early_stopping_patience": (0, (), ("eval_strategy",)),
@@ -50,7 +51,7 @@ LOADING_FLAGS = {
     "subfolder": "Folder inside --{0}_model.",
     "token": "Access token for --{0}_model; not stored.",
     "cache_dir": "Folder for the download of --{0}_model.",
-    "trust_remote_code": "Run the code that --{0}_model brings.",
+    "trust_remote_code": "Run the code that --{0}_model, or this encoder of --model_name_or_path, brings.",
 }
 
 LoadingArguments = dataclasses.make_dataclass(
