@@ -203,10 +203,6 @@ def test_a_flag_that_cannot_be_used_is_refused_before_anything_is_loaded(
             "mse is no score of an evaluation: use loss, accuracy, f1, f1_macro for classes",
         ),
         ("--label_column value --metric_for_best_model accuracy", "use loss, mse, mae, pearsonr for numbers"),
-        (
-            "--modality image --image_column text --train_sampling_strategy group_by_length",
-            "group_by_length needs texts",
-        ),
     ],
 )
 def test_a_flag_that_does_not_suit_the_data_is_refused_before_the_model_is_loaded(
