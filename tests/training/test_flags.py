@@ -37,6 +37,14 @@ BEATEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     }),
     ({"use_conflicting_posts": True}, "--dataset_name y", {"use_conflicting_posts": False}),
     ({"use_conflicting_posts": True}, "--use_modality_heads False", {"use_conflicting_posts": False}),
+    ({"streaming": True, "dataset_name": "x"}, "--data_dir y", {"streaming": False}),
+    ({"streaming": True, "dataset_name": "x"}, "--group_duplicates", {"streaming": False, "group_duplicates": True}),
+    ({"streaming": True, "dataset_name": "x"}, "--augment", {"streaming": False, "augment": True}),
+    ({"streaming": True, "dataset_name": "x"}, "--cache_features", {"streaming": False}),
+    ({"streaming": True, "dataset_name": "x"}, "--hp_search 3", {"streaming": False}),
+    (VIEWS | {"group_duplicates": True, "dataset_name": "x"}, "--streaming", {
+        "streaming": True, "group_duplicates": False, "augment": False, "cache_features": False, "augment_views": 0,
+    }),
     (VIEWS, "--augment False", {"augment_views": 0}),
     (VIEWS, "--cache_features False", {"augment_views": 0}),
     (BEST | {"early_stopping_patience": 5, "average_checkpoints": 2}, "--eval_strategy no", {
@@ -193,6 +201,14 @@ def test_a_flag_that_cannot_be_used_is_refused_before_anything_is_loaded(
     with pytest.raises(SystemExit, match=said) as ended:
         train.main(argv)
     assert "\n" not in str(ended.value) and not (tmp_path / "out").exists()
+
+
+def test_a_push_without_a_token_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipcacg.scripts.training.checks.HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(SystemExit, match="--push_to_hub needs an access token: run hf auth login, or set HF_TOKEN"):
+        train.main(["--dataset_name", "nowhere.csv", "--push_to_hub", "--hub_model_id", "a/b"])
 
 
 @pytest.mark.parametrize(
