@@ -10,12 +10,14 @@ import difflib
 import inspect
 import os
 import shutil
+import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
+from transformers.dynamic_module_utils import get_relative_import_files
 
 LABELS = ("negative", "neutral", "positive")
 CLIP_MODES = ("encoder", "feature", "none")
@@ -83,6 +85,28 @@ RESNET_50 = {"model_type": "resnet"}
 CLIP_VIT_B_32 = {"model_type": "clip"}
 
 
+# Attribute of the config class of an encoder that brought its own code: its model class. transformers may execute this
+# module twice, so neither a dict of it nor `isinstance` would do.
+MODEL_CLASS = "clipcacg_model_class"
+
+
+class CustomCodeConfig(PreTrainedConfig):
+    """Stands for the config of an encoder with code of its own, until `trust_remote_code=True` allows to run it.
+
+    Args:
+        fields: Content of the config, whose `auto_map` names the classes in the checkpoint's folder.
+    """
+
+    def __init__(self, fields: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.custom_code_fields = fields or {}
+        self.model_type = self.custom_code_fields.get("model_type", "")  # type: ignore[misc]  # of this one
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as they are, with the version that transformers takes out again."""
+        return copy.deepcopy(self.custom_code_fields) | {"transformers_version": transformers_version}
+
+
 class ClipCaCgConfig(PreTrainedConfig):
     """Everything that fixes the shape and the loss of a CLIP-CA-CG model.
 
@@ -108,6 +132,9 @@ class ClipCaCgConfig(PreTrainedConfig):
         contrastive_loss_weight: Weight of the symmetric contrastive loss of `clip_mode="feature"`, the only mode
             that has one: CLIP's own towers are trained already. Our choice: 0.1.
         logit_scale_init_value: Logarithm of the inverse temperature of that loss at the start; CLIP's ln(1 / 0.07).
+        modality_dropout: Probability in training that the model does not read one side of an example, the image or the
+            text, in [0, 1). Any value above 0 adds the learned states that stand in for what is missing, so that the
+            model can answer posts that lack a side. The paper has none.
         class_weights: Weight of each class in the cross-entropy, one number for each label, or None for equal weights.
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
         label_thresholds: With several labels per example, the probability from which each label applies, one number
@@ -143,6 +170,8 @@ class ClipCaCgConfig(PreTrainedConfig):
         "text_embeds",
         "gate",
         "contrastive_loss",
+        "has_image",
+        "has_text",
         "text_logits",
         "image_logits",
         "modality_loss",
@@ -175,6 +204,7 @@ class ClipCaCgConfig(PreTrainedConfig):
         use_modality_heads: bool = False,
         modality_loss_weight: float = 1.0,
         modality_combination: str = "classifier",
+        modality_dropout: float = 0.0,
         text_columns: list[str] | None = None,
         image_column: str | None = None,
         **kwargs: Any,
@@ -203,6 +233,7 @@ class ClipCaCgConfig(PreTrainedConfig):
         self.use_modality_heads = use_modality_heads
         self.modality_loss_weight = modality_loss_weight
         self.modality_combination = modality_combination
+        self.modality_dropout = modality_dropout
         self.text_columns = text_columns
         self.image_column = image_column
         if kwargs.get("id2label") is None and kwargs.get("label2id"):
@@ -267,9 +298,14 @@ class ClipCaCgConfig(PreTrainedConfig):
                 f"hidden_size must be a multiple of num_attention_heads, but {self.hidden_size} is not a multiple of "
                 f"{self.num_attention_heads}."
             )
-        for name in ("dropout", "label_smoothing"):
+        for name in ("dropout", "label_smoothing", "modality_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}.")
+        if self.modality_dropout and self.modality != "both":
+            raise ValueError(
+                f"modality_dropout={self.modality_dropout} needs modality='both': a model with "
+                f"modality={self.modality!r} has only one side to read."
+            )
         if self.problem_type == "regression" and self.num_labels != 1:
             raise ValueError(f"A regression predicts one value: num_labels must be 1, not {self.num_labels}.")
         for name in ("class_weights", "label_thresholds"):
@@ -367,7 +403,16 @@ class ClipCaCgConfig(PreTrainedConfig):
         """
         fields = super().to_diff_dict() | {"id2label": self.id2label, "label2id": self.label2id}
         for name in ("text_config", "vision_config", "clip_config"):
-            (fields[name] or {}).pop("_name_or_path", None)  # the folder on this machine that the backbone came from
+            config, saved = getattr(self, name), fields[name] or {}
+            saved.pop("_name_or_path", None)  # the folder on this machine that the backbone came from
+            model_class = getattr(type(config), MODEL_CLASS, None)
+            if not hasattr(config, "custom_code_fields"):
+                saved.pop("auto_map", None)
+            if model_class is not None:
+                classes = {"AutoConfig": type(config), "AutoModel": model_class}
+                saved["auto_map"] = {
+                    auto: f"{known.__module__.rpartition('.')[2]}.{known.__name__}" for auto, known in classes.items()
+                }
         return fields
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -386,11 +431,30 @@ class ClipCaCgConfig(PreTrainedConfig):
         # A copy: `pipeline()` replaces the names with classes, which JSON cannot hold.
         self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for source in _code_files():
-            target = Path(save_directory) / source.name
+        for name, source in self.code_files().items():
+            target = Path(save_directory) / name
             if not (target.exists() and target.samefile(source)):
                 shutil.copyfile(source, target)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def code_files(self) -> dict[str, Path]:
+        """Return the Python files of a checkpoint by name: the model's own, and those that its encoders brought.
+
+        Raises:
+            ValueError: If two different files have the same name.
+        """
+        files = {path.name: path for path in _code_files()}
+        for config in (self.text_config, self.vision_config, self.clip_config):
+            model_class = getattr(type(config), MODEL_CLASS, None)
+            for custom_class in () if model_class is None else (type(config), model_class):
+                module = str(sys.modules[custom_class.__module__].__file__)
+                for path in map(Path, (module, *get_relative_import_files(module))):
+                    if files.setdefault(path.name, path).read_bytes() != path.read_bytes():
+                        raise ValueError(
+                            f"A checkpoint cannot hold two files called {path.name}, but the code of "
+                            f"{type(config).__name__} has one, and so has other code of this model."
+                        )
+        return files
 
 
 def check_keywords(subject: str, keywords: Iterable[str], known: Collection[str]) -> None:
@@ -462,11 +526,12 @@ def _sub_config(backbone: str, config: PreTrainedConfig | dict[str, Any], defaul
     if isinstance(config, PreTrainedConfig):
         return config
     config = {"model_type": default_model_type, **config}
+    if config.get("auto_map", {}).keys() >= {"AutoConfig", "AutoModel"}:
+        return CustomCodeConfig(config)
     if config["model_type"] not in CONFIG_MAPPING:
         raise ValueError(
-            f"{backbone}_config: transformers {transformers_version} has no model type {config['model_type']!r}. If "
-            "the encoder has its own code, load it first with AutoModel.from_pretrained(SOURCE, "
-            f"trust_remote_code=True), and pass its config as {backbone}_config; otherwise update transformers."
+            f"{backbone}_config: transformers {transformers_version} has no model type {config['model_type']!r}: "
+            "update transformers."
         )
     return AutoConfig.for_model(**config)
 

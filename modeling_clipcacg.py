@@ -16,6 +16,7 @@ Source: Lu, Ni and Ding, "Cross-Modal Sentiment Analysis Based on CLIP Image-Tex
     Table IV      w/o Clip, w/o CG                       NoClipInteraction, ConcatFusion
                   V only, T only                         ClipCaCgModel, `config.modality`
     ours          labels of text and image alone         ModalityHeads
+    ours          posts without an image or a text       MissingModality
 
 Axis names: batch, text_len (tokens of the text encoder), regions (of the image), joint_len (positions of F_IT),
 hidden (d), projection (c), heads, labels. A mask is 1 or True for a real token and 0 or False for padding.
@@ -33,6 +34,8 @@ Departures from the paper:
 - RoBERTa's tokenizer adds `<s>` and `</s>`, and both stay. The paper says that it adds no special tokens.
 - `use_modality_heads` is our addition: two heads learn the labels that annotators gave to the text alone and to the
   image alone. `modality_combination="average"` lets them take part in the prediction. Both are off by default.
+- A learned state stands in for an image or a text that an example lacks. The paper's examples have both.
+  `modality_dropout` trains it; it is off by default.
 
 Where the paper is silent, our reading:
 - Equation 12 as a formula. The paper prints only sigma(Concat, Norm).
@@ -64,7 +67,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -80,6 +83,8 @@ from transformers.utils import (
 
 from .configuration_clipcacg import (
     LOADING_KEYWORDS,
+    LOADING_OPTIONS,
+    MODEL_CLASS,
     PADDED_DUAL_ENCODERS,
     ClipCaCgConfig,
     check_keywords,
@@ -96,11 +101,12 @@ class ClipCaCgModelOutput(ModelOutput):
 
     Args:
         fused_embeds: (batch, hidden), F of equation 15.
-        image_embeds: (batch, projection), unit length; v of equation 5.
-        text_embeds: (batch, projection), unit length; t of equation 5.
+        image_embeds: (batch, projection), unit length; v of equation 5. A learned vector where the image is missing.
+        text_embeds: (batch, projection), unit length; t of equation 5. A learned vector where the text is missing.
         gate: (batch, hidden), values in (0, 1); g of equation 12. 1 passes the linear path, 0 the tanh path.
         contrastive_loss: Scalar, the symmetric contrastive loss over the batch; with `clip_mode="feature"` in training
             mode.
+        has_image, has_text: (batch,), bool: what the model read of each example; with `modality_dropout`.
         image_attentions: (batch, heads, regions, joint_len), weights of equation 6 with the image as query; with
             `output_attentions=True`.
         text_attentions: (batch, heads, text_len, joint_len), the same with the text as query.
@@ -113,6 +119,8 @@ class ClipCaCgModelOutput(ModelOutput):
     text_embeds: Tensor | None = None
     gate: Tensor | None = None
     contrastive_loss: Tensor | None = None
+    has_image: Tensor | None = None
+    has_text: Tensor | None = None
     image_attentions: Tensor | None = None
     text_attentions: Tensor | None = None
     image_hidden_states: tuple[Tensor, ...] | None = None
@@ -131,8 +139,8 @@ class ClipCaCgClassifierOutput(ModelOutput):
         text_logits: (batch, labels), scores of the text's own label, with `use_modality_heads`.
         image_logits: (batch, labels), scores of the image's own label, with `use_modality_heads`.
         modality_loss: Scalar, the sum of the two heads' cross-entropies; in training mode, if `labels` were given.
-        fused_embeds, image_embeds, text_embeds, gate, contrastive_loss, image_attentions, text_attentions,
-            image_hidden_states, text_hidden_states: As in `ClipCaCgModelOutput`.
+        fused_embeds, image_embeds, text_embeds, gate, contrastive_loss, has_image, has_text, image_attentions,
+            text_attentions, image_hidden_states, text_hidden_states: As in `ClipCaCgModelOutput`.
     """
 
     loss: Tensor | None = None
@@ -142,6 +150,8 @@ class ClipCaCgClassifierOutput(ModelOutput):
     text_embeds: Tensor | None = None
     gate: Tensor | None = None
     contrastive_loss: Tensor | None = None
+    has_image: Tensor | None = None
+    has_text: Tensor | None = None
     text_logits: Tensor | None = None
     image_logits: Tensor | None = None
     modality_loss: Tensor | None = None
@@ -182,8 +192,12 @@ def encoder_mask(mask: Tensor) -> Tensor:
     Args:
         mask: (batch, text_len), bool.
     """
-    first = torch.arange(mask.shape[1], device=mask.device) == 0
-    return (mask | (first & ~mask.any(dim=1, keepdim=True))).long()
+    return (mask | (first_token(mask) & ~mask.any(dim=1, keepdim=True))).long()
+
+
+def first_token(mask: Tensor) -> Tensor:
+    """Return a mask (text_len,) of the first token alone, for texts with this mask (batch, text_len)."""
+    return torch.arange(mask.shape[1], device=mask.device) == 0
 
 
 def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
@@ -467,7 +481,7 @@ class EncoderFacts(NamedTuple):
     max_tokens: int | None
 
 
-ENCODER_FACTS: dict[tuple[str, str], EncoderFacts] = {}  # by part and config: a ResNet-50 takes half a second
+ENCODER_FACTS: dict[tuple[str, type, str], EncoderFacts] = {}  # by part and config: a ResNet-50 takes half a second
 # Fields of vision encoders that return more tokens than regions, or tokens without a place in the image.
 NOT_REGIONS = ("num_queries", "num_detection_tokens", "num_output_groups")
 MOST_PREFIX_TOKENS = 16
@@ -481,9 +495,15 @@ def encoder_facts(config: Any, part: str) -> EncoderFacts:
         part: "text", "vision", "clip.text" or "clip.vision".
 
     Raises:
-        ValueError: If the encoder does not turn token ids into token states, or an image into a map of regions.
+        ValueError: If the encoder does not turn token ids into token states, or an image into a map of regions, or has
+            code that may not run.
     """
-    key = part, config.to_json_string(use_diff=False)
+    if hasattr(config, "custom_code_fields"):
+        raise ValueError(
+            f"The encoder {config.model_type!r} has code of its own, which the checkpoint holds: to run it, load the "
+            "checkpoint with trust_remote_code=True (commands: --trust_remote_code)."
+        )
+    key = part, type(config), config.to_json_string(use_diff=False)
     if key not in ENCODER_FACTS:
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             try:
@@ -510,9 +530,9 @@ def dry_run(config: Any, part: str, device: str) -> EncoderFacts:
     with torch.device(device):
         encoder = part_of(AutoModel.from_config(config, dtype=torch.float32), part).eval()
 
-        def run() -> Tensor:
+        def run(length: int = 8) -> Tensor:
             if part.endswith("text"):
-                ids = torch.full((2, 8), 5)
+                ids = torch.full((2, length), 5)
                 # Of a mask on the meta device, many encoders ask whether it masks anything.
                 mask = {} if device == "meta" else {"attention_mask": torch.ones_like(ids)}
                 if part == "text":
@@ -525,6 +545,11 @@ def dry_run(config: Any, part: str, device: str) -> EncoderFacts:
         output = run()
         if part == "text" and output.shape[:2] != (2, 8):
             raise ValueError(f"its last hidden state has shape {tuple(output.shape)} for two texts of 8 tokens")
+        if part == "text":
+            try:
+                run(length=1)
+            except Exception as error:  # whatever such a family's own code raises
+                raise ValueError("it cannot read a text of one token") from error
         output.sum().backward()
         unused: dict[str, nn.Module] = {}
         for name, module in encoder.named_modules():
@@ -740,6 +765,50 @@ class ClipTower(nn.Module):
         return projection(pooled)
 
 
+class MissingModality(nn.Module):
+    """Learned states in the place of the image or the text that an example lacks. Source: our choice.
+
+    Args:
+        width: Width of the states.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.image = nn.Parameter(torch.zeros(width))
+        self.text = nn.Parameter(torch.zeros(width))
+
+    def forward(self, image: Tensor, text: Tensor, has_image: Tensor, has_text: Tensor) -> tuple[Tensor, Tensor]:
+        """Replace the states of what is missing.
+
+        Args:
+            image: (batch, regions, width).
+            text: (batch, text_len, width).
+            has_image, has_text: (batch,), bool.
+        """
+        return (
+            torch.where(has_image[:, None, None].to(image.device), image, self.image),
+            torch.where(has_text[:, None, None].to(text.device), text, self.text),
+        )
+
+
+def both_of(has_image: Tensor | None, has_text: Tensor | None) -> Tensor | None:
+    """Return which examples are complete, (batch,), bool; None where nothing can be missing."""
+    return None if has_image is None or has_text is None else has_image & has_text
+
+
+def withhold(has_image: Tensor, has_text: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+    """Hide one side of complete examples at random, the image or the text equally often.
+
+    Args:
+        has_image, has_text: (batch,), bool.
+        probability: Of hiding one side of an example.
+    """
+    drawn = torch.rand(len(has_image), device=has_image.device)
+    complete = has_image & has_text
+    image, text = drawn < probability / 2, (drawn >= probability / 2) & (drawn < probability)
+    return has_image & ~(complete & image), has_text & ~(complete & text)
+
+
 class Interaction(NamedTuple):
     """Equation 5's result.
 
@@ -793,6 +862,7 @@ class ClipEncoderInteraction(nn.Module):
         self.shared = config.shared
         self.clip_text, width = build_encoder(config.clip_config, "clip.text")
         self.clip_vision, _ = build_encoder(config.clip_config, "clip.vision")
+        self.missing = MissingModality(width) if config.modality_dropout else None
         self.output_projection = nn.Linear(width, config.hidden_size)
 
     def forward(
@@ -802,10 +872,13 @@ class ClipEncoderInteraction(nn.Module):
         clip_pixel_values: Tensor,
         clip_text_features: Tensor | None = None,
         clip_image_features: Tensor | None = None,
+        has_image: Tensor | None = None,
+        has_text: Tensor | None = None,
     ) -> Interaction:
         """Compute F_IT; shapes as in `ClipCaCgModel.forward`.
 
-        Earlier results of `encode_text` and `encode_image` replace the ids and the pixels.
+        Earlier results of `encode_text` and `encode_image` replace the ids and the pixels. With `modality_dropout`,
+        `has_image` and `has_text`, (batch,), are False where a learned state replaces the image or the text.
         """
         if clip_image_features is None:
             clip_image_features = self.encode_image(clip_pixel_values)
@@ -820,11 +893,16 @@ class ClipEncoderInteraction(nn.Module):
             text_states = clip_text_features[:, 1:]
             clip_text_features = self.clip_text.project(clip_text_features)
         dtype = self.output_projection.weight.dtype
-        image, patches = clip_image_features[:, 0].to(dtype), clip_image_features[:, 1:].to(dtype)
-        text, words = clip_text_features[:, 0].to(dtype), clip_text_features[:, 1:].to(dtype)
+        images, texts = clip_image_features.to(dtype), clip_text_features.to(dtype)
+        words_mask = as_mask(clip_attention_mask, texts[:, 1:])
+        if self.missing is not None:
+            images, texts = self.missing(images, texts, has_image, has_text)
+            words_mask = words_mask & has_text[:, None]  # type: ignore[index]
+        image, patches = images[:, 0], images[:, 1:]
+        text, words = texts[:, 0], texts[:, 1:]
 
         states = self.output_projection(joint_sequence(image, patches, text, words))
-        mask = joint_mask(1 + patches.shape[1], as_mask(clip_attention_mask, words))
+        mask = joint_mask(1 + patches.shape[1], words_mask)
         return Interaction(states, mask, states[:, 0], image, text, None, image_states, text_states)
 
     def encode_image(self, clip_pixel_values: Tensor) -> Tensor:
@@ -854,13 +932,15 @@ class FeatureInteraction(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
         self.output_projection = nn.Linear(config.projection_dim, config.hidden_size)
 
-    def forward(self, F_I: Tensor, F_T: Tensor, text_mask: Tensor) -> Interaction:
+    def forward(self, F_I: Tensor, F_T: Tensor, text_mask: Tensor, complete: Tensor | None = None) -> Interaction:
         """Compute F_IT and, in training mode, the contrastive loss.
 
         Args:
             F_I: (batch, regions, hidden).
             F_T: (batch, text_len, hidden).
             text_mask: (batch, text_len), bool.
+            complete: (batch,), bool: the examples with an image and a text, which alone take part in the loss.
+                Default: all.
         """
         patches, words = self.image_projection(F_I), self.text_projection(F_T)
         image = functional.normalize(patches.mean(dim=1), dim=-1)  # (batch, projection)
@@ -869,14 +949,18 @@ class FeatureInteraction(nn.Module):
 
         states = self.output_projection(joint_sequence(image, patches, text, words))
         mask = joint_mask(1 + patches.shape[1], text_mask)
-        loss = self._contrastive_loss(image, text) if self.training else None
+        loss = self._contrastive_loss(image, text, complete) if self.training else None
         return Interaction(states, mask, states[:, 0], image, text, loss)
 
-    def _contrastive_loss(self, image: Tensor, text: Tensor) -> Tensor:
+    def _contrastive_loss(self, image: Tensor, text: Tensor, complete: Tensor | None) -> Tensor:
         scale = self.logit_scale.float().exp().clamp(max=100)  # CLIP's own bound
         logits = scale * (text.float() @ image.float().T)  # (batch, batch)
-        target = torch.arange(logits.shape[0], device=logits.device)
-        return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+        target = torch.arange(len(logits), device=logits.device)
+        if complete is not None:
+            complete = complete.to(logits.device)
+            logits = logits.masked_fill(~(complete[:, None] & complete), torch.finfo(logits.dtype).min)
+            target = target.masked_fill(~complete, -100)
+        return (known_cross_entropy(logits, target) + known_cross_entropy(logits.T, target)) / 2
 
 
 class NoClipInteraction(nn.Module):
@@ -885,7 +969,7 @@ class NoClipInteraction(nn.Module):
     def __init__(self, config: ClipCaCgConfig) -> None:
         super().__init__()
 
-    def forward(self, F_I: Tensor, F_T: Tensor, text_mask: Tensor) -> Interaction:
+    def forward(self, F_I: Tensor, F_T: Tensor, text_mask: Tensor, complete: Tensor | None = None) -> Interaction:
         """Concatenate F_I (batch, regions, hidden) and F_T (batch, text_len, hidden)."""
         return Interaction(torch.cat([F_I, F_T], dim=1), joint_mask(F_I.shape[1], text_mask))
 
@@ -1119,12 +1203,16 @@ def combine_probabilities(text: Tensor, image: Tensor, neutral: int = 1) -> Tens
     return joint / joint.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).tiny)
 
 
-def average_with_rule(logits: Tensor, text_logits: Tensor, image_logits: Tensor, neutral: int = 1) -> Tensor:
+def average_with_rule(
+    logits: Tensor, text_logits: Tensor, image_logits: Tensor, neutral: int = 1, complete: Tensor | None = None
+) -> Tensor:
     """Average the classifier's probabilities with those that the label rule makes of the two heads.
 
     Args:
         logits, text_logits, image_logits: (batch, 3), of the classifier and of the two heads.
         neutral: Index of the label neutral.
+        complete: (batch,), bool: examples with an image and a text. The others keep the classifier's probabilities.
+            Default: all.
 
     Returns:
         (batch, 3), logarithms of the mean: their softmax is the mean.
@@ -1133,6 +1221,8 @@ def average_with_rule(logits: Tensor, text_logits: Tensor, image_logits: Tensor,
     device, together = logits.device, (logits, text_logits, image_logits)
     classifier, text, image = (scores.to(device, torch.float32).softmax(dim=-1) for scores in together)
     mean = (classifier + combine_probabilities(text, image, neutral)) / 2
+    if complete is not None:
+        mean = torch.where(complete.to(device)[:, None], mean, classifier)
     return mean.clamp(min=torch.finfo(mean.dtype).tiny).log().to(logits.dtype)
 
 
@@ -1163,12 +1253,46 @@ def load_config(source: str | Path, options: dict[str, Any]) -> Any:
         source: Hub name or folder.
         options: Loading options of `from_backbones`. With `trust_remote_code`, `AutoModel.from_config` will know the
             custom class, which is registered for this config.
+
+    Raises:
+        ValueError: If the custom class takes a config of transformers' own, to which other models belong.
     """
     config = AutoConfig.from_pretrained(source, **options)
     if options.get("trust_remote_code") and "AutoModel" in getattr(config, "auto_map", {}):
-        custom_class = get_class_from_dynamic_module(config.auto_map["AutoModel"], source, **options)
-        AutoModel.register(type(config), custom_class, exist_ok=True)
+        if type(config).__module__.startswith("transformers."):
+            raise ValueError(
+                f"{source} has its own model class but no config class: an encoder with its own code needs both."
+            )
+        register_custom_class(config, source, options)
     return config
+
+
+def register_custom_class(config: Any, source: str | Path, options: dict[str, Any]) -> None:
+    """Let `AutoModel.from_config` know the custom class of this config, and a saved config name it."""
+    custom_class = get_class_from_dynamic_module(config.auto_map["AutoModel"], source, **options)
+    AutoModel.register(type(config), custom_class, exist_ok=True)
+    setattr(type(config), MODEL_CLASS, custom_class)
+
+
+def custom_configs(config: ClipCaCgConfig, source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Run the code of the encoders that a checkpoint holds code for.
+
+    Args:
+        config: Config of the checkpoint.
+        source: Hub name or folder of the checkpoint.
+        options: Loading options of `from_pretrained`.
+
+    Returns:
+        Name of each field of `config` with such an encoder to the encoder's own config.
+    """
+    configs = {}
+    for name in ("text_config", "vision_config", "clip_config"):
+        fields = getattr(getattr(config, name), "custom_code_fields", None)
+        if fields is not None:
+            config_class: Any = get_class_from_dynamic_module(fields["auto_map"]["AutoConfig"], source, **options)
+            configs[name] = config_class.from_dict(fields)
+            register_custom_class(configs[name], source, options)
+    return configs
 
 
 def load_backbone(encoder: Any, source: str | Path, config: Any, part: str, **options: Any) -> None:
@@ -1330,6 +1454,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
     # Modules that combine the outputs of several children, which must therefore be on one device.
     _no_split_modules = [
         "BiGru",
+        "MissingModality",
         "ClipEncoderInteraction",
         "FeatureInteraction",
         "CrossAttention",
@@ -1364,6 +1489,9 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
         elif isinstance(module, GatedFusion):
             init.zeros_(module.lambda_logit)
+        elif isinstance(module, MissingModality):
+            init.zeros_(module.image)
+            init.zeros_(module.text)
 
     def initialize_weights(self) -> None:
         """Initialise what a checkpoint lacks, the backbones first, by their own classes.
@@ -1376,12 +1504,32 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, use_safetensors: bool | None = True, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        config: Any = None,
+        use_safetensors: bool | None = True,
+        **kwargs: Any,
+    ) -> Any:
         """Load a checkpoint as `PreTrainedModel.from_pretrained` does, from safetensors alone by default.
 
-        transformers has no class attribute that excludes pickles.
+        transformers has no class attribute that excludes pickles. With `trust_remote_code=True` encoders run the code
+        that they brought, which the checkpoint holds.
         """
-        loaded: Any = super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+        source = pretrained_model_name_or_path
+        if kwargs.get("trust_remote_code"):
+            options = {
+                name: kwargs[name] for name in LOADING_OPTIONS if name in kwargs and name != "trust_remote_code"
+            }
+            if isinstance(config, PreTrainedConfig):
+                config = copy.copy(config)
+                for name, custom in custom_configs(config, source, options).items():
+                    setattr(config, name, custom)
+            else:
+                read = cls.config_class.from_pretrained(config or source, **options)
+                kwargs |= custom_configs(read, source, options)
+        loaded: Any = super().from_pretrained(source, *args, config=config, use_safetensors=use_safetensors, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_unused()
         return loaded
 
@@ -1431,6 +1579,7 @@ class ClipCaCgPreTrainedModel(PreTrainedModel):
         if clip_model is None:
             fields.setdefault("clip_config", None)
         built = cls.config_class(**fields)
+        built.code_files()  # refuses code that no checkpoint could hold
         missing = [f"{name}_model" for name in built.encoders if sources[name] is None]
         if missing:
             raise ValueError(
@@ -1601,8 +1750,9 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
         config.check_values()
         self.text_branch = TextBranch(config) if "text" in config.modalities else None
         self.image_branch = ImageBranch(config) if "image" in config.modalities else None
-        self.interaction = self.image_attention = self.text_attention = self.gate = None
+        self.missing = self.interaction = self.image_attention = self.text_attention = self.gate = None
         if config.modality == "both":
+            self.missing = MissingModality(config.hidden_size) if config.modality_dropout else None
             self.interaction = INTERACTIONS[config.clip_mode](config)
             if config.use_cross_attention:
                 self.image_attention, self.text_attention = CrossAttention(config), CrossAttention(config)
@@ -1629,6 +1779,7 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
         image_features: Tensor | None = None,
         clip_text_features: Tensor | None = None,
         clip_image_features: Tensor | None = None,
+        has_image: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
@@ -1637,7 +1788,8 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
 
         Args:
             input_ids: (batch, text_len), token ids of the text encoder.
-            attention_mask: (batch, text_len), 1 for a real token, 0 for padding. Default: no padding.
+            attention_mask: (batch, text_len), 1 for a real token, 0 for padding. Default: no padding. With
+                `modality_dropout`, a learned state replaces a text that is all padding.
             pixel_values: (batch, channels, height, width), the image as the vision encoder expects it.
             clip_input_ids: (batch, clip_text_len), CLIP's token ids, padded on the right as CLIP needs it.
             clip_attention_mask: (batch, clip_text_len), as `attention_mask`.
@@ -1648,6 +1800,8 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
                 `clip_input_ids`.
             clip_image_features: (batch, 1 + patches, projection), of `encode("clip.vision", ...)`, in place of
                 `clip_pixel_values`. The last axis is a shared tower's own width.
+            has_image: (batch,), 0 or False where the image is missing. With `modality_dropout`, a learned state
+                replaces it, whatever the pixels are. Default: no image is missing.
             output_attentions: Return the cross-attention weights.
             output_hidden_states: Return F_I, F_T and their attended forms.
             **kwargs: `return_dict=False` returns a tuple of the fields that are not None. Anything else is ignored:
@@ -1657,7 +1811,8 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
             `ClipCaCgModelOutput`.
 
         Raises:
-            ValueError: If an input that this model's mode needs is missing, or batch sizes differ.
+            ValueError: If an input that this model's mode needs is missing, batch sizes differ, or an image is missing
+                without `modality_dropout`.
         """
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
@@ -1666,6 +1821,7 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
         check_axes("(batch, text_len)", attention_mask=attention_mask, clip_attention_mask=clip_attention_mask)
         check_axes("(batch, channels, height, width)", pixel_values=pixel_values, clip_pixel_values=clip_pixel_values)
         self._check_inputs(
+            has_image=has_image,
             input_ids=input_ids if text_features is None else text_features,
             pixel_values=pixel_values if image_features is None else image_features,
             clip_input_ids=clip_input_ids if clip_text_features is None else clip_text_features,
@@ -1675,6 +1831,11 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
         F_T: Any = None
         joint: Any = None
         text_mask: Any = None
+        if self.interaction is not None:
+            clip_tokens: Any = clip_input_ids if clip_text_features is None else clip_text_features
+            own_tokens: Any = input_ids if text_features is None else text_features
+            texts = (clip_tokens, clip_attention_mask) if self.config.share_clip_text else (own_tokens, attention_mask)
+            has_image, has_text = self._find_missing(has_image, *texts)
         if self.interaction is not None and self.config.clip_mode == "encoder":
             joint = self.interaction(  # eq. 5, the first to run, for towers that the model shares
                 clip_input_ids=clip_input_ids,
@@ -1682,6 +1843,8 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
                 clip_pixel_values=clip_pixel_values,
                 clip_text_features=clip_text_features,
                 clip_image_features=clip_image_features,
+                has_image=has_image,
+                has_text=has_text,
             )
             if self.config.share_clip_text:
                 text_features, attention_mask = joint.text_states, clip_attention_mask
@@ -1701,8 +1864,11 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
                 text_hidden_states=(F_T,) if output_hidden_states and F_T is not None else None,
             )
 
+        if self.missing is not None:
+            F_I, F_T = self.missing(F_I, F_T, has_image, has_text)
+            text_mask = torch.where(has_text[:, None], text_mask, first_token(text_mask))
         if joint is None:
-            joint = self.interaction(F_I, F_T, text_mask)  # eq. 5
+            joint = self.interaction(F_I, F_T, text_mask, both_of(has_image, has_text))  # eq. 5
         F_IT = joint.states  # (batch, joint_len, hidden)
 
         image_IT, text_IT, image_attentions, text_attentions = F_I, F_T, None, None
@@ -1722,13 +1888,34 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
             text_embeds=joint.text_embeds,
             gate=gate,
             contrastive_loss=joint.contrastive_loss,
+            has_image=has_image,
+            has_text=has_text,
             image_attentions=image_attentions,
             text_attentions=text_attentions,
             image_hidden_states=(F_I, image_IT) if output_hidden_states else None,
             text_hidden_states=(F_T, text_IT) if output_hidden_states else None,
         )
 
-    def _check_inputs(self, **inputs: Tensor | None) -> None:
+    def _find_missing(
+        self, has_image: Tensor | None, tokens: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Any, Any]:
+        """Return which examples have an image and which a text, (batch,) each, or None without `modality_dropout`.
+
+        In training mode it withholds some.
+        """
+        if self.missing is None:
+            return None, None
+        has_text = as_mask(attention_mask, tokens).any(dim=1)
+        has_image = torch.ones_like(has_text) if has_image is None else has_image.bool()
+        return withhold(has_image, has_text, self.config.modality_dropout) if self.training else (has_image, has_text)
+
+    def _check_inputs(self, has_image: Tensor | None, **inputs: Tensor | None) -> None:
+        reads_image = "image" in self.config.modalities and not self.config.modality_dropout
+        if has_image is not None and reads_image and not torch.compiler.is_compiling() and not has_image.all():
+            raise ValueError(
+                f"An example has no image (has_image). A model with modality={self.config.modality!r} and "
+                f"modality_dropout={self.config.modality_dropout} needs one."
+            )
         required = self.config.required_inputs
         given = {name: value for name, value in inputs.items() if value is not None}
         missing = [name for name in required if name not in given]
@@ -1792,6 +1979,7 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
         image_features: Tensor | None = None,
         clip_text_features: Tensor | None = None,
         clip_image_features: Tensor | None = None,
+        has_image: Tensor | None = None,
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -1825,6 +2013,7 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
             image_features=image_features,
             clip_text_features=clip_text_features,
             clip_image_features=clip_image_features,
+            has_image=has_image,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states or self.modality_heads is not None,
             return_dict=True,
@@ -1837,13 +2026,15 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
             F_T, F_I = outputs.text_hidden_states[0], outputs.image_hidden_states[0]
             mask = clip_attention_mask if self.config.share_clip_text else attention_mask
             text_logits, image_logits = self.modality_heads(F_T, as_mask(mask, F_T), F_I)
-            logits = self.answer(logits, text_logits, image_logits)
+            complete = both_of(outputs.has_image, outputs.has_text)
+            logits = self.answer(logits, text_logits, image_logits, complete)
         if labels is not None:
             loss = self.task_loss(logits, labels)
             if outputs.contrastive_loss is not None:
                 loss = loss + self.config.contrastive_loss_weight * outputs.contrastive_loss
             if self.modality_heads is not None and self.training:
-                modality_loss = self.modality_loss(text_logits, image_logits, **kwargs)
+                read = {"has_text": outputs.has_text, "has_image": outputs.has_image}
+                modality_loss = self.modality_loss(text_logits, image_logits, **read, **kwargs)
                 loss = loss + self.config.modality_loss_weight * modality_loss
         asked = {name: value for name, value in outputs.items() if output_hidden_states or "hidden_states" not in name}
         return ClipCaCgClassifierOutput(
@@ -1855,15 +2046,20 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
             **asked,
         )
 
-    def answer(self, logits: Tensor, text_logits: Tensor, image_logits: Tensor) -> Tensor:
+    def answer(
+        self, logits: Tensor, text_logits: Tensor, image_logits: Tensor, complete: Tensor | None = None
+    ) -> Tensor:
         """Return the logits that `modality_combination` asks for; in training mode always the classifier's.
 
         Args:
             logits, text_logits, image_logits: (batch, labels), of the classifier and of the two heads.
+            complete: (batch,), bool: examples with an image and a text; the classifier alone answers the others.
+                Default: all.
         """
         if self.training or self.config.modality_combination == "classifier":
             return logits
-        return average_with_rule(logits, text_logits, image_logits, self.config.label_names.index("neutral"))
+        neutral = self.config.label_names.index("neutral")
+        return average_with_rule(logits, text_logits, image_logits, neutral, complete)
 
     def modality_loss(
         self,
@@ -1871,6 +2067,8 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
         image_logits: Tensor,
         text_labels: Tensor | None = None,
         image_labels: Tensor | None = None,
+        has_text: Tensor | None = None,
+        has_image: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Sum the cross-entropies of the two heads.
@@ -1880,14 +2078,18 @@ class ClipCaCgForSequenceClassification(ClipCaCgPreTrainedModel):
             text_labels, image_labels: (batch,) class indices, -100 where unknown; None if all are unknown. They are
                 not in `forward`'s signature: the Trainer expects every argument with "label" in its name in every
                 batch, and computes no metric without it.
+            has_text, has_image: (batch,), bool; a head does not learn from what is missing. Default: nothing is.
             **kwargs: Ignored.
 
         Returns:
             Scalar, float32. Both heads always take part in it, since distributed training waits for their gradients.
         """
         unknown = torch.full_like(text_logits[:, 0], -100, dtype=torch.long)
-        text = known_cross_entropy(text_logits, unknown if text_labels is None else text_labels)
-        return text + known_cross_entropy(image_logits, unknown if image_labels is None else image_labels)
+        losses = []
+        for logits, labels, read in ((text_logits, text_labels, has_text), (image_logits, image_labels, has_image)):
+            labels = unknown if labels is None else labels
+            losses.append(known_cross_entropy(logits, labels if read is None else labels.where(read.bool(), unknown)))
+        return losses[0] + losses[1]
 
     def task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss that the paper names below equation 16: cross-entropy, or mean squared error.

@@ -6,17 +6,19 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import Pipeline
 from transformers.utils import ModelOutput
 
-from .processing_clipcacg import label_scores
+from .processing_clipcacg import label_scores, missing_parts
 
 
 class ImageTextSentimentPipeline(Pipeline):
     """Predict the labels of posts and their scores.
 
     A post is `{"image": ..., "text": ...}`; its image is a PIL image, a path, a URL or a base64 string. A model of one
-    modality needs only that part.
+    modality needs only that part. A model of both that was trained with `modality_dropout` also answers posts of one
+    part.
 
     Example:
         ```python
@@ -52,7 +54,7 @@ class ImageTextSentimentPipeline(Pipeline):
 
         Raises:
             TypeError: If the image or the text of a post has an unsupported type.
-            ValueError: If a post lacks a part that the model reads, its image is broken, or `top_k` is below 1.
+            ValueError: If a post lacks a part that the model needs, its image is broken, or `top_k` is below 1.
         """
         if hasattr(inputs, "column_names"):
             inputs = (row for row in inputs)
@@ -79,16 +81,20 @@ class ImageTextSentimentPipeline(Pipeline):
 
     def preprocess(self, input_: Any, **kwargs: Any) -> Any:
         """Turn a post into model inputs of batch size 1; keywords go to the processor."""
-        needed = self.model.config.modalities
-        post = input_ if isinstance(input_, dict) else {}
-        if missing := [name for name in needed if post.get(name) is None]:
+        config, post = self.model.config, input_ if isinstance(input_, dict) else {}
+        if missing := missing_parts(post, config):
             raise ValueError(
-                f"The model reads the {' and the '.join(needed)} of a post, but this one has no "
-                f"{' and no '.join(missing)}. Give " + '{"image": ..., "text": ...}.'
+                f"The model reads the {' and the '.join(config.modalities)} of a post, but this one has no "
+                f"{' and no '.join(missing)}. Give "
+                + '{"image": ..., "text": ...}'
+                + (", or train with modality_dropout." if len(missing) < len(config.modalities) else ".")
             )
         # In lists of one: the processor would read a list as several posts.
-        parts = {name: [post[name]] for name in needed}
-        return self.processor(images=parts.get("image"), text=parts.get("text"), return_tensors="pt", **kwargs)
+        parts = {name: [post.get(name)] for name in config.modalities}
+        inputs = self.processor(images=parts.get("image"), text=parts.get("text"), return_tensors="pt", **kwargs)
+        if config.modality_dropout:  # the posts of a batch must have the same inputs
+            inputs.setdefault("has_image", torch.ones(1, dtype=torch.long))
+        return inputs
 
     def _forward(self, input_tensors: Any, **kwargs: Any) -> ModelOutput:
         return ModelOutput(logits=self.model(**input_tensors, **kwargs).logits)

@@ -125,14 +125,17 @@ class ClipCaCgProcessor(ProcessorMixin):
         names = ["input_ids", "attention_mask", "pixel_values"]
         return names if self.clip_tokenizer is None else names + [f"clip_{name}" for name in names]
 
-    def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self, images: Any = None, text: str | Sequence[str | None] | None = None, **kwargs: Any
+    ) -> BatchFeature:
         """Prepare one example or a batch; images alone or texts alone are allowed.
 
         Args:
             images: One image or a list of images: PIL images of any mode, arrays or tensors (height, width),
                 (channels, height, width) or (height, width, channels), paths, binary files, URLs or base64 strings.
-                A 4-D array is a batch.
-            text: One text or a list with one text per image. Texts beyond the encoder's limit are truncated.
+                A 4-D array is a batch. In a list, None is a missing image.
+            text: One text or a list with one text per image. Texts beyond the encoder's limit are truncated. In a
+                list, None is a missing text, and so is a text without words: its `attention_mask` is 0 throughout.
             **kwargs: Keywords of the tokenizer (`padding` and `truncation`, both True by default, `max_length`,
                 `pad_to_multiple_of`, `padding_side`, `add_special_tokens`), keywords of the image processors
                 (`do_resize`, `size`, `do_center_crop`, ...) and `return_tensors` ("pt", "np", or None for lists);
@@ -140,7 +143,8 @@ class ClipCaCgProcessor(ProcessorMixin):
                 always keep their special tokens, are truncated at CLIP's limit and padded on the right.
 
         Returns:
-            A `BatchFeature` with those names of `model_input_names` that apply; the first axis is the batch.
+            A `BatchFeature` with those names of `model_input_names` that apply; the first axis is the batch. Where an
+            image is missing, also `has_image` (batch,), 1 or 0; the pixels of a missing image stand for nothing.
 
         Raises:
             TypeError: For an unknown keyword, or an image or text of an unsupported type.
@@ -163,15 +167,22 @@ class ClipCaCgProcessor(ProcessorMixin):
             # Decoding and conversion happen once for both views.
             needed = self.needed_edge(images_kwargs)
             data_format = images_kwargs.get("input_data_format")
-            arrays = [rgb_array(image, data_format, needed) for image in image_list]
-            arrays = arrays if needed is None else [_middle(array) for array in arrays]
+            read = {
+                i: rgb_array(image, data_format, needed) for i, image in enumerate(image_list) if image is not None
+            }
+            read = read if needed is None else {index: _middle(array) for index, array in read.items()}
+            black = np.zeros_like(next(iter(read.values()), np.zeros((3, needed or 224, needed or 224), np.uint8)))
+            arrays = [read.get(index, black) for index in range(len(image_list))]
+            if len(read) < len(image_list):
+                data["has_image"] = [int(index in read) for index in range(len(image_list))]
             images_kwargs |= {"return_tensors": return_tensors, "input_data_format": "channels_first"}
             data["pixel_values"] = _view(self.image_processor, arrays, images_kwargs)
             if self.clip_image_processor is not None:
                 equal = self.clip_image_processor.to_dict() == self.image_processor.to_dict()
                 own = data["pixel_values"] if equal else _view(self.clip_image_processor, arrays, images_kwargs)
                 data["clip_pixel_values"] = own
-        return BatchFeature({name: data[name] for name in self.model_input_names if name in data})
+        names = [*self.model_input_names, "has_image"]
+        return BatchFeature({name: data[name] for name in names if name in data}, tensor_type=return_tensors)
 
     def collate(
         self, rows: Sequence[dict[str, Any]], image: str = "image", text: str = "text", label: str = "label"
@@ -182,8 +193,7 @@ class ClipCaCgProcessor(ProcessorMixin):
 
         Args:
             rows: One dict for each example.
-            image, text, label: Names of the columns; those that the rows lack are left out, and an empty text may be
-                None.
+            image, text, label: Names of the columns; those that the rows lack are left out.
 
         Returns:
             What `__call__` returns, and `labels` (batch,).
@@ -198,7 +208,7 @@ class ClipCaCgProcessor(ProcessorMixin):
                 "remove_unused_columns=False; for other names use functools.partial(processor.collate, text=NAME)."
             )
         images = [row[image] for row in rows] if image in columns else None
-        texts = [row[text] or "" for row in rows] if text in columns else None
+        texts = [row[text] for row in rows] if text in columns else None
         batch = dict(self(images=images, text=texts, return_tensors="pt"))
         return batch | ({"labels": torch.tensor([row[label] for row in rows])} if label in columns else {})
 
@@ -326,6 +336,22 @@ class ClipCaCgProcessor(ProcessorMixin):
         return [*args, clip_image_processor, clip_tokenizer]
 
 
+def missing_parts(post: dict[str, Any], config: ClipCaCgConfig) -> list[str]:
+    """Return which parts the model needs and the post lacks: some of "image" and "text".
+
+    A model trained with `modality_dropout` needs one of the two alone.
+
+    Args:
+        post: "image" and "text"; a part that is missing may be None. An empty text counts as missing beside an image.
+        config: Config of the model.
+    """
+    missing = [name for name in config.modalities if post.get(name) is None]
+    if config.modality_dropout == 0:
+        return missing
+    is_empty = isinstance(post.get("text"), str) and not post["text"].strip()
+    return ["image", "text"] if len(missing) + is_empty == 2 else []
+
+
 def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
     """Turn logits into one score per label.
 
@@ -369,6 +395,9 @@ def _encode(tokenizer: Any, texts: list[str], kwargs: dict[str, Any]) -> dict[st
     if 0 in lengths:  # an empty text and a tokenizer without special tokens: the encoders need one token at least
         longest = {**kwargs, "padding": "max_length", "max_length": max(1, *lengths), "pad_to_multiple_of": None}
         data = tokenizer(texts, return_attention_mask=True, **longest)
+    for mask, text in zip(data["attention_mask"], texts, strict=True):
+        if not text.strip():
+            mask[:] = [0] * len(mask) if isinstance(mask, list) else 0
     return dict(data)
 
 
@@ -382,7 +411,7 @@ def _within_limit(tokenizer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_texts(text: Any) -> list[str]:
-    texts = [text] if isinstance(text, str) else list(text)
+    texts = [text] if isinstance(text, str) else ["" if item is None else item for item in text]
     for index, item in enumerate(texts):
         if not isinstance(item, str):
             raise TypeError(f"text[{index}] must be a string, not {type(item).__name__}.")
@@ -399,7 +428,7 @@ def _as_images(images: Any) -> list[Any]:
     one = isinstance(images, SOURCES) or hasattr(images, "read") or getattr(images, "ndim", 4) < 4
     image_list = [images] if one else list(images)
     for index, item in enumerate(image_list):
-        if not (isinstance(item, SOURCES) or hasattr(item, "read") or hasattr(item, "ndim")):
+        if not (item is None or isinstance(item, SOURCES) or hasattr(item, "read") or hasattr(item, "ndim")):
             raise TypeError(
                 f"images[{index}] must be a PIL image, an array, a tensor, a path, a file, a URL or a base64 string, "
                 f"not {type(item).__name__}."
@@ -565,4 +594,4 @@ def _tokenizer(model: str | Path, part: str, options: dict[str, Any]) -> Any:
     return tokenizer
 
 
-__all__ = ["ClipCaCgProcessor", "label_scores", "labels_that_apply"]
+__all__ = ["ClipCaCgProcessor", "label_scores", "labels_that_apply", "missing_parts"]

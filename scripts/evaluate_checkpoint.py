@@ -12,12 +12,13 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import datasets
 import torch
 from accelerate import PartialState
 
-from clipcacg.scripts.data.collator import PostCollator, leave_out_unreadable
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.scripts.data.errors import InputError, as_input_error, one_sentence, set_up_logging
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import label_names
@@ -33,7 +34,11 @@ class EvaluationArguments:
 
     split: str = field(default="test", metadata={"help": "train, validation or test."})
     output: str = field(default="results.json", metadata={"help": "JSON file for the scores; the PNG is beside it."})
+    withhold: Literal["image", "text"] | None = field(
+        default=None, metadata={"help": "Score the posts as if none of them had an image, or a text."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Posts in a batch, per device."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that the checkpoint holds."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,18 +49,28 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence(argv):
         checkpoint, data_arguments, arguments = parse_arguments(argv, EvaluationArguments, __doc__.partition("\n")[0])
         check_output(Path(arguments.output))
-        model, processor = load_checkpoint(checkpoint)
+        model, processor = load_checkpoint(checkpoint, arguments.trust_remote_code)
         faults = Faults(data_arguments.on_error)
-        posts = labelled_posts(model, data_arguments, arguments.split, faults)
-        posts = leave_out_unreadable(posts, PostCollator(processor, model.config), faults, arguments.split)
+        posts = labelled_posts(model, processor, data_arguments, arguments.split, faults)
+        if arguments.withhold:
+            posts = without(posts, arguments.withhold, model.config)
         scores, names = evaluate_posts(model, processor, posts, arguments.batch_size), label_names(posts)
         if state.is_main_process:
             print(results_table(scores, names))
-            write(
-                Path(arguments.output),
-                {"split": arguments.split, "posts": len(posts), **scores, **faults.summary()},
-                names,
-            )
+            facts = {"split": arguments.split, "posts": len(posts), "withheld": arguments.withhold}
+            write(Path(arguments.output), {**facts, **scores, **faults.summary()}, names)
+
+
+def without(posts: datasets.Dataset, side: str, config: ClipCaCgConfig) -> datasets.Dataset:
+    """Empty the column "image" or "text".
+
+    Raises:
+        InputError: If the model has not learned to do without it.
+    """
+    if not config.modality_dropout:
+        raise InputError(f"--withhold {side} is for models trained with --modality_dropout; this one needs both.")
+    feature = posts.features[side]
+    return posts.remove_columns(side).add_column(side, [None] * len(posts), feature=feature)
 
 
 def check_output(output: Path) -> None:

@@ -3,7 +3,8 @@
     python scripts/export_onnx.py CHECKPOINT -o model.onnx
 
 Needs the extra `onnx`. The file takes the inputs that the model's mode needs, masks included, with any number of posts
-and tokens and images of the processor's size, and returns the logits. Weights of more than a gigabyte are beside it in
+and tokens and images of the processor's size, and returns the logits. That of a model trained with `modality_dropout`
+also takes `has_image`. Weights of more than a gigabyte are beside it in
 `model.onnx.data`.
 """
 
@@ -24,11 +25,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint", help="Folder or Hub name of a trained model.")
     parser.add_argument("-o", "--output", type=Path, default=Path("model.onnx"), help="The file to write.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that the checkpoint holds.")
     add_debug_flag(parser)
     arguments = parser.parse_args(argv)
     set_up_logging()
     with one_sentence(argv):
-        model, processor = load_checkpoint(arguments.checkpoint, dtype=torch.float32)
+        model, processor = load_checkpoint(arguments.checkpoint, arguments.trust_remote_code, dtype=torch.float32)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         export(model, example(model, processor, ["What a lovely morning!", "no"]), arguments.output)
         texts = ["", "The train is late, and it rains again. " * 2, "fine", "so happy today", "a"]

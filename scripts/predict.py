@@ -44,6 +44,7 @@ class PredictionArguments(ColumnArguments):
     batch_size: int = field(default=32, metadata={"help": "Posts per forward pass."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 where autocast allows it: faster."})
     num_workers: int = field(default=1, metadata={"help": "Processes that prepare posts; 0: only this process."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that the checkpoint holds."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.set_defaults(on_error="skip")
         add_debug_flag(parser)
         arguments, rest = parse_flags(parser, argv)
-        model, processor = load_checkpoint(rest.checkpoint)
+        model, processor = load_checkpoint(rest.checkpoint, arguments.trust_remote_code)
         # Convolutions are faster with the channels last.
         model.to(PartialState().device, memory_format=torch.channels_last)
         if arguments.input:

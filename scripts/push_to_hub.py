@@ -10,7 +10,7 @@ A push is one commit, so an interrupted push leaves the earlier revision as it w
 
     README.md                   the model card with the model's name on the Hub; one that you edited stays as it is
     config.json                 with the `auto_map` of all Auto classes
-    *_clipcacg.py               the code that `auto_map` and `custom_pipelines` name
+    *_clipcacg.py               the code that `auto_map` and `custom_pipelines` name, and that of the encoders
     model.safetensors           or model-0000*-of-0000N.safetensors and model.safetensors.index.json
     processor_config.json       both image processors
     tokenizer_config.json       and tokenizer.json, or the vocabulary files of other tokenizers

@@ -29,6 +29,7 @@ class QuantizationArguments:
     output: str = field(metadata={"aliases": ["-o"], "help": "Folder of the quantized checkpoint."})
     split: str = field(default="test", metadata={"help": "train, validation or test."})
     batch_size: int = field(default=32, metadata={"help": "Posts in a batch."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that the checkpoint holds."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,9 +39,9 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint, data, arguments = parse_arguments(argv, QuantizationArguments, __doc__.partition("\n")[0])
         if Path(arguments.output).resolve() == Path(checkpoint).resolve():
             raise InputError(f"{arguments.output} is the checkpoint itself: name another --output.")
-        quantized = quantize(checkpoint)
-        original, processor = load_checkpoint(checkpoint, dtype=torch.float32)
-        posts = labelled_posts(original, data, arguments.split)
+        quantized = quantize(checkpoint, arguments.trust_remote_code)
+        original, processor = load_checkpoint(checkpoint, arguments.trust_remote_code, dtype=torch.float32)
+        posts = labelled_posts(original, processor, data, arguments.split)
         quantized.save_pretrained(arguments.output)
         processor.save_pretrained(arguments.output)
         collator = PostCollator(processor, original.config)

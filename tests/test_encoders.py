@@ -30,6 +30,7 @@ from clipcacg.scripts.data.features import cache_features
 from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.reporting.explanation import explain
 from clipcacg.scripts.training import onnx_export
+from clipcacg.scripts.training.quantization import quantize
 
 TABLE = Path(__file__).parents[1] / "scripts" / "results" / "encoders.md"
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
@@ -105,10 +106,12 @@ VISION: dict[str, tuple[Fields, int, int]] = {
     "bit": ({"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_groups": 2}, 64, 8),
     "chinese_clip_vision_model": (VIT, 64, 4), "clip, the vision tower": ({"model_type": "clip", **CLIP}, 64, 4),
     "clip_vision_model": (VIT, 64, 4), "convnext": (STAGES, 64, 8), "convnextv2": (STAGES, 64, 8),
+    "cvt": ({"embed_dim": [8, 8, 16], "num_heads": [1, 1, 2], "depth": [1, 2, 3]}, 64, 4),
     "data2vec-vision": (VIT, 64, 4), "deit": (VIT, 64, 4), "dinov2": (VIT, 64, 4),
     "dinov2_with_registers": (VIT, 64, 4),
     "dinov3_convnext": ({"hidden_sizes": [8, 8, 8, 12], "depths": [1, 1, 1, 1]}, 224, 7),
     "dinov3_vit": ({**VIT, "num_register_tokens": 4}, 64, 4), "donut-swin": (SWIN, 64, 8),
+    "efficientnet": ({"image_size": 64, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128}, 64, 2),
     "focalnet": ({"image_size": 64, "embed_dim": 8, "depths": [1, 1], "hidden_sizes": [8, 16],
                   "focal_levels": [1, 1], "focal_windows": [3, 3]}, 64, 8),
     "hiera": ({"image_size": [64, 64], "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "query_stride": [2, 2],
@@ -134,6 +137,7 @@ VISION: dict[str, tuple[Fields, int, int]] = {
     "timm mambaout_femto": ({"dims": [8, 8, 8, 16], "depths": [1, 1, 1, 1]}, 224, 7),
     "timm resnet10t": ({}, 64, 2), "timm swin_tiny_patch4_window7_224": (TIMM_SWIN, 224, 28),
     "timm swinv2_tiny_window8_256": (TIMM_SWIN, 256, 32), "timm vit_base_patch16_siglip_256": (TIMM_VIT, 256, 16),
+    "timm vit_small_patch14_dinov2": (TIMM_VIT | {"img_size": 98}, 98, 7),
     "timm vit_small_patch14_reg4_dinov2": (TIMM_VIT | {"img_size": 224}, 224, 16),
     "timm vit_small_patch16_dinov3": (TIMM_VIT | {"embed_dim": 32}, 256, 16),
     "timm vit_tiny_patch16_224": (TIMM_VIT, 224, 14),
@@ -150,8 +154,12 @@ DUAL: dict[str, Fields] = {
 PADDING = "text_model: the padding of a text changes what the encoder {} returns for its words."
 DUALS = "clip_config must be of a dual encoder (altclip, chinese_clip, clip, clipseg, metaclip_2, siglip, "
 TEXT_REFUSED: dict[str, tuple[Fields, str]] = {
+    "canine": ({**WORDS, "num_hash_buckets": 60, "local_transformer_stride": 8},
+               "text_config: 'canine' does not work as a text encoder: it cannot read a text of one token"),
     "convbert": ({**WORDS, "embedding_size": 16}, PADDING.format("'convbert'")),
     "fnet": (WORDS, PADDING.format("'fnet'")),
+    "funnel": ({"vocab_size": 60, "block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 16, "n_head": 2,
+                "d_head": 8, "d_inner": 24}, PADDING.format("'funnel'")),
     "nystromformer": ({**WORDS, "num_landmarks": 4, "segment_means_seq_len": 40},
                       "text_config: 'nystromformer' does not work as a text encoder: "),
     "perceiver": ({}, "text_config: 'perceiver' does not work as a text encoder: "),
@@ -440,6 +448,43 @@ def test_lora_on_a_vit(model_and_processor: Any, tmp_path: Path) -> None:
     adapted(**inputs, labels=torch.tensor([0])).loss.backward()
     lora = {name: weight for name, weight in adapted.named_parameters() if "lora_B" in name}
     assert len(lora) == 6 and all(weight.grad.abs().sum() > 0 for weight in lora.values())
+
+
+@pytest.mark.slow
+def test_text_towers_in_8_bits(model_and_processor: Any, tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    model, processor = model_and_processor
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "float32")
+    quantize(str(tmp_path / "float32")).save_pretrained(tmp_path / "int8")
+    small = ClipCaCgForSequenceClassification.from_pretrained(tmp_path / "int8")
+    in_8_bits = {
+        name
+        for name, encoder in small.backbones().items()
+        for module in encoder.modules()
+        if isinstance(module, torch.nn.Linear) and isinstance(module.weight, torchao.Int8Tensor)
+    }
+    assert in_8_bits == {"text", "clip.text"}
+    inputs = processor(images=IMAGE, text="a day", return_tensors="pt")
+    with torch.inference_mode():
+        assert 0 < (small(**inputs).logits - model(**inputs).logits).abs().max() < 0.05
+
+
+@pytest.mark.slow
+def test_the_demo(model_and_processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = pytest.importorskip("clipcacg.scripts.reporting.page", exc_type=ImportError)
+    for part in model_and_processor:
+        part.save_pretrained(tmp_path / "checkpoint")
+    IMAGE.save(tmp_path / "post.png")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # the demo reads uploads alone
+    demo = page.build_demo(str(tmp_path / "checkpoint"))
+    answer = next(function.fn for function in demo.fns.values() if function.api_name == "explain")
+    *_, shown = answer({"path": str(tmp_path / "post.png"), "orig_name": "post.png"}, "so happy today")
+    values = {getattr(component, "label", None): value for component, value in shown.items()}
+    assert len(shown) == 9 and set(values["Sentiment"]) == {"negative", "neutral", "positive"}
+    for encoder in ("the vision encoder", "CLIP"):
+        assert np.ptp(np.asarray(values[f"Image regions, through {encoder}"])) > 0
+    assert [word for word, _ in values["Words that moved the score"]] == ["so", "happy", "today"]
 
 
 def table() -> str:

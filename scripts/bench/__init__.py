@@ -4,13 +4,14 @@ from collections.abc import Callable
 from functools import partial
 
 from clipcacg.scripts.bench.data import cache, images, prediction
-from clipcacg.scripts.bench.model import fusion, memory, modes, onnx, padding
+from clipcacg.scripts.bench.model import fusion, memory, modes, onnx, padding, sharing
 from clipcacg.scripts.bench.setting import Figure, Setting
 
 SECTIONS: dict[str, Callable[[Setting], dict[str, Figure]]] = {
     "fusion": fusion,
     "fusion_bf16": partial(fusion, numbers="bf16"),
     "memory": memory,
+    "sharing": sharing,
     "padding": padding,
     "cache": cache,
     "images": images,

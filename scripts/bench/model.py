@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, CLIPModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.scripts.bench.setting import (
     LONGEST,
     Figure,
@@ -27,6 +28,7 @@ from clipcacg.scripts.bench.setting import (
     precision,
     rate,
     ratio,
+    spread,
     text_lengths,
 )
 
@@ -108,6 +110,30 @@ def fusion(setting: Setting, numbers: str = "float32") -> dict[str, Figure]:
         ),
         f"train_posts_per_second{suffix}": rate(times["model"], size, f"posts per second, training, {how}"),
     }
+
+
+def sharing(setting: Setting) -> dict[str, Figure]:
+    """The share of a forward pass that a shared tower saves, where CLIP's tower is also another encoder."""
+    figures, clip_inputs = {}, make_inputs(setting, text_lengths(setting.batch_size))
+    for parts in (("vision",), ("text", "vision")):
+        models = {}
+        for shared in (False, True):
+            config = make_config(setting)
+            for part in parts:
+                setattr(config, f"{part}_config", config.clip_config)
+                setattr(config, f"share_clip_{part}", shared)
+            models[shared] = ClipCaCgForSequenceClassification(config).eval().to(setting.device)
+        inputs = dict(clip_inputs)
+        if "text" in parts:
+            inputs |= {name: inputs[f"clip_{name}"] for name in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            times = in_turn(
+                setting.repeats, own=partial(models[False], **inputs), shared=partial(models[True], **inputs)
+            )
+        saved = [1 - shared / own for shared, own in zip(times["shared"], times["own"], strict=True)]
+        what = f"saved share of a forward pass, CLIP's {' and '.join(parts)} tower shared / run twice, batches of "
+        figures[f"shared_{'_'.join(parts)}_saving"] = spread(saved, f"{what}{setting.batch_size}")
+    return figures
 
 
 def inputs_of(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, ...]:

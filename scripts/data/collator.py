@@ -68,7 +68,10 @@ class PostCollator:
 
     def _batch(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         columns = [column for column in ("text", "image") if self.reads(column)]
-        batch = read_posts(self.processor, rows, columns) | cached_inputs(rows, self.features)
+        may_lack = self.config.modality_dropout > 0
+        batch = read_posts(self.processor, rows, columns, may_lack) | cached_inputs(rows, self.features)
+        if may_lack:  # a stored output does not tell whether there was an image
+            batch["has_image"] = torch.tensor([int(row["image"] is not None) for row in rows])
         for encoder in [*self.features, *self.config.shared]:
             batch.pop(FEATURES[encoder].input, None)
         labels = {"label": "labels"}

@@ -356,7 +356,7 @@ def _encoder_inputs(
                 post |= augmentation({feature.column: [post[feature.column]]})
                 post[feature.column] = post[feature.column][0]
         posts.append(post)
-    batch = read_posts(processor, posts, [feature.column])
+    batch = read_posts(processor, posts, [feature.column], may_lack=True)
     mask = None if feature.mask is None else batch[feature.mask]
     return [name for name, _, _ in order], batch[feature.input], mask
 
@@ -385,7 +385,9 @@ def cached_inputs(rows: Sequence[dict[str, Any]], stores: dict[str, FeatureStore
         if feature.mask is None:
             batch[feature.name] = torch.stack(found)
             continue
-        batch[feature.name] = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
         words = [len(output) - (name == "clip.text") for output in found]
-        batch[feature.mask] = (torch.arange(max(words)) < torch.tensor(words)[:, None]).long()
+        if not any(words):  # no post has a text; a batch has one token at least
+            found = [torch.nn.functional.pad(output, (0, 0, 0, 1)) for output in found]
+        batch[feature.name] = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+        batch[feature.mask] = (torch.arange(max(1, *words)) < torch.tensor(words)[:, None]).long()
     return batch

@@ -21,6 +21,10 @@ from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
 from clipcacg.scripts.data.streaming import PostStream
 
 SAMPLE_FOLDER = Path(HF_HOME) / "clipcacg" / "sample"
+# Flags that say how to read a data set; MVSA has one form.
+OF_DATA_SETS = (
+    "image_column", "text_column", "dataset_config", "train_split", "validation_split", "test_split", "streaming",
+)  # fmt: skip
 
 
 @dataclass
@@ -100,8 +104,9 @@ class DataArguments(ColumnArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.streaming and not self.dataset_name:
-            raise InputError("--streaming is for --dataset_name alone: an MVSA folder is read where it lies.")
+        for flag in OF_DATA_SETS:
+            if getattr(self, flag) and not self.dataset_name:
+                raise InputError(f"--{flag} is for --dataset_name alone: leave it out, or name a data set.")
         if self.streaming and self.group_duplicates:
             raise InputError("--group_duplicates compares all posts, which --streaming does not keep: choose one.")
         if self.data_dir and self.dataset_name:
@@ -130,6 +135,7 @@ def load_posts(
     modality: str = "both",
     remembered: ClipCaCgConfig | None = None,
     faults: Faults | None = None,
+    may_lack: bool = False,
 ) -> datasets.DatasetDict:
     """Load the posts of any source in one form, and split them if they are not split yet.
 
@@ -140,6 +146,7 @@ def load_posts(
         remembered (`ClipCaCgConfig`, *optional*): config of a checkpoint, whose columns are read if no flag says
             otherwise.
         faults (`Faults`, *optional*): takes the rows that `on_error="skip"` leaves out.
+        may_lack (`bool`): accept posts that have a text and no image, for a model with `modality_dropout`.
 
     Returns:
         `datasets.DatasetDict`: some of the splits train, validation and test, with the columns id, text, image (not
@@ -168,7 +175,7 @@ def load_posts(
             posts = split_mvsa(dataset, arguments.splits, arguments.split_seed, arguments.group_duplicates)
         posts = posts.cast_column("image", datasets.Image(decode=False))
     else:
-        posts = _load_any(arguments, arguments.dataset_name, modality, remembered, faults)
+        posts = _load_any(arguments, arguments.dataset_name, modality, remembered, faults, may_lack)
         if arguments.streaming:
             faults.check_share()
             return posts
@@ -181,7 +188,12 @@ def load_posts(
 
 
 def _load_any(
-    arguments: DataArguments, name: str, modality: str, remembered: ClipCaCgConfig | None, faults: Faults
+    arguments: DataArguments,
+    name: str,
+    modality: str,
+    remembered: ClipCaCgConfig | None,
+    faults: Faults,
+    may_lack: bool,
 ) -> datasets.DatasetDict:
     """Load a data set, and bring its splits and columns to the names and types that `load_posts` returns."""
     own_labels = {arguments.text_label_column: "text_label", arguments.image_label_column: "image_label"}
@@ -194,7 +206,7 @@ def _load_any(
     for column in {"text_label", "image_label"} & set(labels.values()):
         posts = with_modality_labels(posts, column, name, faults)
     for split, dataset in posts.items():
-        posts[split] = faults.leave_out(dataset, bad_images(dataset), _source(name, split, posts))
+        posts[split] = faults.leave_out(dataset, bad_images(dataset, may_lack), _source(name, split, posts))
     return posts if arguments.streaming else posts.remove_columns("row")
 
 

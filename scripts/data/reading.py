@@ -11,9 +11,15 @@ from clipcacg.scripts.data.images import image_source
 
 
 def read_posts(
-    processor: ClipCaCgProcessor, rows: Sequence[dict[str, Any]], columns: Collection[str]
+    processor: ClipCaCgProcessor, rows: Sequence[dict[str, Any]], columns: Collection[str], may_lack: bool = False
 ) -> dict[str, torch.Tensor]:
     """Process the columns "text" and "image", those of them that are in `columns`.
+
+    Args:
+        processor: Makes the inputs.
+        rows: Posts.
+        columns: Columns to read.
+        may_lack: Take posts without an image, whose column is None.
 
     Raises:
         InputError: a text or image cannot be read; the message names the post.
@@ -21,13 +27,15 @@ def read_posts(
     inputs: dict[str, Any] = {}
     try:
         if "text" in columns:
-            inputs["text"] = [row["text"] or "" for row in rows]  # an empty cell of a table is None
+            inputs["text"] = [row["text"] for row in rows]
         if "image" in columns:
-            inputs["images"] = [image_source(row["image"]) for row in rows]
+            inputs["images"] = [
+                None if may_lack and row["image"] is None else image_source(row["image"]) for row in rows
+            ]
         return dict(processor(**inputs, return_tensors="pt")) if inputs else {}
     except (OSError, TypeError, ValueError) as error:
         if len(rows) == 1:
             raise InputError(f"post {rows[0].get('id', '')}: {error}") from error
         for row in rows:  # one of them fails alone too, and is named
-            read_posts(processor, [row], columns)
+            read_posts(processor, [row], columns, may_lack)
         raise

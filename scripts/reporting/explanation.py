@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from clipcacg.modeling_clipcacg import as_map
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, missing_parts
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES
 
@@ -100,7 +100,7 @@ class Explanation:
         scores: Probability by label; {"value": prediction} for a regression.
         predicted: The label with the highest score, which `attribution` explains.
         attribution: What moved its score.
-        attention: By query modality, "text" and "image"; empty without cross-attention.
+        attention: By query modality, "text" and "image"; empty without cross-attention, and for a post that lacks one.
         view: (height, width, 3), the image as the vision encoder sees it (or CLIP's tower in its place), or None.
         words: Words of the text, or None.
         gate: Mean of g of equation 12, or None without a gate; 1 is the linear path, 0 the tanh path.
@@ -124,24 +124,28 @@ def explain(model: PreTrainedModel, processor: Any, image: Any = None, text: str
         model: A `ClipCaCgForSequenceClassification` in float32; it is put into evaluation mode.
         processor: Its `ClipCaCgProcessor`.
         image: One image in any form that the processor takes; ignored by a model that reads no images.
-        text: The text; ignored by a model that reads no texts.
+        text: The text; ignored by a model that reads no texts. With `modality_dropout` a post may lack one of the two:
+            then the other is explained.
 
     Raises:
-        InputError: If a part that the model reads is missing or broken.
+        InputError: If a part that the model needs is missing, or one is broken.
     """
     inputs = prepare(model, processor, image, text)
-    words, owners = find_words(processor, text, inputs) if "text" in model.config.modalities else ([], {})
+    has_image, has_text = "has_image" not in inputs, bool(text and text.strip())
+    words, owners = find_words(processor, text or "", inputs) if "text" in model.config.modalities else ([], {})
     with torch.inference_mode():
         outputs = model.eval()(**inputs, output_attentions=True)
     scores = read_scores(outputs.logits, model.config)
     predicted = max(scores, key=scores.get)
     parts = {"pixel_values": processor.image_processor, "clip_pixel_values": processor.clip_image_processor}
-    views = {name: view(inputs[name][0], part) for name, part in parts.items() if name in inputs}
+    views = {name: view(inputs[name][0], part) for name, part in parts.items() if name in inputs and has_image}
     target = list(scores).index(predicted)
     explanation = Explanation(scores, predicted, attribute(model, inputs, target, views, owners, len(words)))
     explanation.view = next(iter(views.values()), None)
-    explanation.words = words if "text" in model.config.modalities else None
-    if outputs.text_attentions is not None:
+    explanation.words = words if "text" in model.config.modalities and has_text else None
+    if explanation.words is None:
+        explanation.attribution.words = None
+    if outputs.text_attentions is not None and has_image and has_text:
         explanation.attention = read_attention(outputs, inputs, views, owners, len(words))
     if outputs.gate is not None:
         explanation.gate = outputs.gate.mean().item()
@@ -162,17 +166,16 @@ def prepare(model: PreTrainedModel, processor: Any, image: Any, text: str | None
         InputError: If the image or the text that it needs is missing or broken.
     """
     given = {"image": image, "text": text}
-    missing = [name for name in model.config.modalities if given[name] is None]
-    if missing:
+    if missing := missing_parts(given, model.config):
         raise InputError(f"This model needs {' and '.join({'image': 'an image'}.get(n, 'a text') for n in missing)}.")
     columns = {name: [given[name]] for name in model.config.modalities}
     try:
         batch = processor(images=columns.get("image"), text=columns.get("text"), return_tensors="pt")
     except (OSError, ValueError) as error:
         raise InputError(str(error)) from error
-    needed = model.config.required_inputs
-    masks = [name.replace("input_ids", "attention_mask") for name in needed if name.endswith("input_ids")]
-    return {name: batch[name].to(model.device) for name in [*needed, *masks]}
+    names = [*model.config.required_inputs, "has_image"]
+    names += [name.replace("input_ids", "attention_mask") for name in names if name.endswith("input_ids")]
+    return {name: batch[name].to(model.device) for name in names if name in batch}
 
 
 def view(pixels: Tensor, image_processor: Any) -> np.ndarray:

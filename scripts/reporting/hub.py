@@ -21,8 +21,9 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 from packaging.requirements import Requirement
+from transformers.dynamic_module_utils import get_relative_import_files
 
-from clipcacg.configuration_clipcacg import AUTO_MAP
+from clipcacg.configuration_clipcacg import AUTO_MAP, BACKBONES
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.reporting.model_card import CARD_FILE, rename_card
@@ -171,17 +172,23 @@ def checkpoint_files(folder: Path) -> list[str]:
         weights = weight_files(folder)
     if not AUTO_MAP.items() <= config.get("auto_map", {}).items():
         raise InputError(f"{folder / 'config.json'} does not name the code of this project in its auto_map.")
-    needed = {CARD_FILE, "config.json", "processor_config.json", *code_files(config), *weights}
+    with as_input_error(f"{folder} is incomplete", OSError):
+        code = code_files(folder, config)
+    needed = {CARD_FILE, "config.json", "processor_config.json", *code, *weights}
     if missing := sorted(name for name in needed if not (folder / name).is_file()):
         raise InputError(f"{folder} is incomplete: there is no {' and no '.join(missing)}.")
     return sorted(name for name in {*needed, *PLOTS, *tokenizer_files(processor)} if (folder / name).is_file())
 
 
-def code_files(config: dict) -> set[str]:
-    """The Python files that a `config.json` names."""
+def code_files(folder: Path, config: dict) -> set[str]:
+    """The Python files that a `config.json` names for the model and for its encoders, and those that they import."""
     pipelines = config.get("custom_pipelines", {}).values()
     names = [*config["auto_map"].values(), *(pipeline["impl"] for pipeline in pipelines)]
-    return {f"{name.partition('.')[0]}.py" for name in names}
+    for part in BACKBONES:
+        names += ((config.get(f"{part}_config") or {}).get("auto_map") or {}).values()
+    files = {f"{name.partition('.')[0]}.py" for name in names}
+    imported = [get_relative_import_files(folder / name) for name in files if (folder / name).is_file()]
+    return files | {Path(path).name for paths in imported for path in paths}
 
 
 def weight_files(folder: Path) -> set[str]:

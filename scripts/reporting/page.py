@@ -46,8 +46,9 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # Pillow reads more, and starts
 GRADES = {"little": "#fff3cd", "some": "#ffd666", "much": "#e0a100"}  # of attention, with their colours
 NOT_NEEDED = ("/proxy=", "/process_recording", "/deep_link", "/vibe-")
 INTRODUCTION = """# Sentiment of a post
-Add an image and its text. The page shows the predicted sentiment, what moved the score, and what the model attends to.
+Add {post}. The page shows the predicted sentiment, what moved the score, and what the model attends to.
 Uploads are deleted after ten minutes."""
+POSTS = {"image": "an image", "text": "a text", "both": "an image and its text"}
 
 
 class UploadsOnly:
@@ -245,7 +246,8 @@ def build_demo(checkpoint: str, trust_remote_code: bool = False) -> gr.Blocks:
     config = model.config
     page = gr.Blocks(title="Sentiment of a post", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS))
     with page:
-        gr.Markdown(INTRODUCTION)
+        post = "an image, a text, or both" if config.modality_dropout else POSTS[config.modality]
+        gr.Markdown(INTRODUCTION.format(post=post))
         with gr.Row():
             with gr.Column(min_width=300):
                 reads_image, reads_text = ("image" in config.modalities, "text" in config.modalities)
@@ -260,8 +262,8 @@ def build_demo(checkpoint: str, trust_remote_code: bool = False) -> gr.Blocks:
             """The predicted sentiment at once, its explanation some seconds later."""
             try:
                 post = open_image(image), check_text(text)
-                found = {"label": predict(model, processor, *post)}
-                yield {shown["label"]: found["label"]}
+                found = {**dict.fromkeys(shown), "label": predict(model, processor, *post)}
+                yield {shown[name]: value for name, value in found.items()}
                 found |= panels(explain(model, processor, *post))
             except InputError as error:
                 raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error

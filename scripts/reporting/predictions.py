@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, missing_parts
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.faults import ALLOWED_SHARE
@@ -74,6 +74,7 @@ def load_checkpoint(
             model_class, processor_class = (
                 get_class_from_dynamic_module(auto_map[name], checkpoint) for name in names
             )
+            kwargs["trust_remote_code"] = True
         processor = processor_class.from_pretrained(checkpoint)
         model = model_class.from_pretrained(checkpoint, **kwargs).eval()
     return model, processor
@@ -113,7 +114,7 @@ def prepare(rows: list[Row], collator: PostCollator) -> tuple[list[Row], Inputs 
     """
     found = []
     for row in rows:
-        missing = [name for name in collator.config.modalities if row.get(name) is None]
+        missing = missing_parts(row, collator.config)
         fault = f"the model needs {' and '.join(missing)}, which this post does not have" if missing else None
         found.append({"id": str(row["id"]), "error": row.get("error") or fault})
     good = [(row, line) for row, line in zip(rows, found, strict=True) if not line["error"]]

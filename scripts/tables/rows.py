@@ -172,6 +172,8 @@ class Settings:
         """Return a copy with the row's own fields and the given values of the tuning grid."""
         row, training, systems = ROWS[name], copy.deepcopy(self.training), copy.deepcopy(self.systems)
         model = replace(self.model, **(row.fields or {**WHOLE, "clip_mode": "none"}))
+        if model.modality != "both":
+            model.modality_dropout = 0.0
         if not model.use_modality_heads:
             model.modality_loss_weight, model.modality_combination = 1.0, "auto"
         if name in WORD_VECTORS and self.word_vectors:

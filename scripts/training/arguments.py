@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_available
 
 from clipcacg.configuration_clipcacg import BACKBONES, did_you_mean
 from clipcacg.scripts.data.errors import InputError, parse_flags
-from clipcacg.scripts.data.loading import DataArguments
+from clipcacg.scripts.data.loading import OF_DATA_SETS, DataArguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OF_TABLES = ("tuning", "systems")  # keys of a config that only reproduce.py reads
@@ -36,6 +36,7 @@ SWITCHED_OFF: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "splits": ("random", ("dataset_name",), ()),
     "text_label_column": (None, ("data_dir",), ()),
     "image_label_column": (None, ("data_dir",), ()),
+    **{flag: (False if flag == "streaming" else None, ("data_dir",), ()) for flag in OF_DATA_SETS},
     "use_conflicting_posts": (False, ("dataset_name",), ("use_modality_heads",)),
     "streaming": (False, ("data_dir", "group_duplicates", "augment", "cache_features", "hp_search"), ()),
     "group_duplicates": (False, ("streaming",), ()),
@@ -54,7 +55,7 @@ LOADING_FLAGS = {
     "subfolder": "Folder inside --{0}_model.",
     "token": "Access token for --{0}_model; not stored.",
     "cache_dir": "Folder for the download of --{0}_model.",
-    "trust_remote_code": "Run the code that --{0}_model brings.",
+    "trust_remote_code": "Run the code that --{0}_model, or this encoder of --model_name_or_path, brings.",
 }
 
 LoadingArguments = dataclasses.make_dataclass(
@@ -113,6 +114,13 @@ class ModelArguments(LoadingArguments):
             "validation split after training."
         },
     )
+    modality_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Withhold the image or the text of a training post with this probability: the model learns to "
+            "answer posts that lack one."
+        },
+    )
     freeze_text: bool = field(default=False, metadata={"help": "Do not train the text encoder."})
     freeze_text_layers: int = field(
         default=0, metadata={"help": "Do not train the text encoder's embeddings and this many of its lower layers."}
@@ -152,7 +160,7 @@ class ModelArguments(LoadingArguments):
         """The fields of `ClipCaCgConfig` among the flags."""
         names = (
             "clip_mode modality use_cross_attention use_gating share_clip_text share_clip_vision hidden_size "
-            "num_attention_heads projection_dim dropout contrastive_loss_weight"
+            "num_attention_heads projection_dim dropout contrastive_loss_weight modality_dropout"
         )
         fields = {name: getattr(self, name) for name in names.split()}
         return fields | self.head_fields()

@@ -22,6 +22,7 @@ AXES = {
     "input_ids": {0: "batch", 1: "text_len"},
     "attention_mask": {0: "batch", 1: "text_len"},
     "pixel_values": {0: "batch"},
+    "has_image": {0: "batch"},
     "clip_input_ids": {0: "batch", 1: "clip_text_len"},
     "clip_attention_mask": {0: "batch", 1: "clip_text_len"},
     "clip_pixel_values": {0: "batch"},
@@ -70,10 +71,16 @@ def onnx_gru(gru: nn.GRU, states: Tensor) -> tuple[Tensor, None]:
 def example(
     model: ClipCaCgForSequenceClassification, processor: ClipCaCgProcessor, texts: list[str]
 ) -> dict[str, Tensor]:
-    """A batch of these texts, each with an image of one colour: the inputs that the model needs, and their masks."""
-    rows = [{"text": text, "image": Image.new("RGB", (64, 48), (40 * row, 90, 160))} for row, text in enumerate(texts)]
-    batch, required = PostCollator(processor, model.config)(rows), model.config.required_inputs
-    return {name: batch[name] for name in AXES if name.replace("attention_mask", "input_ids") in required}
+    """A batch of these texts, each with an image of one colour: the inputs that the model needs, and their masks.
+
+    `has_image` is an input of models that have learned to do without one; the last image is missing for them.
+    """
+    colours = [(40 * row, 90, 160) for row in range(len(texts))]
+    rows = [{"text": text, "image": Image.new("RGB", (64, 48), c)} for text, c in zip(texts, colours, strict=True)]
+    if model.config.modality_dropout:
+        rows[-1]["image"] = None
+    batch, names = PostCollator(processor, model.config)(rows), {*model.config.required_inputs, "has_image"}
+    return {name: batch[name] for name in AXES if name.replace("attention_mask", "input_ids") in names & batch.keys()}
 
 
 def export(model: ClipCaCgForSequenceClassification, inputs: dict[str, Tensor], output: Path) -> None:

@@ -18,8 +18,12 @@ from clipcacg.scripts.training.metrics import load_metric, score
 NOT_A_TEXT_TOWER = r"(?!.*\b(text_branch\.backbone|interaction\.clip_text)\.).*"
 
 
-def quantize(checkpoint: str) -> ClipCaCgForSequenceClassification:
+def quantize(checkpoint: str, trust_remote_code: bool = False) -> ClipCaCgForSequenceClassification:
     """Load a checkpoint with the Linear layers of its text encoder and of CLIP's text tower in 8 bits.
+
+    Args:
+        checkpoint: Folder or Hub name.
+        trust_remote_code: See `load_checkpoint`.
 
     Raises:
         InputError: If the model reads no text, or the extra `quantize` is not installed.
@@ -29,7 +33,7 @@ def quantize(checkpoint: str) -> ClipCaCgForSequenceClassification:
     with as_input_error("Install the extra: pip install 'clipcacg[quantize]'", ImportError):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig
     settings = TorchAoConfig(Int8DynamicActivationInt8WeightConfig(), modules_to_not_convert=[NOT_A_TEXT_TOWER])
-    model, _ = load_checkpoint(checkpoint, dtype=torch.float32, quantization_config=settings)
+    model, _ = load_checkpoint(checkpoint, trust_remote_code, dtype=torch.float32, quantization_config=settings)
     return model
 
 

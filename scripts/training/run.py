@@ -44,7 +44,8 @@ from clipcacg.scripts.training.trainer import EarlyStopping, SentimentTrainer
 
 logger = logging.getLogger(__name__)
 
-CHANGEABLE = ("dropout", "contrastive_loss_weight")  # fields of the config that a trained model may get anew
+# Fields of the config that a trained model may get anew.
+CHANGEABLE = ("dropout", "contrastive_loss_weight", "modality_dropout")
 # What chooses a checkpoint in place of accuracy, and whether a greater value is better.
 BEST_BY = {"regression": ("mse", False), "multi_label_classification": ("f1_micro", True)}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # options of glibc's mallopt, which Python does not name
@@ -71,7 +72,8 @@ def load_training_posts(
     if data_arguments.streaming:
         adapt_to_stream(arguments, model_arguments.cache_features)
     with arguments.main_process_first(desc="loading the posts"):
-        posts = load_posts(data_arguments, model_arguments.modality, config, faults)
+        may_lack = model_arguments.modality_dropout > 0
+        posts = load_posts(data_arguments, model_arguments.modality, config, faults, may_lack)
     if "train" not in posts:
         source = data_arguments.dataset_name or data_arguments.data_dir or "the drawn sample"
         if data_arguments.splits not in (None, "random"):
@@ -91,7 +93,7 @@ def load_training_posts(
 
 
 def follow_checkpoint(arguments: ModelArguments, config: ClipCaCgConfig, given: Collection[str]) -> None:
-    """Take the fields of a checkpoint's config, except for dropout and loss weight that the command line gives.
+    """Take the fields of a checkpoint's config, except for what the command line gives and `CHANGEABLE` allows.
 
     Args:
         arguments: The flags, which are changed.
@@ -169,9 +171,11 @@ def build(
     if arguments.model_name_or_path:
         model, processor = load_checkpoint(
             arguments.model_name_or_path,
+            arguments.text_trust_remote_code or arguments.vision_trust_remote_code,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             class_weights=None,
+            label_thresholds=None,
             **{name: getattr(arguments, name) for name in CHANGEABLE},
             **arguments.head_fields(),
             **labels,
@@ -256,8 +260,10 @@ def set_loss(
     The Trainer's label smoothing would hide the labels, and so the contrastive loss, from the model.
 
     Raises:
-        InputError: If `--class_weights balanced` does not fit the data.
+        InputError: If `--class_weights balanced` or `--label_smoothing_factor` does not fit the data.
     """
+    if arguments.label_smoothing_factor and model.config.task != "single_label_classification":
+        raise InputError("--label_smoothing_factor is for one class per post, and these labels are numbers or lists.")
     model.config.label_smoothing, arguments.label_smoothing_factor = arguments.label_smoothing_factor, 0.0
     model.config.class_weights = None
     if model_arguments.class_weights == "balanced":

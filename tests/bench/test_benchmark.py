@@ -56,8 +56,10 @@ def run(output: Path, *sections: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_smoke_run_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    figures = run(tmp_path / "bench.json", "fusion", "fusion_bf16", "padding", "cache", "images", "prediction")
-    assert figures.keys() >= KEYS
+    figures = run(
+        tmp_path / "bench.json", "fusion", "fusion_bf16", "sharing", "padding", "cache", "images", "prediction"
+    )
+    assert figures.keys() >= KEYS | {"shared_vision_saving", "shared_text_vision_saving"}
     assert all(figures[key] > 0 for key in KEYS)
     assert figures["padding_difference"] < 1e-5
     printed = capsys.readouterr().out

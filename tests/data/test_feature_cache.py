@@ -96,6 +96,28 @@ def test_logits_from_the_cache_are_those_of_the_posts(
     torch.testing.assert_close(from_cache.loss, direct.loss, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("mode", ["encoder", "feature"])
+def test_posts_that_lack_a_text_or_an_image(
+    mode: str, build: Callable, posts: datasets.DatasetDict, tmp_path: Path
+) -> None:
+    """Beside other posts, and in a batch in which none has a text."""
+    model, processor = build(modality_dropout=0.1, **MODES[mode])
+    for missing in model.modules():
+        if type(missing).__name__ == "MissingModality":
+            torch.nn.init.normal_(missing.text)
+            torch.nn.init.normal_(missing.image)
+    kept, feature = posts["test"].select(range(3)), posts["test"].features["image"]
+    some = kept.remove_columns(["text", "image"]).add_column("text", ["", *kept["text"][1:]])
+    some = some.add_column("image", [*kept["image"][:2], None], feature=feature)
+    cached, stores = cache_features(model, processor, datasets.DatasetDict(train=some), folder=tmp_path)
+    plain, stored = PostCollator(processor, model.config), PostCollator(processor, model.config, stores)
+    for rows in ((0, 1, 2), (0,), (2,)):
+        with torch.no_grad():
+            expected = model(**plain([some[row] for row in rows])).logits
+            found = model(**stored([cached["train"][row] for row in rows])).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_only_what_is_frozen_is_cached(build: Callable, posts: datasets.DatasetDict, tmp_path: Path) -> None:
     model, processor = build(clip_mode="feature")
     model.requires_grad_(True)

@@ -123,6 +123,25 @@ def test_a_post_is_one_image_and_one_text(sentiment: ImageTextSentimentPipeline,
             sentiment(post)
 
 
+def test_a_post_of_one_part_needs_modality_dropout(
+    sentiment: ImageTextSentimentPipeline, checkpoint: Path, posts_folder: Path
+) -> None:
+    image = str(posts_folder / "data/1.jpg")
+    with pytest.raises(ValueError, match="this one has no image. Give .*, or train with modality_dropout."):
+        sentiment({"text": "alone"})
+    model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint, modality_dropout=0.1)
+    sentiment = pipeline(TASK, model=model, processor=ClipCaCgProcessor.from_pretrained(checkpoint))
+    posts = [{"text": "alone"}, {"image": image}, {"image": image, "text": " "}, {"image": image, "text": "both"}]
+    one_by_one = [sentiment(post) for post in posts]
+    assert [sum(entry["score"] for entry in answer) for answer in one_by_one] == pytest.approx([1.0] * 4)
+    assert one_by_one[1] == one_by_one[2] != one_by_one[3]
+    for together, alone in zip(sentiment(posts, batch_size=4), one_by_one, strict=True):
+        assert [entry["score"] for entry in together] == pytest.approx([entry["score"] for entry in alone], abs=1e-5)
+    for post in ({}, {"text": ""}):
+        with pytest.raises(ValueError, match="this one has no image and no text. Give .*[.]$"):
+            sentiment(post)
+
+
 def test_what_it_saves_is_a_whole_checkpoint(
     sentiment: ImageTextSentimentPipeline, checkpoint: Path, posts_folder: Path, tmp_path: Path
 ) -> None:

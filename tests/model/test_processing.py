@@ -214,7 +214,22 @@ def test_a_post_or_many(processor: ClipCaCgProcessor):
     assert all(torch.equal(value, both[name]) for name, value in {**texts, **images}.items())
     one = processor(images=RGB, text="good", return_tensors="pt")
     assert all(torch.equal(one[name][0], both[name][0]) for name in both)
-    assert both["attention_mask"].sum(1).tolist()[1] == both["clip_attention_mask"].sum(1).tolist()[1] == 2  # ""
+
+
+def test_missing_images_and_texts(processor: ClipCaCgProcessor):
+    """A missing text is all padding, and only `has_image` tells that an image is missing."""
+    whole = processor(images=[RGB, GRAY], text=["good", "bad"], return_tensors="pt")
+    lacking = processor(images=[RGB, None], text=["good", None], return_tensors="pt")
+    assert list(lacking) == [*whole, "has_image"] and lacking["has_image"].tolist() == [1, 0]
+    for name in ("attention_mask", "clip_attention_mask"):
+        assert lacking[name].sum(1).tolist() == [whole[name][0].sum(), 0]
+    for empty in ("", " \n"):
+        again = processor(images=[RGB, None], text=["good", empty], return_tensors="pt")
+        assert not again["attention_mask"][1].any() and not again["clip_attention_mask"][1].any()
+    assert all(torch.equal(lacking[name][0], whole[name][0]) for name in whole)
+    alone = processor(images=[None], return_tensors="np")
+    assert alone["pixel_values"].shape == (1, *whole["pixel_values"].shape[1:]) and alone["has_image"].tolist() == [0]
+    assert processor(images=[None, RGB], text=["good", "bad"])["has_image"] == [0, 1]
 
 
 @pytest.mark.parametrize("kind, expected", [("pt", torch.Tensor), ("np", np.ndarray), (None, list)])
@@ -303,8 +318,6 @@ def test_nested_keywords_are_those_of_transformers(processor: ClipCaCgProcessor)
         ([], [], {}, ValueError, "empty list"),
         ([RGB, "missing.jpg"], "one", {}, ValueError, "2 images, 1 text"),
         (PIXELS, ["one", "two"], {}, ValueError, "1 images, 2 texts"),
-        ([RGB, None], None, {}, TypeError, r"images\[1\] .* not NoneType"),
-        (None, ["one", None], {}, TypeError, r"text\[1\] .* not NoneType"),
         ([[RGB]], None, {}, TypeError, r"images\[0\] .* not list"),
         (None, [["one"]], {}, TypeError, r"text\[0\] .* not list"),
         (

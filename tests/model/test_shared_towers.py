@@ -128,6 +128,9 @@ def test_an_explanation_of_shared_towers(backbones: Path) -> None:
     assert found.attribution.total == pytest.approx(found.attribution.difference, rel=0.05, abs=0.01)
     assert list(found.attribution.regions) == ["CLIP"] and np.abs(found.attribution.words).max() > 0
     assert found.view.shape[-1] == 3 and found.words == ["I", "love", "the", "beach"]
+    page = pytest.importorskip("clipcacg.scripts.reporting.page", exc_type=ImportError)
+    with page.gr.Blocks():
+        assert page.build_panels(model.config).keys() == {"label", *page.panels(found)}
 
 
 def test_lora_on_a_shared_tower_trains_both_uses(backbones: Path) -> None:

@@ -178,10 +178,8 @@ def test_an_encoder_with_its_own_code(hub: HubServer, backbones: Path, tmp_path:
     encoder = model.backbones()["text"]
     assert torch.equal(encoder.words.weight, words)
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(
-        ValueError, match=r"no model type 'tiny-custom'.* load it first with AutoModel.from_pretrained"
-    ):
-        ClipCaCgModel.from_pretrained(tmp_path / "saved")
+    auto_map["AutoModel"] = "modeling_tiny.TinyModel"
+    assert json.loads((tmp_path / "saved/config.json").read_text())["text_config"]["auto_map"] == auto_map
     again = ClipCaCgModel.from_pretrained(tmp_path / "saved", text_config=encoder.config)
     assert torch.equal(again.backbones()["text"].words.weight, words)
 

@@ -248,6 +248,25 @@ def test_a_missing_part_is_named(make: Callable, fields: dict, image: Any, text:
     assert str(caught.value) == sentence
 
 
+@pytest.mark.parametrize("mode", ["encoder", "feature"])
+def test_a_post_that_lacks_a_part(make: Callable, image: Image.Image, mode: str) -> None:
+    """What is there is explained; nothing is said of the rest, and the figure has no panel for it."""
+    model, processor = make(clip_mode=mode, modality_dropout=0.1)
+    for missing in model.modules():
+        if type(missing).__name__ == "MissingModality":
+            torch.nn.init.normal_(missing.image)
+            torch.nn.init.normal_(missing.text)
+    without_image, without_text = explain(model, processor, None, TEXT), explain(model, processor, image, None)
+    assert without_image.words == WORDS and without_image.view is None and not without_image.attribution.regions
+    assert without_text.words is None and without_text.attribution.words is None and without_text.view is not None
+    for found in (without_image, without_text):
+        assert not found.attention and sum(found.scores.values()) == pytest.approx(1)
+        assert found.attribution.total == pytest.approx(found.attribution.difference, abs=0.05)
+        draw(found)
+    with pytest.raises(InputError, match="This model needs an image and a text."):
+        explain(model, processor)
+
+
 def test_several_labels_get_independent_probabilities(make: Callable, image: Image.Image) -> None:
     model, processor = make(problem_type="multi_label_classification", clip_mode="none", num_labels=2)
     found = explain(model, processor, image, TEXT)

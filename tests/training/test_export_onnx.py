@@ -32,7 +32,7 @@ CLIP = ["clip_input_ids", "clip_attention_mask", "clip_pixel_values"]
             id="encoder",
             marks=pytest.mark.slow,
         ),
-        pytest.param({"clip_mode": "feature"}, BOTH, id="feature"),
+        pytest.param({"clip_mode": "feature", "modality_dropout": 0.1}, [*BOTH, "has_image"], id="feature"),
         pytest.param({"clip_mode": "none"}, BOTH, id="none"),
         pytest.param({"modality": "image"}, BOTH[2:], id="image"),
     ],
@@ -42,14 +42,14 @@ def test_the_file_gives_the_models_logits(
 ) -> None:
     text = {"model_type": "roberta", "vocab_size": 60, "max_position_embeddings": 42, **ONE_LAYER}
     model = ClipCaCgForSequenceClassification(tiny_config(text_config=text, **fields)).eval()
-    example = make_inputs([6, 2], [5, 3])
+    example = make_inputs([6, 2], [5, 3]) | {"has_image": torch.tensor([1, 0])}
     file = tmp_path / "model.onnx"
     export_onnx.export(model, {name: example[name] for name in names}, file)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(file)
     assert {given.name: given.shape[:2] for given in session.get_inputs()} == {
         name: ["batch", 3 if "pixel" in name else "clip_text_len" if "clip" in name else "text_len"] for name in names
-    }
+    } | ({"has_image": ["batch"]} if "has_image" in names else {})
     assert_same_logits(model, names, file)
 
 
@@ -57,6 +57,7 @@ def assert_same_logits(model: ClipCaCgForSequenceClassification, names: list[str
     for lengths, clip_lengths in (([9, 5, 1], [7, 4, 2]), ([1], [2]), ([3] * 7, [2] * 7), ([40, 1], [20, 4])):
         inputs = make_inputs(lengths, clip_lengths)
         inputs["attention_mask"][0, 0] = 0  # padding on the left too, and the text of one token is all padding
+        inputs |= {"has_image": torch.arange(len(lengths)) % 2}
         inputs = {name: inputs[name] for name in names}
         assert export_onnx.largest_difference(model, inputs, file) < export_onnx.TOLERANCE
 

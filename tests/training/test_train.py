@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,8 @@ def test_how_the_data_was_split(tmp_path: Path, posts_folder: Path) -> None:
         data = DataArguments(**arguments, max_train_samples=9)
         return record.split_name(data, load_posts(data))
 
-    rows = [{"text": f"a day {number}", "image": f"{number}.png", "label": number % 2} for number in range(60)]
+    image = str(posts_folder / "data/1.jpg")
+    rows = [{"text": f"a day {number}", "image": image, "label": number % 2} for number in range(60)]
     for folder, splits in (("all", ["train", "dev", "test"]), ("two", ["train", "test"]), ("one", ["train"])):
         (tmp_path / folder).mkdir()
         for number, split in enumerate(splits):
@@ -141,6 +144,66 @@ def test_a_run_with_modality_heads(posts_folder: Path, backbones: Path, tmp_path
     answer = pipeline("image-text-sentiment", model=str(tmp_path / "model"), trust_remote_code=True)(post)
     scores = {entry["label"]: entry["score"] for entry in answer}
     assert scores == pytest.approx(line["probabilities"], abs=1e-4)
+
+
+def test_a_run_with_modality_dropout(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    """From the flag to posts that lack a side, which evaluation and the pipeline answer alike."""
+    train.main(flags(posts_folder, backbones, tmp_path / "model", "--modality_dropout", "0.3", "--max_steps", "4"))
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config["modality_dropout"] == 0.3
+    data = [str(tmp_path / "model"), "--data_dir", str(posts_folder), "--splits", "random"]
+    found = {}
+    for side in (None, "image", "text"):
+        withheld = ["--withhold", side] if side else []
+        evaluate_checkpoint.main([*data, *withheld, "--output", str(tmp_path / "found.json")])
+        found[side] = json.loads((tmp_path / "found.json").read_text())
+        assert found[side]["withheld"] == side
+    assert found[None]["confusion_matrix"] == results(tmp_path / "model")["test_confusion_matrix"]
+
+    sentiment = pipeline("image-text-sentiment", model=str(tmp_path / "model"), trust_remote_code=True)
+    image = str(posts_folder / "data/1.jpg")
+    rows = [{"text": "so good"}, {"image": image, "text": ""}, {"text": " "}, {"image": image, "text": "so good"}]
+    (tmp_path / "posts.jsonl").write_text("".join(json.dumps({"image": None, **row}) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match="1 of 4 posts could not be read"):
+        predict.main([data[0], "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "out.jsonl")])
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert "needs image and text" in lines.pop(2)["error"]
+    for line, row in zip(lines, [*rows[:2], rows[3]], strict=True):
+        scores = {entry["label"]: entry["score"] for entry in sentiment(row)}
+        assert line["probabilities"] == pytest.approx(scores, abs=1e-5)
+
+    posts = load_posts(DataArguments(data_dir=str(posts_folder)))["test"]
+    for side, kept in (("image", "text"), ("text", "image")):
+        values = posts["text"][:] if kept == "text" else [image["path"] for image in posts["image"]]
+        answers = [best["label"] for (best,) in sentiment([{kept: value} for value in values], top_k=1)]
+        predicted = Counter(answers)
+        matrix = found[side]["confusion_matrix"]
+        names = config["label2id"]
+        assert {
+            name: sum(row[index] for row in matrix) for name, index in names.items() if predicted[name]
+        } == predicted
+
+
+def test_training_on_a_table_with_empty_cells(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    """Posts without an image are bad rows, unless the model learns to do without one."""
+    rows = [f"{posts_folder}/data/{n}.jpg,so good,{n % 2}" for n in range(1, 41)]
+    rows[3], rows[4] = ",so good,1", f"{posts_folder}/data/5.jpg,,0"
+    (tmp_path / "posts.csv").write_text("\n".join(["image,text,label", *rows]))
+    few = ["--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "False"]
+    command = partial(with_dataset, tmp_path / "posts.csv", posts_folder, backbones)
+    with pytest.raises(SystemExit, match="row 4 of .*posts.csv: it has no image"):
+        train.main(command(tmp_path / "refused", *few))
+    train.main(command(tmp_path / "model", *few, "--modality_dropout", "0.1"))
+    assert results(tmp_path / "model")["test_loss"] > 0
+    rows[3] = ",,1"
+    (tmp_path / "posts.csv").write_text("\n".join(["image,text,label", *rows]))
+    with pytest.raises(SystemExit, match="row 4 of .*posts.csv: it has no image"):
+        train.main(command(tmp_path / "refused", *few, "--modality_dropout", "0.1"))
+
+
+def test_evaluation_withholds_nothing_that_a_model_needs(checkpoint: Path, posts_folder: Path) -> None:
+    with pytest.raises(SystemExit, match="--withhold text is for models trained with --modality_dropout"):
+        evaluate_checkpoint.main([str(checkpoint), "--data_dir", str(posts_folder), "--withhold", "text"])
 
 
 def test_evaluation_refuses_an_output_that_cannot_be_written(tmp_path: Path) -> None:
@@ -298,7 +361,7 @@ def test_splits_without_training_posts_are_named(posts_folder: Path, backbones: 
 def test_posts_of_one_class_are_refused(tmp_path: Path) -> None:
     rows = "".join(f"so good {number},happy\n" for number in range(20))
     (tmp_path / "posts.csv").write_text(f"text,label\n{rows}")
-    with pytest.raises(SystemExit, match="at least two classes, .* the label of all 16 training posts is happy"):
+    with pytest.raises(SystemExit, match="at least two classes, .* the label of all 20 posts is happy"):
         train.main(f"--dataset_name {tmp_path}/posts.csv --modality text --output_dir {tmp_path}/out".split())
 
 
