@@ -321,6 +321,7 @@ def test_without_a_validation_split_the_last_epoch_is_kept(
     ids = [path.stem for path in (posts_folder / "data").glob("*.txt")]
     (tmp_path / "split.json").write_text(json.dumps({"train": ids[:60], "test": ids[60:90]}))
     more = ["--splits", str(tmp_path / "split.json"), "--modality", "image", "--max_train_samples", "20"]
+    more += ["--train_sampling_strategy", "random"]
     train.main(flags(posts_folder, backbones, tmp_path / "model", *more))
     scores = results(tmp_path / "model")
     assert "test_accuracy" in scores and "eval_accuracy" not in scores
