@@ -36,7 +36,7 @@ SWITCHED_OFF: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "splits": ("random", ("dataset_name",), ()),
     "text_label_column": (None, ("data_dir",), ()),
     "image_label_column": (None, ("data_dir",), ()),
-    **{flag: (False if flag == "streaming" else None, ("data_dir",), ()) for flag in OF_DATA_SETS},
+    **{flag: (None, ("data_dir",), ()) for flag in OF_DATA_SETS if flag != "streaming"},
     "use_conflicting_posts": (False, ("dataset_name",), ("use_modality_heads",)),
     "streaming": (False, ("data_dir", "group_duplicates", "augment", "cache_features", "hp_search"), ()),
     "group_duplicates": (False, ("streaming",), ()),

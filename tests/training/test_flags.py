@@ -17,6 +17,10 @@ from clipcacg.scripts.training.trainer import SentimentTrainer
 
 BEST = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
 VIEWS = {"augment": True, "cache_features": True, "augment_views": 4}
+OF_DATA_SET = {
+    "dataset_name": "x", "image_column": "a", "text_column": ["a", "b"], "dataset_config": "a", "train_split": "a",
+    "validation_split": "b", "test_split": "c",
+}  # fmt: skip
 # A file's settings, flags, and what holds then.
 BEATEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"adam": True}, "--optim sgd", {"adam": False, "optim": "sgd"}),
@@ -35,6 +39,7 @@ BEATEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"dataset_name": "x", "text_label_column": "a", "image_label_column": "b"}, "--data_dir y", {
         "dataset_name": None, "text_label_column": None, "image_label_column": None, "data_dir": "y",
     }),
+    (OF_DATA_SET, "--data_dir y", dict.fromkeys(OF_DATA_SET)),
     ({"use_conflicting_posts": True}, "--dataset_name y", {"use_conflicting_posts": False}),
     ({"use_conflicting_posts": True}, "--use_modality_heads False", {"use_conflicting_posts": False}),
     ({"streaming": True, "dataset_name": "x"}, "--data_dir y", {"streaming": False}),
