@@ -111,7 +111,7 @@ def with_modality_labels(posts: datasets.DatasetDict, column: str, name: str, fa
     index_of = {_key(label): index for index, label in enumerate(classes.names)}
     allowed = _listed(classes.names)
     for split, dataset in posts.items():
-        cells = [None if value == -1 else value for value in _values(dataset, column)]
+        cells = [None if value == -1 and "-1" not in index_of else value for value in _values(dataset, column)]
         found = {row: index_of.get(_key(_as_name(cell))) for row, cell in enumerate(cells) if cell is not None}
         unknown = [row for row, index in found.items() if index is None]
         reasons = {row: f"{flag}: unknown label {_as_name(cells[row])}. Allowed: {allowed}." for row in unknown}

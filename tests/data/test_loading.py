@@ -77,7 +77,7 @@ def test_only_a_test_split_may_lack_its_labels(
         assert "test split has no labels" in caplog.text
 
 
-@pytest.mark.parametrize("names", [("bad", "good"), (0, 1)])
+@pytest.mark.parametrize("names", [("bad", "good"), (0, 1), (-1, 1)])
 def test_labels_of_text_and_image_alone_have_the_classes_of_the_posts(names: tuple[Any, Any], tmp_path: Path) -> None:
     rows = table_of_images(tmp_path, lambda colour: names[colour])
     for number, row in enumerate(rows):
