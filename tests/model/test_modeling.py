@@ -403,7 +403,7 @@ def test_compiled_without_a_break_once_dynamo_admits_grus(build: Build, inputs: 
 def test_compiled_with_breaks_at_the_grus(build: Build, inputs: Inputs) -> None:
     torch._dynamo.reset()  # after some recompilations it would silently run the model as it is
     model = build("encoder")
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="aot_eager")
     for batch in (inputs, make_inputs([12, 3], [5, 6])):
         assert_close(compiled(**batch).logits, model(**batch).logits)
 
