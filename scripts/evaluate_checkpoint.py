@@ -19,7 +19,6 @@ import torch
 from accelerate import PartialState
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
-from clipcacg.scripts.data.collator import PostCollator, leave_out_unreadable
 from clipcacg.scripts.data.errors import InputError, as_input_error, one_sentence, set_up_logging
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import label_names
@@ -52,8 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         check_output(Path(arguments.output))
         model, processor = load_checkpoint(checkpoint, arguments.trust_remote_code)
         faults = Faults(data_arguments.on_error)
-        posts = labelled_posts(model, data_arguments, arguments.split, faults)
-        posts = leave_out_unreadable(posts, PostCollator(processor, model.config), faults, arguments.split)
+        posts = labelled_posts(model, processor, data_arguments, arguments.split, faults)
         if arguments.withhold:
             posts = without(posts, arguments.withhold, model.config)
         scores, names = evaluate_posts(model, processor, posts, arguments.batch_size), label_names(posts)

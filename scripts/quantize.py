@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"{arguments.output} is the checkpoint itself: name another --output.")
         quantized = quantize(checkpoint, arguments.trust_remote_code)
         original, processor = load_checkpoint(checkpoint, arguments.trust_remote_code, dtype=torch.float32)
-        posts = labelled_posts(original, data, arguments.split)
+        posts = labelled_posts(original, processor, data, arguments.split)
         quantized.save_pretrained(arguments.output)
         processor.save_pretrained(arguments.output)
         collator = PostCollator(processor, original.config)

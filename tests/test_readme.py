@@ -93,7 +93,7 @@ def test_every_flag_of_the_training_table_exists() -> None:
         f"--{field.name}"
         for arguments in (ModelArguments, DataArguments, RecipeArguments)
         for field in fields(arguments)
-        if field.name not in {field.name for field in fields(TrainingArguments)}
+        if field.init and field.name not in {field.name for field in fields(TrainingArguments)}
     }
     assert named <= flags
     assert own - named <= {"--overwrite_output_dir"}  # described under Resuming
@@ -115,6 +115,9 @@ def test_training(command: str, place: Path, backbones: Path, monkeypatch: pytes
     small = ["--hidden_size", "32", "--num_attention_heads", "4", "--max_steps", "4", "--dataloader_num_workers", "0"]
     if "offline_full" in command:  # the tiny encoders have two layers and two blocks
         small += ["--freeze_text_layers", "1", "--freeze_vision_blocks", "1"]
+    if "--hp_search" in command:
+        pytest.importorskip("optuna")
+        small += ["--hp_search", "1"]
     (place / "outputs/sample").unlink()
     run(command, monkeypatch, *names, *small)
     assert len(list(place.glob("outputs/*/all_results.json"))) == 1

@@ -14,7 +14,7 @@ from clipcacg.scripts.data.images import image_source
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 
 
-def bad_images(dataset: datasets.Dataset, may_lack: bool = False) -> dict[int, str]:
+def bad_images(dataset: datasets.Dataset, may_lack: bool = False, decode: bool = False) -> dict[int, str]:
     """Return what is wrong with the images of posts, by the index of the post.
 
     An image behind a URL is checked when it is read.
@@ -22,6 +22,7 @@ def bad_images(dataset: datasets.Dataset, may_lack: bool = False) -> dict[int, s
     Args:
         dataset: Posts.
         may_lack: Accept posts that have a text and no image.
+        decode: Decode every image, which finds all faults and is slow.
     """
     if "image" not in dataset.column_names:
         return {}
@@ -33,23 +34,24 @@ def bad_images(dataset: datasets.Dataset, may_lack: bool = False) -> dict[int, s
         try:
             source = image_source(value)
             if not isinstance(source, str):
-                check_image(source, source.name)
+                check_image(source, source.name, decode)
             elif "://" not in source:
                 if not os.path.isfile(source):
                     raise InputError(f"missing image: {source}")
                 with Path(source).open("rb") as file:
-                    check_image(file, source)
+                    check_image(file, source, decode)
         except (InputError, OSError) as error:
             reasons[index] = str(error)
     return reasons
 
 
-def check_image(file: BinaryIO, name: str) -> None:
-    """Open an image. Only one without an end marker is decoded to find out whether it is complete.
+def check_image(file: BinaryIO, name: str, decode: bool = False) -> None:
+    """Open an image. One without an end marker is decoded to find out whether it is complete.
 
     Args:
         file: The encoded image.
         name: Its name, for the message.
+        decode: Decode it even if it has an end marker.
 
     Raises:
         InputError: If the image cannot be opened or decoded.
@@ -58,7 +60,7 @@ def check_image(file: BinaryIO, name: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
-                if not has_end_marker(file, image.format):
+                if decode or not has_end_marker(file, image.format):
                     image.load()
     except Exception as error:  # Pillow raises nearly any exception for a broken file
         raise InputError(f"broken image: {name}: {type(error).__name__}: {error}") from error

@@ -111,7 +111,7 @@ def with_modality_labels(posts: datasets.DatasetDict, column: str, name: str, fa
     index_of = {_key(label): index for index, label in enumerate(classes.names)}
     allowed = _listed(classes.names)
     for split, dataset in posts.items():
-        cells = [None if value == -1 else value for value in _values(dataset, column)]
+        cells = [None if value == -1 and "-1" not in index_of else value for value in _values(dataset, column)]
         found = {row: index_of.get(_key(_as_name(cell))) for row, cell in enumerate(cells) if cell is not None}
         unknown = [row for row, index in found.items() if index is None]
         reasons = {row: f"{flag}: unknown label {_as_name(cells[row])}. Allowed: {allowed}." for row in unknown}
@@ -147,19 +147,19 @@ def align(posts: datasets.Dataset, names: list[str]) -> datasets.Dataset:
 
 
 def check_classes(posts: datasets.DatasetDict) -> None:
-    """Refuse training posts that all have one label, and warn of classes that a split lacks.
+    """Refuse posts that all have one label, and warn of classes that a split lacks.
 
     Raises:
         InputError: If there is nothing to tell apart.
     """
     names = label_names(posts["train"])
     counts = {split: Counter(_flat(labelled(dataset)["label"][:])) for split, dataset in posts.items()}
-    if len(counts["train"]) < 2:
-        label: Any = next(iter(counts["train"]), "none")
-        label = names[label] if names is not None and counts["train"] else label
+    found = set().union(*counts.values())
+    if len(found) < 2:
+        label = "none" if not found else found.pop() if names is None else names[found.pop()]
         raise InputError(
-            f"A model needs posts of at least two classes, or of different values, and the label of all "
-            f"{len(posts['train'])} training posts is {label}."
+            "A model needs posts of at least two classes, or of different values, and the label of all "
+            f"{sum(map(len, posts.values()))} posts is {label}."
         )
     for split in counts:
         lacking = []
@@ -174,7 +174,7 @@ def check_classes(posts: datasets.DatasetDict) -> None:
 
 def _names(feature: Any) -> list[str] | None:
     """The names of a ClassLabel, or of a list of them."""
-    feature = feature.feature if isinstance(feature, datasets.List) else feature
+    feature = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 

@@ -21,6 +21,10 @@ from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
 from clipcacg.scripts.data.streaming import PostStream
 
 SAMPLE_FOLDER = Path(HF_HOME) / "clipcacg" / "sample"
+# Flags that say how to read a data set; MVSA has one form.
+OF_DATA_SETS = (
+    "image_column", "text_column", "dataset_config", "train_split", "validation_split", "test_split", "streaming",
+)  # fmt: skip
 
 
 @dataclass
@@ -100,8 +104,9 @@ class DataArguments(ColumnArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.streaming and not self.dataset_name:
-            raise InputError("--streaming is for --dataset_name alone: an MVSA folder is read where it lies.")
+        for flag in OF_DATA_SETS:
+            if getattr(self, flag) and not self.dataset_name:
+                raise InputError(f"--{flag} is for --dataset_name alone: leave it out, or name a data set.")
         if self.streaming and self.group_duplicates:
             raise InputError("--group_duplicates compares all posts, which --streaming does not keep: choose one.")
         if self.data_dir and self.dataset_name:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pyarrow
 from datasets.packaged_modules.csv.csv import CsvConfig
 
@@ -50,7 +51,8 @@ def read_source(
         name: A table, a folder of tables or images, a folder of `save_to_disk`, or a Hub data set.
         config: Config of a data set that has several.
         splits: Ours to the source's own name, where it is not one of `SPLIT_NAMES`.
-        texts: Columns whose cells stay as they are written; others may become numbers.
+        texts: Columns of a table on the Hub whose cells stay as they are written. In a local one all cells do, apart
+            from labels.
         labels: Columns in which words such as NaN are empty cells.
         on_error: With "skip", a row of a .csv or .jsonl file that cannot be parsed is an empty row.
         streaming: Read rows when they are asked for, without a copy on this machine.
@@ -71,10 +73,12 @@ def read_source(
                 raise InputError(f"--dataset_config {config}: {name} has no configs.")
             first = next(iter(files.values()))[0]
             builder = READERS[table_suffix(first)]
-            options: dict[str, Any] = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
-            options = {"csv": options | cells, "json": options}.get(builder, {})
-            if table_suffix(first) == ".tsv":
-                options["sep"] = "\t"
+            options: dict[str, Any] = {}
+            if builder in ("csv", "json"):
+                options = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
+            if builder == "csv":
+                options["sep"] = "\t" if table_suffix(first) == ".tsv" else ","
+                options |= cells | {"converters": _as_written(files, options, labels)}
 
             def load(files: Mapping[str, list[Path]]) -> Any:
                 # Together the splits would get the types and the class names of the first.
@@ -93,7 +97,7 @@ def read_source(
             except FAULTS:
                 if builder not in ("csv", "json"):
                     raise
-                files, bad = mend(files, options.get("sep", ","))
+                files, bad = mend(files, options.get("sep", ""))
                 lines = [line for rows in bad.values() for line in rows.values()]
                 if not lines:
                     raise
@@ -185,6 +189,15 @@ def _tables_of_folder(folder: Path, splits: Mapping[str, str]) -> dict[str, list
     if without and not found:
         return {"train": without}
     return {split: found[split] for split in SPLITS if split in found}
+
+
+def _as_written(files: Mapping[str, list[Path]], options: Mapping[str, Any], labels: Sequence[str]) -> dict[str, type]:
+    """Converters that keep every cell as it is written, apart from labels.
+
+    pandas would judge the type of a column anew for every 10,000 rows, and fail where the judgments differ.
+    """
+    heads = [pandas.read_csv(path, nrows=0, **options).columns for part in files.values() for path in part]
+    return dict.fromkeys((column for head in heads for column in head if column not in labels), str)
 
 
 def _imagefolder(files: Mapping[str, list[Path]], load: Callable[..., Any]) -> datasets.DatasetDict:

@@ -227,6 +227,7 @@ def parts(facts: RunFacts) -> list[tuple[str, Any]]:
         settings += ["num_attention_heads"] if config.use_cross_attention else []
         settings += ["projection_dim", "contrastive_loss_weight"] if config.clip_mode == "feature" else []
         settings += ["modality_loss_weight", "modality_combination"] if config.use_modality_heads else []
+        settings += ["modality_dropout"] if config.modality_dropout else []
     return [*rows, *((name, readable(name, getattr(config, name))) for name in settings)]
 
 

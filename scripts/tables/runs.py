@@ -16,6 +16,7 @@ from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.baselines import SYSTEMS
 from clipcacg.scripts.baselines.logistic_regression import fit, majority, pooled_features
 from clipcacg.scripts.baselines.sentibank_sentistrength import LexiconCollator, SentiBankSentiStrength
+from clipcacg.scripts.data.checks import bad_images
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.faults import Faults
@@ -115,6 +116,10 @@ def load_fold(number: int | None, settings: Settings) -> Fold:
         raise InputError(f"reproduce.py needs the splits train and validation, got {', '.join(posts)}.")
     if task_of(posts["train"]) != "single_label_classification":
         raise InputError("reproduce.py needs posts of one class each, and these labels are numbers or lists.")
+    if faults.on_error == "skip":  # every row of the tables then has the same posts
+        for split, dataset in posts.items():
+            posts[split] = faults.leave_out(dataset, bad_images(dataset, decode=True), f"the {split} split")
+        faults.check_share()
     check_classes(posts)
     for column in ("text", "image"):
         posts = datasets.DatasetDict({split: add_digests(dataset, column) for split, dataset in posts.items()})

@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_available
 
 from clipcacg.configuration_clipcacg import BACKBONES, did_you_mean
 from clipcacg.scripts.data.errors import InputError, parse_flags
-from clipcacg.scripts.data.loading import DataArguments
+from clipcacg.scripts.data.loading import OF_DATA_SETS, DataArguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OF_TABLES = ("tuning", "systems")  # keys of a config that only reproduce.py reads
@@ -36,8 +36,13 @@ SWITCHED_OFF: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "splits": ("random", ("dataset_name",), ()),
     "text_label_column": (None, ("data_dir",), ()),
     "image_label_column": (None, ("data_dir",), ()),
+    **{flag: (None, ("data_dir",), ()) for flag in OF_DATA_SETS if flag != "streaming"},
     "use_conflicting_posts": (False, ("dataset_name",), ("use_modality_heads",)),
-    "augment_views": (0, (), ("augment", "cache_features")),
+    "streaming": (False, ("data_dir", "group_duplicates", "augment", "cache_features", "hp_search"), ()),
+    "group_duplicates": (False, ("streaming",), ()),
+    "augment": (False, ("streaming",), ()),
+    "cache_features": (False, ("streaming",), ()),
+    "augment_views": (0, ("streaming",), ("augment", "cache_features")),
     "early_stopping_patience": (0, (), ("eval_strategy",)),
     "load_best_model_at_end": (False, (), ("eval_strategy", "save_strategy")),
     "average_checkpoints": (0, (), ("eval_strategy", "save_strategy", "load_best_model_at_end")),

@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
-from clipcacg.scripts.data.collator import PostCollator
+from clipcacg.scripts.data.collator import PostCollator, leave_out_unreadable
 from clipcacg.scripts.data.errors import InputError, add_debug_flag, parse_flags
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import align, label_names, task_of
@@ -44,12 +44,16 @@ def parse_arguments(argv: list[str], own: type, description: str) -> tuple[str, 
 
 
 def labelled_posts(
-    model: ClipCaCgForSequenceClassification, data_arguments: DataArguments, split: str, faults: Faults | None = None
+    model: ClipCaCgForSequenceClassification,
+    processor: ClipCaCgProcessor,
+    data_arguments: DataArguments,
+    split: str,
+    faults: Faults | None = None,
 ) -> datasets.Dataset:
-    """Load the posts of one split, with the model's own label indices; `faults` takes the rows that are left out.
+    """Load the posts of one split, with the model's own label indices; `faults` takes the posts that are left out.
 
     Raises:
-        InputError: If there is no such split, or the labels of the model and of the data differ.
+        InputError: If there is no such split, the labels of the model and of the data differ, or a row is bad.
     """
     if data_arguments.streaming:
         raise InputError("--streaming is for train.py and predict.py: leave it out.")
@@ -59,6 +63,7 @@ def labelled_posts(
     if data_arguments.dataset_name:
         data_arguments = replace(data_arguments, task=task)
     data_arguments = replace(data_arguments, use_conflicting_posts=False)
+    faults = Faults(data_arguments.on_error) if faults is None else faults
     may_lack = model.config.modality_dropout > 0
     posts = load_posts(data_arguments, model.config.modality, model.config, faults, may_lack)
     if split not in posts:
@@ -71,7 +76,8 @@ def labelled_posts(
             "multi_label_classification": "lists of labels",
         }
         raise InputError(f"The data has {described[found]}, the model predicts {described[model.config.task]}.")
-    return align(posts[split], model.config.label_names)
+    readable = leave_out_unreadable(posts[split], PostCollator(processor, model.config), faults, f"the {split} split")
+    return align(readable, model.config.label_names)
 
 
 def evaluate_posts(

@@ -175,6 +175,7 @@ def build(
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             class_weights=None,
+            label_thresholds=None,
             **{name: getattr(arguments, name) for name in CHANGEABLE},
             **arguments.head_fields(),
             **labels,
@@ -259,8 +260,10 @@ def set_loss(
     The Trainer's label smoothing would hide the labels, and so the contrastive loss, from the model.
 
     Raises:
-        InputError: If `--class_weights balanced` does not fit the data.
+        InputError: If `--class_weights balanced` or `--label_smoothing_factor` does not fit the data.
     """
+    if arguments.label_smoothing_factor and model.config.task != "single_label_classification":
+        raise InputError("--label_smoothing_factor is for one class per post, and these labels are numbers or lists.")
     model.config.label_smoothing, arguments.label_smoothing_factor = arguments.label_smoothing_factor, 0.0
     model.config.class_weights = None
     if model_arguments.class_weights == "balanced":

@@ -127,7 +127,9 @@ class PostProgress(ProgressCallback):
             if has_length(train_dataloader):  # whose last batch may be smaller
                 per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
                 total = round(len(train_dataloader.dataset) * state.max_steps / per_epoch)
-            self.training_bar = Progress(total, "training", initial=total * state.global_step // state.max_steps)
+            self.training_bar = Progress(
+                total, "training", initial=total * state.global_step // max(1, state.max_steps)
+            )
 
     def on_step_end(self, args: RecipeArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

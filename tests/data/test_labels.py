@@ -15,12 +15,13 @@ from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.scripts import train
 from clipcacg.scripts.data import load_mvsa, load_posts
 from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.data.labels import align, check_classes, label_names, task_of
+from clipcacg.scripts.data.labels import align, check_classes, label_fields, label_names, task_of
 from clipcacg.scripts.data.loading import DataArguments
 from clipcacg.scripts.evaluate_checkpoint import main as evaluate
 from clipcacg.scripts.predict import main as predict
+from clipcacg.scripts.training import run
+from clipcacg.scripts.training.arguments import parse_arguments
 from clipcacg.scripts.training.metrics import best_threshold
-from clipcacg.scripts.training.run import balanced_weights
 
 TASKS = {
     "regression": "regression", "classes": "single_label_classification", "lists": "multi_label_classification"
@@ -46,7 +47,7 @@ def read(path: str, **more: Any) -> datasets.Dataset:
 @pytest.mark.parametrize(
     ("kind", "labels", "task", "names", "read_as"),
     [
-        # Whole numbers are classes, in every way to write them.
+        # Whole numbers are classes, in every way to write them. Floats were a regression before.
         ("csv", [0, 1, 1, 2], "classes", ["0", "1", "2"], [0, 1, 1, 2]),
         ("csv", ["0.0", "1.0", "2.0"], "classes", ["0", "1", "2"], [0, 1, 2]),
         ("jsonl", [0.0, 2, 1.0], "classes", ["0", "1", "2"], [0, 2, 1]),
@@ -54,12 +55,12 @@ def read(path: str, **more: Any) -> datasets.Dataset:
         ("csv", [-1, 0, 1], "classes", ["-1", "0", "1"], [0, 1, 2]),
         ("csv", [10, 9, 2], "classes", ["2", "9", "10"], [2, 1, 0]),
         ("csv", ["1e0", "2"], "classes", ["1", "2"], [0, 1]),
-        # Other numbers are values.
+        # Other numbers are values. Those in quotes were classes before, and whole ones always.
         ("csv", [0.5, 1, 2], "regression", None, [0.5, 1, 2]),
         ("jsonl", [1, 2.0, 0.5], "regression", None, [1, 2, 0.5]),
         ("jsonl", ["0.5", "-1.5"], "regression", None, [0.5, -1.5]),
         ("csv", list(range(40)), "regression", None, list(range(40))),
-        # Words are classes, however they are written.
+        # Words are classes, however they are written. Each spelling was a class before.
         ("csv", ["sad", "happy"], "classes", ["happy", "sad"], [1, 0]),
         ("csv", ["good", "good ", "GOOD", "bad"], "classes", ["bad", "good"], [1, 1, 1, 0]),
         ("jsonl", ["good", " good\t", "Good", "bad"], "classes", ["bad", "good"], [1, 1, 1, 0]),
@@ -69,11 +70,11 @@ def read(path: str, **more: Any) -> datasets.Dataset:
         ("jsonl", ["none", "some"], "classes", ["none", "some"], [0, 1]),
         ("jsonl", ["1 star", "2 stars"], "classes", ["1 star", "2 stars"], [0, 1]),
         ("jsonl", ["infinity", "beyond"], "classes", ["beyond", "infinity"], [1, 0]),
-        # True and False keep their names.
+        # True and False keep their names; before, the classes were called 0 and 1.
         ("csv", ["True", "False"], "classes", ["False", "True"], [1, 0]),
         ("csv", ["true", "false"], "classes", ["False", "True"], [1, 0]),
         ("jsonl", [True, False], "classes", ["False", "True"], [1, 0]),
-        # Lists are several labels of a post.
+        # Lists are several labels of a post. They ended in a traceback before, and in CSV were words.
         ("jsonl", [["joy", "fun"], [], ["fun"]], "lists", ["fun", "joy"], [[0, 1], [], [0]]),
         ("jsonl", [["Joy"], ["joy ", "joy"], ["fun"]], "lists", ["fun", "joy"], [[1], [1], [0]]),
         ("jsonl", [[0, 10], [2]], "lists", ["0", "2", "10"], [[0, 2], [1]]),
@@ -93,6 +94,7 @@ def test_labels_are_read_from_their_values(
 
 @pytest.mark.parametrize(
     ("kind", "labels", "row", "reason"),
+    # Before, these were a regression or a class of their own, or ended in a traceback or in "the loss is nan".
     [
         ("csv", [0, 1, "", 2], 3, "it has no label"),
         ("csv", ["0.5", "nan", "1.5"], 2, "it has no label"),
@@ -200,11 +202,11 @@ def test_classes_that_a_split_lacks_are_named(caplog: pytest.LogCaptureFixture) 
     assert "The train split has no post of good (2 in test): the model cannot learn it." in caplog.text
     assert "The test split has no post of fair (2 in train): its scores do not cover it." in caplog.text
     with pytest.raises(InputError, match="none of good: leave the flag out, or add posts"):
-        balanced_weights(posts["train"])
-    with pytest.raises(InputError, match="the label of all 2 training posts is fair"):
+        run.balanced_weights(posts["train"])
+    with pytest.raises(InputError, match="the label of all 2 posts is fair"):
         check_classes(datasets.DatasetDict(train=declared(names, [1, 1])))
     values = datasets.Dataset.from_dict({"label": [0.5, 0.5]})
-    with pytest.raises(InputError, match="the label of all 2 training posts is 0.5"):
+    with pytest.raises(InputError, match="the label of all 2 posts is 0.5"):
         check_classes(datasets.DatasetDict(train=values))
 
 
@@ -274,6 +276,10 @@ def test_several_labels_per_post_from_training_to_prediction(
     assert {entry["label"]: round(entry["score"], 6) for entry in entries} == line["probabilities"]
     card = (output / "README.md").read_text()
     assert f"rare {thresholds['rare']:.2f}." in card and "Micro F1" in card and "of which several can apply" in card
+    single_labels = label_fields(declared(["no", "maybe", "so", "yes"], [0, 1]))
+    arguments, _, _ = parse_arguments(words(table, backbones, output, f"--model_name_or_path {output}"))
+    assert run.build(arguments, False, single_labels)[0].config.label_thresholds is None
+
     single = save(tmp_path / "single.jsonl", [("so good", "joy"), ("so bad", "fun")])
     with pytest.raises(SystemExit, match="The data has one class per post, the model predicts lists of labels"):
         evaluate([str(output), "--dataset_name", str(single), "--output", str(tmp_path / "no.json")])
@@ -293,14 +299,23 @@ def test_a_checkpoint_remembers_its_task(backbones: Path, tmp_path: Path) -> Non
 def test_few_posts_and_classes_of_one_post_are_trained_on(count: int, backbones: Path, tmp_path: Path) -> None:
     rows = [(f"so {number}", "bad" if number == 0 else "good") for number in range(count)]
     train.main(words(save(tmp_path / "posts.jsonl", rows), backbones, tmp_path / "model"))
-    model = ClipCaCgConfig.from_pretrained(tmp_path / "model")
-    assert model.label_names == ["bad", "good"]
-    # The classes of a checkpoint keep their places, whatever the order and the spelling of the data's.
-    other = declared(["Good", "BAD"], [0, 1])
+    assert ClipCaCgConfig.from_pretrained(tmp_path / "model").label_names == ["bad", "good"]
+
+
+def test_the_classes_of_a_checkpoint_keep_their_places(backbones: Path, tmp_path: Path) -> None:
+    other = declared(["Good", "BAD"], [0] * 9 + [1])
     other.to_parquet(tmp_path / "other.parquet")
-    evaluate(f"{tmp_path}/model --dataset_name {tmp_path}/other.parquet --output {tmp_path}/scores.json".split())
+    parsed = parse_arguments(words(tmp_path / "other.parquet", backbones, tmp_path / "out"))
+    for part in run.build(parsed[0], False, label_fields(declared(["bad", "good"], [0, 1]))):
+        part.save_pretrained(tmp_path / "model")
+    flags = f"--dataset_name {tmp_path}/other.parquet --output {tmp_path}/scores.json"
+    evaluate([str(tmp_path / "model"), *flags.split()])
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert {name: row["support"] for name, row in scores["per_class"].items()} == {"bad": 1, "good": 1}
-    again = f"{tmp_path}/again --model_name_or_path {tmp_path}/model --use_cpu --max_steps 1 --learning_rate 0"
-    train.main(f"--dataset_name {tmp_path}/other.parquet --output_dir {again}".split())
-    assert ClipCaCgConfig.from_pretrained(tmp_path / "again").label_names == ["bad", "good"]
+    assert {name: row["support"] for name, row in scores["per_class"].items()} == {"bad": 1, "good": 9}
+    again = (
+        f"--dataset_name {tmp_path}/other.parquet --model_name_or_path {tmp_path}/model --output_dir {tmp_path}/out"
+    )
+    posts = run.load_training_posts(*parse_arguments(again.split()))
+    assert (
+        label_names(posts["train"]) == ["bad", "good"] and sum(posts["train"]["label"][:]) == len(posts["train"]) - 1
+    )

@@ -77,7 +77,7 @@ def test_only_a_test_split_may_lack_its_labels(
         assert "test split has no labels" in caplog.text
 
 
-@pytest.mark.parametrize("names", [("bad", "good"), (0, 1)])
+@pytest.mark.parametrize("names", [("bad", "good"), (0, 1), (-1, 1)])
 def test_labels_of_text_and_image_alone_have_the_classes_of_the_posts(names: tuple[Any, Any], tmp_path: Path) -> None:
     rows = table_of_images(tmp_path, lambda colour: names[colour])
     for number, row in enumerate(rows):
@@ -108,3 +108,6 @@ def test_flags_of_labels_that_the_data_cannot_have_are_refused() -> None:
         DataArguments(dataset_name="posts.csv", use_conflicting_posts=True)
     with pytest.raises(InputError, match="are for --dataset_name alone"):
         DataArguments(data_dir="posts", text_label_column="of_text")
+    for flags in ({"text_column": ["tweet"]}, {"test_split": "dev"}, {"streaming": True}):
+        with pytest.raises(InputError, match=f"--{next(iter(flags))} is for --dataset_name alone"):
+            DataArguments(data_dir="posts", **flags)

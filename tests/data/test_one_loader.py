@@ -15,6 +15,7 @@ from PIL import Image
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.scripts import evaluate_checkpoint, predict, train
 from clipcacg.scripts.data import streaming
+from clipcacg.scripts.tables import rows, runs
 
 SPLITS = {"train": 30, "validation": 8, "test": 8}
 BAD = {"train": 3, "test": 5}  # row with an image that only decoding shows to be broken
@@ -38,14 +39,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / kind).mkdir()
     (folder / "images").mkdir()
     for split, size in SPLITS.items():
-        rows = []
+        posts = []
         for row in range(1, size + 1):
             content = image(row, BAD.get(split) == row)
             (folder / f"images/{split}{row}.png").write_bytes(content)
             label = ("bad", "good")[row % 2]
-            rows.append({"title": "NA", "tweet": f"a {label} day {row}", "photo": content, "mood": label})
-        datasets.Dataset.from_list(rows).to_parquet(folder / f"parquet/{split}.parquet")
-        named = [row | {"photo": f"../images/{split}{number}.png"} for number, row in enumerate(rows, start=1)]
+            posts.append({"title": "NA", "tweet": f"a {label} day {row}", "photo": content, "mood": label})
+        datasets.Dataset.from_list(posts).to_parquet(folder / f"parquet/{split}.parquet")
+        named = [row | {"photo": f"../images/{split}{number}.png"} for number, row in enumerate(posts, start=1)]
         datasets.Dataset.from_list(named).to_csv(folder / f"csv/{split}.csv")
         datasets.Dataset.from_list(named).to_json(folder / f"jsonl/{split}.jsonl")
     return folder
@@ -84,9 +85,9 @@ def test_training_on_a_stream(kind: str, sources: Path, trained: Path, tmp_path:
 
 def test_a_stream_has_its_labels_and_an_order_of_its_own_in_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "BUFFER", 5)
-    rows = datasets.Dataset.from_dict({"row": range(1, 21), "text": [f"text {row}" for row in range(1, 21)]})
+    table = datasets.Dataset.from_dict({"row": range(1, 21), "text": [f"text {row}" for row in range(1, 21)]})
     labels = datasets.Dataset.from_dict({"row": range(2, 20, 2), "label": [row % 3 for row in range(2, 20, 2)]})
-    posts = streaming.PostStream(rows.to_iterable_dataset(), labels, seed=0)
+    posts = streaming.PostStream(table.to_iterable_dataset(), labels, seed=0)
     orders = []
     for epoch in (0, 1, 0):
         posts.set_epoch(epoch)
@@ -152,6 +153,14 @@ def test_the_three_commands_give_the_same_scores(
     evaluated = json.loads(scores.read_text())
     assert evaluated["posts"] == 7 and evaluated["skipped_posts"] == 1
     assert evaluated["accuracy"] == results(trained)["test_accuracy"]
+
+
+def test_the_tables_of_reproduce_are_of_the_same_posts(sources: Path) -> None:
+    source = ["--dataset_name", str(sources / "csv"), "--text_column", "title", "tweet", "--image_column", "photo"]
+    _, settings = rows.parse([*source, "--label_column", "mood", "--on_error", "skip"])
+    fold = runs.load_fold(None, settings)
+    assert [*map(len, fold.posts.values())] == [29, 8, 7] and fold.facts["skipped_posts"] == 2
+    assert fold.posts["test"]["text"][0] == "NA a good day 1"
 
 
 def test_a_stream_stops_at_the_limit_continues_and_names_what_it_cannot_parse(

@@ -325,3 +325,12 @@ def test_more_than_a_tenth_of_bad_rows_is_an_error(rows: Rows, tmp_path: Path) -
     table(rows).to_csv(tmp_path / "posts.csv")
     with pytest.raises(InputError, match="2 bad rows, more than a tenth of the 14 rows"):
         load_posts(DataArguments(dataset_name=str(tmp_path / "posts.csv"), on_error="skip"))
+
+
+def test_columns_whose_type_changes_far_down(tmp_path: Path) -> None:
+    """The reader would judge the types anew after 10,000 rows."""
+    cells = [str(row) if row < 10_500 else "so" for row in range(10_600)]
+    rows = [f"{cell},{cell},{row % 2}" for row, cell in enumerate(cells)]
+    (tmp_path / "posts.csv").write_text("\n".join(["text,other,label", *rows]))
+    posts = load_posts(DataArguments(dataset_name=str(tmp_path / "posts.csv"), splits=None), "text")["test"]
+    assert posts.features["label"].names == ["0", "1"] and posts["text"][:] == cells

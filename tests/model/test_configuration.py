@@ -139,6 +139,7 @@ def test_a_dual_encoder_that_does_not_fit_is_refused(tiny_config: MakeConfig, fa
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 1, not -0.1"),
         ({"class_weights": [1.0, 2.0]}, "3 numbers, not 2"),
+        ({"label_thresholds": [0.5]}, "label_thresholds needs .* 3 numbers, not 1"),
         ({"problem_type": "regression"}, "num_labels must be 1, not 3"),
     ],
     ids=str,

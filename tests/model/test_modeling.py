@@ -402,18 +402,8 @@ def test_compiled_without_a_break_once_dynamo_admits_grus(build: Build, inputs: 
 @pytest.mark.slow
 def test_compiled_with_breaks_at_the_grus(build: Build, inputs: Inputs) -> None:
     torch._dynamo.reset()  # after some recompilations it would silently run the model as it is
-    one = {**TRANSFORMER, "num_hidden_layers": 1}  # a layer more would only be compiled again
-    clip = {**one, "projection_dim": 12}
-    model = build(
-        "encoder",
-        text_config={"model_type": "roberta", **TEXT_ENCODERS["roberta"], **one},
-        clip_config={
-            "projection_dim": 12,
-            "text_config": {**clip, "vocab_size": 60, "max_position_embeddings": 20, "eos_token_id": 59},
-            "vision_config": {**clip, "image_size": 32, "patch_size": 16},
-        },
-    )
-    compiled = torch.compile(model, backend="aot_eager")
+    model = build("encoder")
+    compiled = torch.compile(model, backend="eager")
     for batch in (inputs, make_inputs([12, 3], [5, 6])):
         assert_close(compiled(**batch).logits, model(**batch).logits)
 

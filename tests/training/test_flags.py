@@ -17,6 +17,10 @@ from clipcacg.scripts.training.trainer import SentimentTrainer
 
 BEST = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
 VIEWS = {"augment": True, "cache_features": True, "augment_views": 4}
+OF_DATA_SET = {
+    "dataset_name": "x", "image_column": "a", "text_column": ["a", "b"], "dataset_config": "a", "train_split": "a",
+    "validation_split": "b", "test_split": "c",
+}  # fmt: skip
 # A file's settings, flags, and what holds then.
 BEATEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"adam": True}, "--optim sgd", {"adam": False, "optim": "sgd"}),
@@ -35,8 +39,17 @@ BEATEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"dataset_name": "x", "text_label_column": "a", "image_label_column": "b"}, "--data_dir y", {
         "dataset_name": None, "text_label_column": None, "image_label_column": None, "data_dir": "y",
     }),
+    (OF_DATA_SET, "--data_dir y", dict.fromkeys(OF_DATA_SET)),
     ({"use_conflicting_posts": True}, "--dataset_name y", {"use_conflicting_posts": False}),
     ({"use_conflicting_posts": True}, "--use_modality_heads False", {"use_conflicting_posts": False}),
+    ({"streaming": True, "dataset_name": "x"}, "--data_dir y", {"streaming": False}),
+    ({"streaming": True, "dataset_name": "x"}, "--group_duplicates", {"streaming": False, "group_duplicates": True}),
+    ({"streaming": True, "dataset_name": "x"}, "--augment", {"streaming": False, "augment": True}),
+    ({"streaming": True, "dataset_name": "x"}, "--cache_features", {"streaming": False}),
+    ({"streaming": True, "dataset_name": "x"}, "--hp_search 3", {"streaming": False}),
+    (VIEWS | {"group_duplicates": True, "dataset_name": "x"}, "--streaming", {
+        "streaming": True, "group_duplicates": False, "augment": False, "cache_features": False, "augment_views": 0,
+    }),
     (VIEWS, "--augment False", {"augment_views": 0}),
     (VIEWS, "--cache_features False", {"augment_views": 0}),
     (BEST | {"early_stopping_patience": 5, "average_checkpoints": 2}, "--eval_strategy no", {
@@ -195,6 +208,14 @@ def test_a_flag_that_cannot_be_used_is_refused_before_anything_is_loaded(
     assert "\n" not in str(ended.value) and not (tmp_path / "out").exists()
 
 
+def test_a_push_without_a_token_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipcacg.scripts.training.checks.HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(SystemExit, match="--push_to_hub needs an access token: run hf auth login, or set HF_TOKEN"):
+        train.main(["--dataset_name", "nowhere.csv", "--push_to_hub", "--hub_model_id", "a/b"])
+
+
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
@@ -203,10 +224,6 @@ def test_a_flag_that_cannot_be_used_is_refused_before_anything_is_loaded(
             "mse is no score of an evaluation: use loss, accuracy, f1, f1_macro for classes",
         ),
         ("--label_column value --metric_for_best_model accuracy", "use loss, mse, mae, pearsonr for numbers"),
-        (
-            "--modality image --image_column text --train_sampling_strategy group_by_length",
-            "group_by_length needs texts",
-        ),
     ],
 )
 def test_a_flag_that_does_not_suit_the_data_is_refused_before_the_model_is_loaded(
