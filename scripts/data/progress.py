@@ -21,7 +21,7 @@ class Progress(tqdm):
     """
 
     def __init__(self, total: int | None, desc: str, is_part: bool = False, **kwargs: Any) -> None:
-        file = kwargs.setdefault("file", sys.stderr)
+        file: Any = kwargs.setdefault("file", sys.stderr)
         if not file.isatty():
             kwargs |= {"mininterval": SECONDS, "maxinterval": SECONDS, "delay": SECONDS if is_part else 0}
         bar = {} if total is None else {"bar_format": FORMAT}
