@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import (
+    ENCODER_FACTS,
     ClipCaCgForSequenceClassification,
     ClipCaCgModel,
     ClipCaCgPreTrainedModel,
@@ -162,12 +163,18 @@ TEXT_REFUSED: dict[str, tuple[Fields, str]] = {
                 "d_head": 8, "d_inner": 24}, PADDING.format("'funnel'")),
     "nystromformer": ({**WORDS, "num_landmarks": 4, "segment_means_seq_len": 40},
                       "text_config: 'nystromformer' does not work as a text encoder: "),
-    "perceiver": ({}, "text_config: 'perceiver' does not work as a text encoder: "),
+    "perceiver": ({"num_latents": 4, "d_latents": 32, "d_model": 16, "num_self_attends_per_block": 1, "vocab_size": 60,
+                   "max_position_embeddings": 42}, "text_config: 'perceiver' does not work as a text encoder: "),
     "yoso": (WORDS, PADDING.format("'yoso'")),
+}  # fmt: skip
+DETR: Fields = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "backbone": None, "use_pretrained_backbone": False,
+    "use_timm_backbone": False, "backbone_config": {"model_type": "resnet", **VISION["resnet"][0]},
 }  # fmt: skip
 REGIONS = "vision_config: {!r} does not work as an image encoder with a map of regions: {}"
 VISION_REFUSED: dict[str, tuple[Fields, str]] = {
-    "detr": ({}, REGIONS.format("detr", "its tokens are not regions of the image (num_queries)")),
+    "detr": (DETR, REGIONS.format("detr", "its tokens are not regions of the image (num_queries)")),
     "pixtral": (VIT, REGIONS.format("pixtral", "its last hidden state has shape (1, 32, 16)")),
     "siglip2_vision_model": ({**VIT, "num_patches": 16},
                              REGIONS.format("siglip2_vision_model", "Siglip2VisionModel.forward() missing")),
@@ -353,6 +360,14 @@ def test_a_dual_encoder_is_refused_by_model_and_processor(family: str, tmp_path:
 )
 def test_a_text_has_at_most_as_many_tokens_as_the_encoder_has_positions(family: str, limit: int | None) -> None:
     assert encoder_facts(config_of(family, TEXT[family]), "text").max_tokens == limit
+
+
+def test_an_encoder_is_tried_once_however_its_config_was_loaded(tmp_path: Path) -> None:
+    save_with_head(config_of("bert", WORDS | {"intermediate_size": 20}), tmp_path / "source")
+    before = len(ENCODER_FACTS)
+    build("text", tmp_path / "source").save_pretrained(tmp_path / "saved")
+    ClipCaCgModel.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert len(ENCODER_FACTS) == before + 1
 
 
 def test_alberts_layers_count_once_however_often_they_run() -> None:

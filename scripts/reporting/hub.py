@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 from packaging.requirements import Requirement
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_imports
 
 from clipcacg.configuration_clipcacg import AUTO_MAP, BACKBONES
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
@@ -172,9 +172,7 @@ def checkpoint_files(folder: Path) -> list[str]:
         weights = weight_files(folder)
     if not AUTO_MAP.items() <= config.get("auto_map", {}).items():
         raise InputError(f"{folder / 'config.json'} does not name the code of this project in its auto_map.")
-    with as_input_error(f"{folder} is incomplete", OSError):
-        code = code_files(folder, config)
-    needed = {CARD_FILE, "config.json", "processor_config.json", *code, *weights}
+    needed = {CARD_FILE, "config.json", "processor_config.json", *code_files(folder, config), *weights}
     if missing := sorted(name for name in needed if not (folder / name).is_file()):
         raise InputError(f"{folder} is incomplete: there is no {' and no '.join(missing)}.")
     return sorted(name for name in {*needed, *PLOTS, *tokenizer_files(processor)} if (folder / name).is_file())
@@ -186,9 +184,17 @@ def code_files(folder: Path, config: dict) -> set[str]:
     names = [*config["auto_map"].values(), *(pipeline["impl"] for pipeline in pipelines)]
     for part in BACKBONES:
         names += ((config.get(f"{part}_config") or {}).get("auto_map") or {}).values()
-    files = {f"{name.partition('.')[0]}.py" for name in names}
-    imported = [get_relative_import_files(folder / name) for name in files if (folder / name).is_file()]
-    return files | {Path(path).name for paths in imported for path in paths}
+    files: set[str] = set()
+    found = {f"{name.partition('.')[0]}.py" for name in names}
+    while new := found - files:
+        files |= new
+        found = {
+            f"{module}.py"
+            for name in new
+            if (folder / name).is_file()
+            for module in get_relative_imports(folder / name)
+        }
+    return files
 
 
 def weight_files(folder: Path) -> set[str]:

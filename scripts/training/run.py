@@ -103,7 +103,8 @@ def follow_checkpoint(arguments: ModelArguments, config: ClipCaCgConfig, given: 
     Raises:
         InputError: If the command line gives a field that a trained model cannot change, or names encoders.
     """
-    encoders = {f"{part}_model" for part in BACKBONES} | {entry.name for entry in fields(LoadingArguments)}
+    trusted = {f"{part}_trust_remote_code" for part in BACKBONES}  # the checkpoint holds the encoders' own code
+    encoders = {f"{part}_model" for part in BACKBONES} | {entry.name for entry in fields(LoadingArguments)} - trusted
     if named := sorted(encoders & set(given)):
         raise InputError(f"--{named[0]} cannot be used with --model_name_or_path, which brings its own encoders.")
     for name in arguments.config_fields().keys() - arguments.head_fields().keys():
@@ -171,7 +172,7 @@ def build(
     if arguments.model_name_or_path:
         model, processor = load_checkpoint(
             arguments.model_name_or_path,
-            arguments.text_trust_remote_code or arguments.vision_trust_remote_code,
+            any(getattr(arguments, f"{part}_trust_remote_code") for part in BACKBONES),
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             class_weights=None,
