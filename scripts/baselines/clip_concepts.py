@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CLIPConfig
 
-from clipcacg.modeling_clipcacg import ClipEncoderInteraction, build_encoder, load_backbone
+from clipcacg.modeling_clipcacg import build_encoder, load_backbone
 
 NUMBERS = re.compile(r"\[(sentiment|#imgs):\s*([-+]?[\d.]+)\]")
 LOGIT_SCALE = 100.0  # as in the published CLIP models
@@ -47,13 +47,15 @@ class ClipConcepts(nn.Module):
         phrases: (phrase, sentiment) of each adjective-noun pair.
     """
 
-    encode_image = ClipEncoderInteraction.encode_image
-
     def __init__(self, clip: CLIPConfig, phrases: Sequence[Sequence[Any]]) -> None:
         super().__init__()
         self.clip_vision, width = build_encoder(clip, "clip.vision")
         self.register_buffer("phrase_embeds", torch.zeros(len(phrases), width))
         self.register_buffer("sentiments", torch.tensor([sentiment for _, sentiment in phrases]))
+
+    def encode_image(self, clip_pixel_values: Tensor) -> Tensor:
+        """Return CLIP's embeddings of the image and its patches, (batch, 1 + patches, projection), unit length."""
+        return self.clip_vision(clip_pixel_values)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map CLIP's image embedding (batch, projection) of unit length to (batch, phrases + 1)."""
