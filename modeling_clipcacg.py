@@ -1875,7 +1875,8 @@ class ClipCaCgModel(ClipCaCgPreTrainedModel):
 
         if self.missing is not None:
             F_I, F_T = self.missing(F_I, F_T, has_image, has_text)
-            text_mask = torch.where(has_text[:, None], text_mask, first_token(text_mask))
+            # No torch.where: ONNX Runtime has none for truth values.
+            text_mask = (text_mask & has_text[:, None]) | (first_token(text_mask) & ~has_text[:, None])
         if joint is None:
             joint = self.interaction(F_I, F_T, text_mask, both_of(has_image, has_text))  # eq. 5
         F_IT = joint.states  # (batch, joint_len, hidden)

@@ -62,14 +62,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def without(posts: datasets.Dataset, side: str, config: ClipCaCgConfig) -> datasets.Dataset:
-    """Empty the column "image" or "text".
+    """Empty the column "image" or "text" of the complete posts.
 
     Raises:
         InputError: If the model has not learned to do without it.
     """
     if not config.modality_dropout:
         raise InputError(f"--withhold {side} is for models trained with --modality_dropout; this one needs both.")
-    feature = posts.features[side]
+    texts, images = posts["text"][:], posts["image"][:]
+    complete = [bool(t and t.strip()) and i is not None for t, i in zip(texts, images, strict=True)]
+    posts, feature = posts.select([row for row, whole in enumerate(complete) if whole]), posts.features[side]
     return posts.remove_columns(side).add_column(side, [None] * len(posts), feature=feature)
 
 

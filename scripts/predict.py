@@ -48,6 +48,10 @@ class PredictionArguments(ColumnArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for flag, least in (("batch_size", 1), ("num_workers", 0), ("max_samples", 1)):
+            value = getattr(self, flag)
+            if value is not None and value < least:
+                raise InputError(f"--{flag} must be at least {least}, got {value}.")
         if (self.input is None) == (self.image is None and self.text is None):
             raise InputError("Give one post with --image and --text, or many with --input.")
 

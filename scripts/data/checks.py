@@ -14,22 +14,24 @@ from clipcacg.scripts.data.images import image_source
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 
 
-def bad_images(dataset: datasets.Dataset, may_lack: bool = False, decode: bool = False) -> dict[int, str]:
-    """Return what is wrong with the images of posts, by the index of the post.
+def bad_posts(dataset: datasets.Dataset, may_lack: bool = False, decode: bool = False) -> dict[int, str]:
+    """Return what is wrong with the texts and images of posts, by the index of the post.
 
     An image behind a URL is checked when it is read.
 
     Args:
-        dataset: Posts.
-        may_lack: Accept posts that have a text and no image.
+        dataset: Posts with the column text, image or both.
+        may_lack: Accept posts that lack one of the two.
         decode: Decode every image, which finds all faults and is slow.
     """
-    if "image" not in dataset.column_names:
-        return {}
-    texts = dataset["text"][:] if may_lack else [None] * len(dataset)
     reasons = {}
-    for index, (value, text) in enumerate(zip(dataset["image"], texts, strict=True)):
-        if value is None and text and text.strip():
+    texts: list[str | None] = dataset["text"][:] if "text" in dataset.column_names else []
+    if not may_lack:
+        reasons = {index: "it has no text" for index, text in enumerate(texts) if text is None}
+    if "image" not in dataset.column_names:
+        return reasons
+    for index, value in enumerate(dataset["image"]):
+        if value is None and may_lack and (texts[index] or "").strip():
             continue
         try:
             source = image_source(value)

@@ -17,7 +17,7 @@ from clipcacg.scripts.data.images import locate_image
 
 logger = logging.getLogger(__name__)
 
-BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")  # a path has a dot, or is shorter
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]{100,}={0,2}\s*")  # a path has a dot, or is shorter
 STRINGS, BYTES = ("string", "large_string", "string_view"), ("binary", "large_binary", "binary_view")
 IMAGE = datasets.Image(decode=False)
 

@@ -4,6 +4,7 @@ Words are classes, and so are a few whole numbers. Other numbers are the values 
 labels of a post. `--task` decides where numbers can be either.
 """
 
+import json
 import logging
 import math
 import re
@@ -132,7 +133,9 @@ def align(posts: datasets.Dataset, names: list[str]) -> datasets.Dataset:
     index_of = {_key(name): index for index, name in enumerate(names)}
     for column in {"label", "text_label", "image_label"} & set(posts.column_names):
         labels, feature = posts[column][:], datasets.ClassLabel(names=names)
-        unknown = [own[index] for index in sorted(set(_flat(labels))) if _key(own[index]) not in index_of]
+        unknown = [
+            own[index] for index in sorted(set(_flat(labels)) - {UNKNOWN_LABEL}) if _key(own[index]) not in index_of
+        ]
         if unknown:
             raise InputError(f"The data has the labels {_listed(unknown)}, the model {_listed(names)}.")
         to: dict[int, Any] = {index: index_of.get(_key(name)) for index, name in enumerate(own)} | {
@@ -209,7 +212,7 @@ def _parsed(values: dict[str, list[Any]], task: str) -> dict[str, list[Any]]:
     words = {value for value in scalars if isinstance(value, str)}
     read: dict[Any, Any] = {}
     if words and all(word.strip()[0] + word.strip()[-1] == "[]" for word in words):
-        read = {word: [_word_or_number("".join(i)) for i in ITEM.findall(word.strip()[1:-1])] for word in words}
+        read = {word: _items(word.strip()) for word in words}
     elif task == "classification":
         read = {value: _as_name(value) for value in scalars}
     else:
@@ -220,6 +223,25 @@ def _parsed(values: dict[str, list[Any]], task: str) -> dict[str, list[Any]]:
         split: [value if isinstance(value, list | dict) else read.get(value, value) for value in part]
         for split, part in values.items()
     }
+
+
+def _items(cell: str) -> list[Any]:
+    """The labels in a cell that spells a list."""
+    try:
+        found = [_word_or_number(item) for item in json.loads(cell)]
+        return [_as_name(item) if isinstance(item, float) else item for item in found]
+    except ValueError:
+        inside = cell[1:-1]
+    if "," in inside and not {"'", '"'} & set(inside):
+        return [_word_or_number(item.strip()) for item in inside.split(",") if item.strip()]
+    return [_word_or_number("".join(item)) for item in ITEM.findall(inside)]
+
+
+def _as_flag(item: Any) -> str:
+    """A label as "1" or "0" if it spells a truth value."""
+    word = _as_name(item)
+    number = {"True": 1.0, "False": 0.0}.get(word, _number(word))
+    return word if number is None else _as_name(number)
 
 
 def _number(word: str) -> float | None:
@@ -278,7 +300,7 @@ def _refuse_flags(labels: list[list[Any]], name: str) -> None:
         InputError: If the labels are such lists.
     """
     width = len(labels[0])
-    if width > 1 and all(len(label) == width and {_as_name(item) for item in label} <= {"0", "1"} for label in labels):
+    if width > 1 and all(len(label) == width and {_as_flag(item) for item in label} <= {"0", "1"} for label in labels):
         raise InputError(f"The labels of {name} are lists of 0 and 1: give the names of each post's labels instead.")
 
 

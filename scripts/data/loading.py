@@ -9,14 +9,14 @@ import datasets
 from huggingface_hub.constants import HF_HOME
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
-from clipcacg.scripts.data.checks import bad_images
+from clipcacg.scripts.data.checks import bad_posts
 from clipcacg.scripts.data.columns import Columns, as_posts, in_memory, stream_posts
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import with_labels, with_modality_labels
 from clipcacg.scripts.data.mending import Reasons
 from clipcacg.scripts.data.mvsa import load_mvsa, read_folder
-from clipcacg.scripts.data.sources import column_names, read_source
+from clipcacg.scripts.data.sources import column_names, read_source, reading
 from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
 from clipcacg.scripts.data.streaming import PostStream
 
@@ -40,9 +40,9 @@ class ColumnArguments:
         metadata={"help": "Column of the texts, or several to join; default: the checkpoint's, or text."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Config of a data set that has several."})
-    train_split: str | None = field(default=None, metadata={"help": "Its own name of the training split."})
-    validation_split: str | None = field(default=None, metadata={"help": "Its own name of the validation split."})
-    test_split: str | None = field(default=None, metadata={"help": "Its own name of the test split."})
+    train_split: str | None = field(default=None, metadata={"help": "Name of the training split in the data set."})
+    validation_split: str | None = field(default=None, metadata={"help": "Name of its validation split."})
+    test_split: str | None = field(default=None, metadata={"help": "Name of its test split."})
     streaming: bool = field(
         default=False, metadata={"help": "Read rows one after the other, without a copy on this disk."}
     )
@@ -109,6 +109,10 @@ class DataArguments(ColumnArguments):
                 raise InputError(f"--{flag} is for --dataset_name alone: leave it out, or name a data set.")
         if self.streaming and self.group_duplicates:
             raise InputError("--group_duplicates compares all posts, which --streaming does not keep: choose one.")
+        for flag in ("max_train_samples", "max_eval_samples"):
+            limit = getattr(self, flag)
+            if limit is not None and limit < 1:
+                raise InputError(f"--{flag} must be at least 1, got {limit}.")
         if self.data_dir and self.dataset_name:
             raise InputError("--data_dir and --dataset_name both name the data: give one of them.")
         if self.dataset_name and self.splits not in (None, "random"):
@@ -198,6 +202,8 @@ def _load_any(
     """Load a data set, and bring its splits and columns to the names and types that `load_posts` returns."""
     own_labels = {arguments.text_label_column: "text_label", arguments.image_label_column: "image_label"}
     labels = {arguments.label_column: "label"} | {column: label for column, label in own_labels.items() if column}
+    if len(labels) < 1 + sum(map(bool, (arguments.text_label_column, arguments.image_label_column))):
+        raise InputError("--label_column, --text_label_column and --image_label_column must name different columns.")
     posts, malformed = read_rows(arguments, name, modality, remembered, labels)
     for split, dataset in posts.items():
         faults.num_rows += len(dataset)
@@ -206,7 +212,7 @@ def _load_any(
     for column in {"text_label", "image_label"} & set(labels.values()):
         posts = with_modality_labels(posts, column, name, faults)
     for split, dataset in posts.items():
-        posts[split] = faults.leave_out(dataset, bad_images(dataset, may_lack), _source(name, split, posts))
+        posts[split] = faults.leave_out(dataset, bad_posts(dataset, may_lack), _source(name, split, posts))
     return posts if arguments.streaming else posts.remove_columns("row")
 
 
@@ -275,7 +281,8 @@ def read_rows(
             dataset = dataset if limit is None else dataset.take(limit)
             if split == "train":
                 used, dataset = Columns(labels=labels), dataset.select_columns([*labels, *({"id"} & set(present))])
-            dataset = in_memory(dataset, used.image)
+            with reading(name):
+                dataset = in_memory(dataset, used.image)
         elif arguments.streaming:
             posts[split] = stream_posts(dataset, columns, present, folder, prefix.format(split))
             continue
@@ -335,8 +342,6 @@ def _cap(posts: datasets.DatasetDict, arguments: DataArguments) -> datasets.Data
     for split, dataset in posts.items():
         flag = "max_train_samples" if split == "train" else "max_eval_samples"
         limit = getattr(arguments, flag)
-        if limit is not None and limit < 1:
-            raise InputError(f"--{flag} must be at least 1, got {limit}.")
         if limit is not None and limit < len(dataset):
             posts[split] = dataset.shuffle(seed=arguments.split_seed).select(range(limit))
     return posts

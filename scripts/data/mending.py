@@ -88,6 +88,8 @@ def _cells(rows: TextIO, target: TextIO, delimiter: str) -> Iterator[str | None]
     while True:
         try:
             row = next(reader)
+            if len(header) > 1 and len(row) == 1 and not row[0].strip():  # pandas skips lines of spaces
+                continue
             if len(row) > len(header):
                 raise csv.Error(f"it has {len(row)} cells, the header {len(header)}")
         except StopIteration:

@@ -27,6 +27,8 @@ def read_posts(
     inputs: dict[str, Any] = {}
     try:
         if "text" in columns:
+            if not may_lack and any(row["text"] is None for row in rows):
+                raise InputError("it has no text")
             inputs["text"] = [row["text"] for row in rows]
         if "image" in columns:
             inputs["images"] = [

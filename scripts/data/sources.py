@@ -107,6 +107,8 @@ def read_source(
                     ) from None
             return load(files), bad
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            if config:
+                raise InputError(f"--dataset_config {config}: {name} has no configs.")
             found = datasets.load_from_disk(str(path))
             found = found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict(train=found)
             return _ours(found, name, splits), {}
@@ -176,7 +178,14 @@ def _tables_of_folder(folder: Path, splits: Mapping[str, str]) -> dict[str, list
         return {}
     tables = [path for path in files if path.name == METADATA or (not metadata and table_suffix(path) in READERS)]
     formats = Counter(table_suffix(path) for path in tables)
-    tables = [path for path in tables if table_suffix(path) == max(formats, key=formats.__getitem__)]
+    others = [path for path in tables if table_suffix(path) != max(formats, key=formats.__getitem__)]
+    if any(_split_of(path.relative_to(folder), splits) for path in others):
+        raise InputError(
+            f"{folder} has tables of several formats ({', '.join(formats)}): give all of them one format."
+        )
+    tables = [path for path in tables if path not in others]
+    for path in others:
+        logger.warning("%s has another format than the other tables, and is not used", path)
     found: dict[str | None, list[Path]] = {}
     for path in tables:
         found.setdefault(_split_of(path.relative_to(folder), splits), []).append(path)

@@ -131,7 +131,7 @@ def explain(model: PreTrainedModel, processor: Any, image: Any = None, text: str
         InputError: If a part that the model needs is missing, or one is broken.
     """
     inputs = prepare(model, processor, image, text)
-    has_image, has_text = "has_image" not in inputs, bool(text and text.strip())
+    has_image, has_text = "has_image" not in inputs, bool(text and text.strip()) or not model.config.modality_dropout
     words, owners = find_words(processor, text or "", inputs) if "text" in model.config.modalities else ([], {})
     with torch.inference_mode():
         outputs = model.eval()(**inputs, output_attentions=True)

@@ -141,8 +141,8 @@ def predict_rows(
     return [row if row["error"] else prediction_line(row["id"], next(logits), model.config) for row in rows]
 
 
-def lines_done(output: Path, origin: dict[str, Any]) -> int:
-    """Count the posts that an earlier run finished, and cut off an incomplete last line.
+def lines_done(output: Path, origin: dict[str, Any]) -> tuple[int, int]:
+    """Count the posts that an earlier run finished and those of them that failed; cut off an incomplete last line.
 
     A hidden file beside the output records its origin.
 
@@ -152,23 +152,25 @@ def lines_done(output: Path, origin: dict[str, Any]) -> int:
     note = output.with_name(f".{output.name}.origin")
     if not output.is_file() or not output.stat().st_size:
         note.write_text(json.dumps(origin), encoding="utf-8")
-        return 0
+        return 0, 0
     if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != origin:
         raise InputError(
             f"{output} does not belong to this model and {origin['input']}: give another --output, or --overwrite."
         )
-    done, end = 0, 0
+    done, failed, end = 0, 0, 0
     with output.open("r+b") as file:
         for line in file:
             if not line.endswith(b"\n"):
                 break
             try:
-                json.loads(line)["id"]
+                found = json.loads(line)
+                if "id" not in found:
+                    raise KeyError("id")
             except (KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{output} is not a file of predictions: give another --output.") from error
-            done, end = done + 1, end + len(line)
+            done, failed, end = done + 1, failed + ("error" in found), end + len(line)
         file.truncate(end)
-    return done
+    return done, failed
 
 
 def predict_file(
@@ -211,11 +213,12 @@ def predict_file(
     weights = model.classifier.weight.detach().float().cpu().numpy().tobytes()
     origin = {"input": str(path.resolve()) if path.exists() else source, "model": hashlib.sha256(weights).hexdigest()}
     origin |= {"split": split, "columns": [columns.text_column, columns.image_column]}
+    origin |= {"config": columns.dataset_config, "splits": columns.own_splits()}
     with as_input_error(f"{output} cannot be written", OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             output.unlink(missing_ok=True)
-        done = lines_done(output, origin | ({"bf16": True} if bf16 else {}))
+        done, failed = lines_done(output, origin | ({"bf16": True} if bf16 else {}))
         file = output.open("a", encoding="utf-8", errors="backslashreplace")
     if isinstance(posts, datasets.Dataset):
         total = len(posts) if max_samples is None else min(len(posts), max_samples)
@@ -230,7 +233,7 @@ def predict_file(
         num_workers=num_workers,
         collate_fn=partial(prepare, collator=PostCollator(processor, model.config)),
     )
-    failed = written = 0
+    written = done
     with file, Progress(total, "predicting", initial=done) as bar:
         for rows, inputs in read_batches(loader, source):
             for line in predict_rows(model, rows, inputs, bf16):

@@ -16,7 +16,7 @@ from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.baselines import SYSTEMS
 from clipcacg.scripts.baselines.logistic_regression import fit, majority, pooled_features
 from clipcacg.scripts.baselines.sentibank_sentistrength import LexiconCollator, SentiBankSentiStrength
-from clipcacg.scripts.data.checks import bad_images
+from clipcacg.scripts.data.checks import bad_posts
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.faults import Faults
@@ -118,7 +118,7 @@ def load_fold(number: int | None, settings: Settings) -> Fold:
         raise InputError("reproduce.py needs posts of one class each, and these labels are numbers or lists.")
     if faults.on_error == "skip":  # every row of the tables then has the same posts
         for split, dataset in posts.items():
-            posts[split] = faults.leave_out(dataset, bad_images(dataset, decode=True), f"the {split} split")
+            posts[split] = faults.leave_out(dataset, bad_posts(dataset, decode=True), f"the {split} split")
         faults.check_share()
     check_classes(posts)
     for column in ("text", "image"):

@@ -85,7 +85,12 @@ def load_training_posts(
             "and --image_label_column."
         )
     check_classes(posts)
-    if model_arguments.model_name_or_path and len(label_names(posts["train"]) or ()) == config.num_labels:
+    if model_arguments.model_name_or_path and label_names(posts["train"]):
+        if config.task == "regression" and data_arguments.task == "auto" and data_arguments.dataset_name:
+            raise InputError(
+                f"{model_arguments.model_name_or_path} predicts values, and the labels are read as classes: say with "
+                "--task regression or --task classification what is meant."
+            )
         with suppress(InputError):  # other classes keep their own order
             posts = datasets.DatasetDict({split: align(part, config.label_names) for split, part in posts.items()})
     adapt_to_data(arguments, posts, model_arguments.modality)

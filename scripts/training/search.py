@@ -89,6 +89,7 @@ def search(
             "--overwrite_output_dir."
         )
     missing, features, faults = range(len(lines), arguments.hp_search), None, Faults(data_arguments.on_error)
+    faults.num_rows = sum(counts.values())
     if missing:
         check_posts(posts, model, processor, arguments, model_arguments.cache_features, faults)
     if missing and model_arguments.cache_features:
@@ -118,7 +119,7 @@ def search(
     if not scored:
         raise InputError(f"Every trial in {file} failed: lower --learning_rate in the YAML file.")
     best = max(scored, key=lambda line: sign * line["score"])
-    logger.info("Training with the best trial, number %d: %s", best["trial"], best["values"])
+    logger.info("Training with the best trial, number %d: %s", best["trial"] + 1, best["values"])
     for name, value in best["values"].items():
         setattr(model_arguments if name == "dropout" else arguments, name, value)
     if missing:

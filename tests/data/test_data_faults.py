@@ -400,6 +400,8 @@ def test_an_image_that_fails_during_training_or_evaluation_is_one_sentence(
         (tmp_path / f"posts/data/{post_id}.txt").write_text("so good")
         (tmp_path / f"posts/data/{post_id}.jpg").write_bytes(bytes(content))
     write_labels(tmp_path / "posts", ids)
+    labels = tmp_path / "posts/labelResultAll.txt"
+    labels.write_text(labels.read_text().replace("0\tpositive", "0\tnegative"))  # a model needs two classes
     data = ["--data_dir", str(tmp_path / "posts")]
     output = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "--report_to", "none", "--dataloader_num_workers"]
     message = r"\w+: post \d+: '.*/posts/data/\d+.jpg' cannot be read[^\n]*$"

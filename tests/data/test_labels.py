@@ -319,3 +319,46 @@ def test_the_classes_of_a_checkpoint_keep_their_places(backbones: Path, tmp_path
     assert (
         label_names(posts["train"]) == ["bad", "good"] and sum(posts["train"]["label"][:]) == len(posts["train"]) - 1
     )
+
+
+@pytest.mark.parametrize(
+    ("cell", "names"),
+    [
+        (json.dumps(["très bien", "x"]), ["très bien", "x"]),
+        ("[very good, bad]", ["bad", "very good"]),
+        ("['a' 'b']", ["a", "b"]),
+        ("[1, 2]", ["1", "2"]),
+    ],
+)
+def test_a_list_in_a_cell_is_read_as_it_was_written(cell: str, names: list[str], tmp_path: Path) -> None:
+    dataset = read(write(tmp_path / "posts.csv", [cell, cell]))
+    assert label_names(dataset) == names and sorted(dataset["label"][0]) == [0, 1]
+
+
+@pytest.mark.parametrize("cell", ["[True, False]", "[true, false]", "[0. 1.]", "[0, 1]"])
+def test_lists_that_mark_labels_by_their_place_are_refused(cell: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lists of 0 and 1"):
+        read(write(tmp_path / "posts.csv", [cell, cell]))
+
+
+def test_unknown_labels_of_a_modality_stay_unknown_in_another_order() -> None:
+    classes = datasets.ClassLabel(names=["bad", "good"])
+    posts = datasets.Dataset.from_dict({"label": [0, 1], "text_label": [-100, 0]})
+    posts = posts.cast_column("label", classes).cast_column("text_label", datasets.Value("int64"))
+    posts = posts.remove_columns("text_label").add_column("text_label", [-100, 0], feature=classes)
+    aligned = align(posts, ["Good", "bad"])
+    assert aligned["label"][:] == [1, 0] and aligned["text_label"][:] == [-100, 1]
+
+
+def test_training_further_keeps_the_classes_and_the_kind_of_a_checkpoint(backbones: Path, tmp_path: Path) -> None:
+    table = save(tmp_path / "three.jsonl", [(f"t {n}", ["bad", "fine", "good"][n % 3]) for n in range(30)])
+    train.main(words(table, backbones, tmp_path / "three"))
+    fewer = save(tmp_path / "two.jsonl", [(f"t {n}", ["Bad", "good"][n % 2]) for n in range(30)])
+    more = ["--model_name_or_path", str(tmp_path / "three"), "--output_dir", str(tmp_path / "two"), "--max_steps", "1"]
+    train.main(["--dataset_name", str(fewer), *more])
+    assert json.loads((tmp_path / "two/config.json").read_text())["label2id"] == {"bad": 0, "fine": 1, "good": 2}
+    values = save(tmp_path / "values.jsonl", [(f"t {n}", n % 5) for n in range(30)])
+    train.main(words(values, backbones, tmp_path / "values", "--task regression"))
+    more[1] = str(tmp_path / "values")
+    with pytest.raises(SystemExit, match="predicts values, and the labels are read as classes"):
+        train.main(["--dataset_name", str(values), *more, "--overwrite_output_dir"])

@@ -8,7 +8,7 @@ import pytest
 from inputs import flags
 
 from clipcacg.scripts import evaluate_checkpoint, predict, train
-from clipcacg.scripts.data import progress
+from clipcacg.scripts.data import features, progress
 from clipcacg.scripts.data.progress import Progress
 
 
@@ -39,8 +39,14 @@ def test_a_short_part_leaves_no_line_in_a_file() -> None:
 
 @pytest.mark.slow
 def test_the_long_commands_show_posts_per_second_and_the_time_left(
-    posts_folder: Path, backbones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    posts_folder: Path,
+    backbones: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(features, "CACHE_FOLDER", tmp_path / "features")  # in the common one they may lie already
+
     def shown(what: str) -> str:
         found = re.findall(rf"^{what}: .* (\d+/\d+) \[[\d:]+<[\d:?]+, .*posts/s\]$", capsys.readouterr().err, re.M)
         return found[-1] if found else "nothing"

@@ -334,3 +334,49 @@ def test_columns_whose_type_changes_far_down(tmp_path: Path) -> None:
     (tmp_path / "posts.csv").write_text("\n".join(["text,other,label", *rows]))
     posts = load_posts(DataArguments(dataset_name=str(tmp_path / "posts.csv"), splits=None), "text")["test"]
     assert posts.features["label"].names == ["0", "1"] and posts["text"][:] == cells
+
+
+def test_a_folder_with_splits_of_several_formats_is_refused(rows: Rows, tmp_path: Path) -> None:
+    """The split of the rarer format was left out without a word."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    table(rows).to_csv(folder / "train.csv")
+    table(rows).to_json(folder / "test.jsonl")
+    with pytest.raises(InputError, match="tables of several formats .*one format"):
+        load_posts(DataArguments(dataset_name=str(folder)))
+
+
+def test_a_line_of_spaces_does_not_shift_the_bad_row(tmp_path: Path) -> None:
+    lines = [
+        "text,label",
+        "t1,a",
+        "  ",
+        "t2,b",
+        "t3,a,EXTRA",
+        *(f"t{number},{'ab'[number % 2]}" for number in range(4, 24)),
+    ]
+    (tmp_path / "posts.csv").write_text("\n".join(lines) + "\n")
+    arguments = DataArguments(dataset_name=str(tmp_path / "posts.csv"), splits=None, on_error="skip")
+    faults = Faults("skip")
+    posts = load_posts(arguments, "text", faults=faults)["test"]
+    assert posts["text"][:] == ["t1", "t2", *(f"t{number}" for number in range(4, 24))]
+    assert list(faults.left_out) == [f"row 3 of {tmp_path / 'posts.csv'}"]
+
+
+@pytest.mark.parametrize("may_lack", [False, True])
+def test_a_post_without_a_text_is_a_bad_row(may_lack: bool, rows: Rows, tmp_path: Path) -> None:
+    """Unless the model has learned to do without."""
+    rows[2]["text"] = None
+    table(rows).to_json(tmp_path / "posts.jsonl")
+    arguments = DataArguments(dataset_name=str(tmp_path / "posts.jsonl"), splits=None)
+    if may_lack:
+        assert load_posts(arguments, may_lack=True)["test"]["text"][2] is None
+    else:
+        with pytest.raises(InputError, match="row 3 of .*posts.jsonl: it has no text"):
+            load_posts(arguments)
+
+
+def test_one_column_cannot_be_two_labels(rows: Rows, tmp_path: Path) -> None:
+    table(rows).to_json(tmp_path / "posts.jsonl")
+    with pytest.raises(InputError, match="must name different columns"):
+        load_posts(DataArguments(dataset_name=str(tmp_path / "posts.jsonl"), text_label_column="label"))

@@ -107,7 +107,7 @@ def test_an_interrupted_run_continues(checkpoint: Path, faulty: Path) -> None:
     output.write_text(whole[: whole.index("post 4") + 3])  # in the middle of the fourth line
     run()
     assert lines(output) == [json.loads(line) for line in whole.splitlines()]
-    predict(arguments)
+    run()
     assert len(lines(output)) == 7
     other = faulty.with_name("other.jsonl")
     other.write_text(faulty.read_text().replace("post", "tweet").replace("no json\n", '{"id": "tweet 7"}\n'))
@@ -212,3 +212,28 @@ def test_several_labels_get_the_same_probabilities_everywhere(
     assert line["labels"] == ["neutral", "positive"] and min(list(line["probabilities"].values())[1:]) > 0.9
     entries = pipeline("image-text-sentiment", model=str(tmp_path), trust_remote_code=True)(post)
     assert {entry["label"]: entry["score"] for entry in entries} == pytest.approx(line["probabilities"], abs=1e-5)
+
+
+def test_a_repeated_run_fails_as_the_first_did(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "posts.jsonl").write_text('{"text": "no image", "image": null}\n' * 3)
+    command = [str(checkpoint), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="3 of 3 posts could not be read"):
+            predict(command)
+
+
+def test_predictions_of_another_split_are_not_continued(checkpoint: Path, posts_folder: Path, tmp_path: Path) -> None:
+    for split in ("dev", "test"):
+        (tmp_path / "table").mkdir(exist_ok=True)
+        row = {"text": f"of {split}", "image": f"{posts_folder}/data/1.jpg"}
+        (tmp_path / f"table/{split}.jsonl").write_text(json.dumps(row) + "\n")
+    command = [str(checkpoint), "--input", str(tmp_path / "table"), "--output", str(tmp_path / "out.jsonl")]
+    predict([*command, "--test_split", "dev"])
+    with pytest.raises(SystemExit, match="does not belong to this model and"):
+        predict(command)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("batch_size", 0), ("num_workers", -1), ("max_samples", -5)])
+def test_numbers_out_of_range_are_refused(flag: str, value: int, checkpoint: Path) -> None:
+    with pytest.raises(SystemExit, match=f"--{flag} must be at least ., got {value}"):
+        predict([str(checkpoint), "--input", "posts.jsonl", f"--{flag}", str(value)])
