@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
             trainer.save_state()
             trainer.save_metrics("train", trained.metrics)
             faults.gather()
-            trainer.save_metrics("skipped", faults.summary())
+            if skipped := faults.summary():
+                trainer.save_metrics("skipped", skipped)
             results = evaluate_splits(trainer, posts)
             if trainer.is_world_process_zero():
                 seconds, resumed = trained.metrics["train_runtime"], checkpoint is not None

@@ -45,6 +45,7 @@ def test_a_run_leaves_scores_predictions_plots_and_a_complete_checkpoint(trained
     assert {f"{prefix}_{name}" for prefix in ("eval", "test") for name in measured} <= set(scores)
     lines = [json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()]
     posts = sum(map(sum, scores["test_confusion_matrix"]))
+    assert not (trained / "skipped_results.json").exists()  # no row was left out
     assert len(lines) == posts and set(lines[0]["probabilities"]) == {"negative", "neutral", "positive"}
     names = {path.name for path in trained.iterdir()}
     assert CODE | {"model.safetensors", "config.json", "processor_config.json", "README.md"} <= names
