@@ -10,7 +10,7 @@ import torch
 from transformers import Pipeline
 from transformers.utils import ModelOutput
 
-from .processing_clipcacg import label_scores, missing_parts
+from .processing_clipcacg import is_blank, label_scores, missing_parts
 
 
 class ImageTextSentimentPipeline(Pipeline):
@@ -91,6 +91,8 @@ class ImageTextSentimentPipeline(Pipeline):
             )
         # In lists of one: the processor would read a list as several posts.
         parts = {name: [post.get(name)] for name in config.modalities}
+        if config.modality_dropout and is_blank(post.get("text")):
+            parts["text"] = [None]
         inputs = self.processor(images=parts.get("image"), text=parts.get("text"), return_tensors="pt", **kwargs)
         if config.modality_dropout:  # the posts of a batch must have the same inputs
             inputs.setdefault("has_image", torch.ones(1, dtype=torch.long))

@@ -135,7 +135,7 @@ class ClipCaCgProcessor(ProcessorMixin):
                 (channels, height, width) or (height, width, channels), paths, binary files, URLs or base64 strings.
                 A 4-D array is a batch. In a list, None is a missing image.
             text: One text or a list with one text per image. Texts beyond the encoder's limit are truncated. In a
-                list, None is a missing text, and so is a text without words: its `attention_mask` is 0 throughout.
+                list, None is a missing text: its `attention_mask` is 0 throughout.
             **kwargs: Keywords of the tokenizer (`padding` and `truncation`, both True by default, `max_length`,
                 `pad_to_multiple_of`, `padding_side`, `add_special_tokens`), keywords of the image processors
                 (`do_resize`, `size`, `do_center_crop`, ...) and `return_tensors` ("pt", "np", or None for lists);
@@ -281,7 +281,7 @@ class ClipCaCgProcessor(ProcessorMixin):
             edges += [value / share for value in values if value is not None]
         return math.ceil(max(edges))
 
-    def _tokenize(self, texts: list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _tokenize(self, texts: list[str | None], kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs = {"padding": True, "truncation": True, **kwargs}
         with LOCKS.setdefault(os.getpid(), threading.Lock()):
             data = _encode(self.tokenizer, texts, _within_limit(self.tokenizer, kwargs))
@@ -342,14 +342,17 @@ def missing_parts(post: dict[str, Any], config: ClipCaCgConfig) -> list[str]:
     A model trained with `modality_dropout` needs one of the two alone.
 
     Args:
-        post: "image" and "text"; a part that is missing may be None. An empty text counts as missing beside an image.
+        post: "image" and "text"; a part that is missing may be None.
         config: Config of the model.
     """
-    missing = [name for name in config.modalities if post.get(name) is None]
-    if config.modality_dropout == 0:
-        return missing
-    is_empty = isinstance(post.get("text"), str) and not post["text"].strip()
-    return ["image", "text"] if len(missing) + is_empty == 2 else []
+    if config.modality_dropout:
+        return ["image", "text"] if post.get("image") is None and is_blank(post.get("text")) else []
+    return [name for name in config.modalities if post.get(name) is None]
+
+
+def is_blank(text: Any) -> bool:
+    """Whether a text is None or has no words; to a model with `modality_dropout` such a text is missing."""
+    return text is None or (isinstance(text, str) and not text.strip())
 
 
 def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
@@ -388,15 +391,16 @@ def _view(image_processor: Any, arrays: list[np.ndarray], kwargs: dict[str, Any]
     return image_processor(arrays, **{name: kwargs[name] for name in known & kwargs.keys()})["pixel_values"]
 
 
-def _encode(tokenizer: Any, texts: list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _encode(tokenizer: Any, texts: list[str | None], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return what the tokenizer makes of the texts, with a mask also where it would make none by default."""
-    data = tokenizer(texts, return_attention_mask=True, **kwargs)
+    given = [text or "" for text in texts]
+    data = tokenizer(given, return_attention_mask=True, **kwargs)
     lengths = [len(ids) for ids in data["input_ids"]]
     if 0 in lengths:  # an empty text and a tokenizer without special tokens: the encoders need one token at least
         longest = {**kwargs, "padding": "max_length", "max_length": max(1, *lengths), "pad_to_multiple_of": None}
-        data = tokenizer(texts, return_attention_mask=True, **longest)
+        data = tokenizer(given, return_attention_mask=True, **longest)
     for mask, text in zip(data["attention_mask"], texts, strict=True):
-        if not text.strip():
+        if text is None:
             mask[:] = [0] * len(mask) if isinstance(mask, list) else 0
     return dict(data)
 
@@ -410,9 +414,11 @@ def _within_limit(tokenizer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "max_length": limit if asked is None else min(asked, limit)}
 
 
-def _as_texts(text: Any) -> list[str]:
-    texts = [text] if isinstance(text, str) else ["" if item is None else item for item in text]
+def _as_texts(text: Any) -> list[str | None]:
+    texts = [text] if isinstance(text, str) else list(text)
     for index, item in enumerate(texts):
+        if item is None:
+            continue
         if not isinstance(item, str):
             raise TypeError(f"text[{index}] must be a string, not {type(item).__name__}.")
         try:
@@ -594,4 +600,4 @@ def _tokenizer(model: str | Path, part: str, options: dict[str, Any]) -> Any:
     return tokenizer
 
 
-__all__ = ["ClipCaCgProcessor", "label_scores", "labels_that_apply", "missing_parts"]
+__all__ = ["ClipCaCgProcessor", "is_blank", "label_scores", "labels_that_apply", "missing_parts"]

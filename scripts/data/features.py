@@ -46,7 +46,7 @@ from clipcacg.modeling_clipcacg import (
     frozen_output,
     token_states,
 )
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, is_blank
 from clipcacg.scripts.data.augmentation import Augmentation, view_name
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.images import image_bytes, image_source
@@ -155,8 +155,11 @@ def cache_features(
             "--cache_features needs frozen encoders or layers: add --freeze_text, --freeze_text_layers, "
             "--freeze_vision, --freeze_vision_blocks or --freeze_clip."
         )
+    may_lack = model.config.modality_dropout > 0
     for column in sorted({FEATURES[name].column for name in frozen}):
-        posts = datasets.DatasetDict({split: add_digests(dataset, column) for split, dataset in posts.items()})
+        posts = datasets.DatasetDict(
+            {split: add_digests(dataset, column, may_lack) for split, dataset in posts.items()}
+        )
     stores, training = {}, model.training
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` hides that it is a method
     model.eval()
@@ -217,16 +220,22 @@ def _continues_from_features(name: str, encoder: PreTrainedModel) -> bool:
         encoder.train(training)
 
 
-def add_digests(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
-    """Add the column `<column>_digest`, which identifies each text or image by its content, unless it is there."""
+def add_digests(dataset: datasets.Dataset, column: str, may_lack: bool = False) -> datasets.Dataset:
+    """Add the column `<column>_digest`, which identifies each text or image by its content, unless it is there.
+
+    With `may_lack` a blank text is a missing one, whose output differs from that of an empty text.
+    """
     if f"{column}_digest" in dataset.column_names:
         return dataset
-    digests = [hashlib.sha256(_content(value)).hexdigest() for value in dataset[column][:]]
+    values = [None if may_lack and is_blank(value) else value for value in dataset[column][:]]
+    digests = [hashlib.sha256(_content(value)).hexdigest() for value in values]
     return dataset.add_column(f"{column}_digest", digests)
 
 
 def _content(value: Any) -> bytes:
-    return image_bytes(value) if isinstance(value, dict) else (value or "").encode("utf-8", errors="surrogatepass")
+    if value is None:
+        return b"\xffmissing"  # no text in UTF-8
+    return image_bytes(value) if isinstance(value, dict) else value.encode("utf-8", errors="surrogatepass")
 
 
 def key(model: ClipCaCgPreTrainedModel, processor: ClipCaCgProcessor, encoder_name: str, dtype: str) -> str:
@@ -316,7 +325,13 @@ def _fill(
         order,  # type: ignore[arg-type]  # a list serves as a data set
         batch_size=32,
         num_workers=num_workers,
-        collate_fn=partial(_encoder_inputs, rows=rows, processor=processor, encoder_name=encoder_name),
+        collate_fn=partial(
+            _encoder_inputs,
+            rows=rows,
+            processor=processor,
+            encoder_name=encoder_name,
+            may_lack=model.config.modality_dropout > 0,
+        ),
     )
     pending: dict[str, Tensor] = {}
     with Progress(len(order), f"features of {encoder_name}") as bar:
@@ -336,7 +351,11 @@ def _fill(
 
 
 def _encoder_inputs(
-    order: list[tuple[str, int, int | None]], rows: datasets.Dataset, processor: ClipCaCgProcessor, encoder_name: str
+    order: list[tuple[str, int, int | None]],
+    rows: datasets.Dataset,
+    processor: ClipCaCgProcessor,
+    encoder_name: str,
+    may_lack: bool,
 ) -> tuple[list[str], Tensor, Tensor | None]:
     """Make the names of outputs, the input of one encoder and, for a text, its mask.
 
@@ -345,6 +364,7 @@ def _encoder_inputs(
         rows: Posts.
         processor: Makes the inputs.
         encoder_name: Key of `FEATURES`.
+        may_lack: See `read_posts`.
     """
     feature, augmentation = FEATURES[encoder_name], Augmentation(processor)
     posts = []
@@ -356,7 +376,7 @@ def _encoder_inputs(
                 post |= augmentation({feature.column: [post[feature.column]]})
                 post[feature.column] = post[feature.column][0]
         posts.append(post)
-    batch = read_posts(processor, posts, [feature.column], may_lack=True)
+    batch = read_posts(processor, posts, [feature.column], may_lack)
     mask = None if feature.mask is None else batch[feature.mask]
     return [name for name, _, _ in order], batch[feature.input], mask
 

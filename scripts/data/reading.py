@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, is_blank
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.images import image_source
 
@@ -19,7 +19,7 @@ def read_posts(
         processor: Makes the inputs.
         rows: Posts.
         columns: Columns to read.
-        may_lack: Take posts without an image, whose column is None.
+        may_lack: Take posts without an image, whose column is None, and without a text, whose column is blank.
 
     Raises:
         InputError: a text or image cannot be read; the message names the post.
@@ -29,7 +29,7 @@ def read_posts(
         if "text" in columns:
             if not may_lack and any(row["text"] is None for row in rows):
                 raise InputError("it has no text")
-            inputs["text"] = [row["text"] for row in rows]
+            inputs["text"] = [None if may_lack and is_blank(row["text"]) else row["text"] for row in rows]
         if "image" in columns:
             inputs["images"] = [
                 None if may_lack and row["image"] is None else image_source(row["image"]) for row in rows

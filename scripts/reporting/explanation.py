@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from clipcacg.modeling_clipcacg import as_map
-from clipcacg.processing_clipcacg import ClipCaCgProcessor, missing_parts
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, is_blank, missing_parts
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES
 
@@ -131,7 +131,8 @@ def explain(model: PreTrainedModel, processor: Any, image: Any = None, text: str
         InputError: If a part that the model needs is missing, or one is broken.
     """
     inputs = prepare(model, processor, image, text)
-    has_image, has_text = "has_image" not in inputs, bool(text and text.strip()) or not model.config.modality_dropout
+    may_lack = model.config.modality_dropout > 0
+    has_image, has_text = "has_image" not in inputs, not (may_lack and is_blank(text))
     words, owners = find_words(processor, text or "", inputs) if "text" in model.config.modalities else ([], {})
     with torch.inference_mode():
         outputs = model.eval()(**inputs, output_attentions=True)
@@ -165,7 +166,7 @@ def prepare(model: PreTrainedModel, processor: Any, image: Any, text: str | None
     Raises:
         InputError: If the image or the text that it needs is missing or broken.
     """
-    given = {"image": image, "text": text}
+    given = {"image": image, "text": None if model.config.modality_dropout and is_blank(text) else text}
     if missing := missing_parts(given, model.config):
         raise InputError(f"This model needs {' and '.join({'image': 'an image'}.get(n, 'a text') for n in missing)}.")
     columns = {name: [given[name]] for name in model.config.modalities}
