@@ -177,3 +177,50 @@ def test_a_stream_stops_at_the_limit_continues_and_names_what_it_cannot_parse(
         predict.main(
             [str(trained), "--input", str(tmp_path / "posts.jsonl"), "--streaming", "--output", str(tmp_path / "b")]
         )
+
+
+def test_withholding_leaves_out_posts_that_lack_the_other_side(checkpoint: Path) -> None:
+    """They would be scored with neither."""
+    posts = datasets.Dataset.from_dict({"text": ["a", "", None, "d"], "label": [0, 1, 0, 1]})
+    images = [{"path": "x.png", "bytes": None}] * 3 + [None]
+    posts = posts.add_column("image", images, feature=datasets.Image(decode=False))
+    config = ClipCaCgConfig.from_pretrained(checkpoint, modality_dropout=0.1)
+    for side in ("image", "text"):
+        kept = evaluate_checkpoint.without(posts, side, config)
+        assert kept["label"][:] == [0] and kept[side][:] == [None]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--max_train_samples", "0"], "--max_train_samples must be at least 1, got 0"),
+        ([], "posts.csv cannot be read as a data set: .*line 11502"),
+    ],
+)
+def test_a_stream_that_cannot_be_used_is_one_sentence(more: list[str], words: str, tmp_path: Path) -> None:
+    """A row with a cell too many surfaces far down, after the reader has begun."""
+    cells = [f"a day,{number % 2}" for number in range(12_000)]
+    cells[11_500] += ",more"
+    (tmp_path / "posts.csv").write_text("\n".join(["text,label", *cells]))
+    flags = [
+        "--dataset_name",
+        str(tmp_path / "posts.csv"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--modality",
+        "text",
+    ]
+    with pytest.raises(SystemExit, match=words):
+        train.main([*flags, *more, "--streaming", "--max_steps", "1", "--use_cpu"])
+
+
+@pytest.mark.slow
+def test_a_search_counts_the_posts_that_it_leaves_out(sources: Path, backbones: Path, tmp_path: Path) -> None:
+    """The share of bad posts is that of all posts."""
+    pytest.importorskip("optuna")
+    names = [word for part in ("text", "vision") for word in (f"--{part}_model", str(backbones / part))]
+    columns = "--image_column photo --text_column tweet --label_column mood --modality image --on_error skip"
+    few = "--hidden_size 16 --num_attention_heads 2 --hp_search 1 --num_train_epochs 1 --eval_strategy epoch --use_cpu"
+    data = ["--dataset_name", str(sources / "csv"), "--output_dir", str(tmp_path / "run")]
+    train.main([*data, *names, *columns.split(), *few.split(), "--train_sampling_strategy", "random"])
+    assert json.loads((tmp_path / "run/all_results.json").read_text())["skipped_posts"] == 2

@@ -380,3 +380,9 @@ def test_one_column_cannot_be_two_labels(rows: Rows, tmp_path: Path) -> None:
     table(rows).to_json(tmp_path / "posts.jsonl")
     with pytest.raises(InputError, match="must name different columns"):
         load_posts(DataArguments(dataset_name=str(tmp_path / "posts.jsonl"), text_label_column="label"))
+
+
+def test_a_saved_data_set_has_no_configs(rows: Rows, tmp_path: Path) -> None:
+    table(rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match="--dataset_config en: .* has no configs"):
+        load_posts(DataArguments(dataset_name=str(tmp_path / "saved"), dataset_config="en"))
