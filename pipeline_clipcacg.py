@@ -10,7 +10,7 @@ import torch
 from transformers import Pipeline
 from transformers.utils import ModelOutput
 
-from .processing_clipcacg import is_blank, label_scores, missing_parts
+from .processing_clipcacg import UNCERTAIN, check_min_confidence, is_blank, label_scores, missing_parts
 
 
 class ImageTextSentimentPipeline(Pipeline):
@@ -45,16 +45,20 @@ class ImageTextSentimentPipeline(Pipeline):
         Args:
             inputs: See above. A dataset or a generator is read lazily and gives an iterator.
             top_k: Return only the k most likely labels; at least 1.
+            min_confidence: For a model of one label per post, the probability in [0, 1] below which the answer is
+                "uncertain".
             batch_size: Posts per forward pass.
 
         Returns:
             For one post a list of `{"label": str, "score": float}`, highest score first; for several posts one such
             list per post. Scores are probabilities, which add up to 1 unless the model predicts several labels per
-            post. A regression has one entry, whose score is the predicted value.
+            post. A regression has one entry, whose score is the predicted value. The list of an uncertain answer
+            starts with one more entry, `{"label": "uncertain", "score": highest probability}`.
 
         Raises:
             TypeError: If the image or the text of a post has an unsupported type.
-            ValueError: If a post lacks a part that the model needs, its image is broken, or `top_k` is below 1.
+            ValueError: If a post lacks a part that the model needs, its image is broken, `top_k` is below 1, or
+                `min_confidence` cannot be used.
         """
         if hasattr(inputs, "column_names"):
             inputs = (row for row in inputs)
@@ -74,10 +78,15 @@ class ImageTextSentimentPipeline(Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
-    def _sanitize_parameters(self, top_k: int | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
+    def _sanitize_parameters(
+        self, top_k: int | None = None, min_confidence: float | None = None, **kwargs: Any
+    ) -> tuple[dict, dict, dict]:
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {top_k}.")
-        return kwargs, {}, {} if top_k is None else {"top_k": top_k}
+        if min_confidence is not None:
+            check_min_confidence(min_confidence, self.model.config)
+        options = {"top_k": top_k, "min_confidence": min_confidence}
+        return kwargs, {}, {name: value for name, value in options.items() if value is not None}
 
     def preprocess(self, input_: Any, **kwargs: Any) -> Any:
         """Turn a post into model inputs of batch size 1; keywords go to the processor."""
@@ -102,13 +111,15 @@ class ImageTextSentimentPipeline(Pipeline):
         return ModelOutput(logits=self.model(**input_tensors, **kwargs).logits)
 
     def postprocess(  # type: ignore[override]
-        self, model_outputs: ModelOutput, top_k: int | None = None
+        self, model_outputs: ModelOutput, top_k: int | None = None, min_confidence: float | None = None
     ) -> list[dict[str, Any]]:
         """Turn logits (1, labels) into labels with their scores, highest first."""
         config = self.model.config
         scores = label_scores(model_outputs["logits"][0], config)
         order = scores.argsort(descending=True)[:top_k].tolist()
-        return [{"label": config.id2label[index], "score": scores[index].item()} for index in order]
+        entries = [{"label": config.id2label[index], "score": scores[index].item()} for index in order]
+        is_uncertain = min_confidence is not None and entries[0]["score"] < min_confidence
+        return [{"label": UNCERTAIN, "score": entries[0]["score"]}] * is_uncertain + entries
 
 
 __all__ = ["ImageTextSentimentPipeline"]

@@ -32,6 +32,7 @@ from .modeling_clipcacg import encoder_facts, load_config
 # Tokenizers that know no limit set `model_max_length` to a very large number.
 NO_LIMIT = 10**9
 SOURCES = (str, os.PathLike, Image.Image)  # of an image, beside arrays, tensors and files
+UNCERTAIN = "uncertain"  # the label of an answer below `min_confidence`
 MAX_RATIO = 100  # longest to shortest edge of an image; our choice
 TIMEOUT = 60  # seconds that an image server has to answer
 TEXT_KEYWORDS = {
@@ -213,18 +214,28 @@ class ClipCaCgProcessor(ProcessorMixin):
         return batch | ({"labels": torch.tensor([row[label] for row in rows])} if label in columns else {})
 
     @staticmethod
-    def post_process(logits: torch.Tensor, config: ClipCaCgConfig) -> list[dict[str, Any]]:
+    def post_process(
+        logits: torch.Tensor, config: ClipCaCgConfig, min_confidence: float | None = None
+    ) -> list[dict[str, Any]]:
         """Turn logits into answers, one per example.
 
         Args:
             logits: (batch, labels), as the model returns them.
-            config: Config of the model: its `task` chooses the rule, its `id2label` names the labels.
+            config: Config of the model: its `task` chooses the rule, its `id2label` names the labels, and its
+                `temperature` scales the logits.
+            min_confidence: For one label per example, the probability in [0, 1] below which the label is "uncertain";
+                None for no limit.
 
         Returns:
             For one label per example `{"label": str, "scores": {label: probability}}`, for several
             `{"labels": [every label that applies], "scores": {label: probability}}`, for a regression
-            `{"value": float}`.
+            `{"value": float}`. An "uncertain" answer has the same scores as any other.
+
+        Raises:
+            ValueError: If `min_confidence` is no probability, or the model does not give each example one label.
         """
+        if min_confidence is not None:
+            check_min_confidence(min_confidence, config)
         names: dict[int, str] = config.id2label  # type: ignore[assignment]  # transformers makes its keys integers
         answers: list[dict[str, Any]] = []
         for row in label_scores(logits, config):
@@ -237,7 +248,8 @@ class ClipCaCgProcessor(ProcessorMixin):
                 chosen = [label for label, is_chosen in zip(scores, applies, strict=True) if is_chosen]
                 answers.append({"labels": chosen, "scores": scores})
             else:
-                answers.append({"label": names[int(row.argmax())], "scores": scores})
+                is_uncertain = min_confidence is not None and row.max().item() < min_confidence
+                answers.append({"label": UNCERTAIN if is_uncertain else names[int(row.argmax())], "scores": scores})
         return answers
 
     def _image_processors(self) -> list[Any]:
@@ -360,7 +372,7 @@ def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
 
     Args:
         logits: (..., labels).
-        config: Config of the model; its `task` chooses the rule.
+        config: Config of the model; its `task` chooses the rule, and its `temperature` scales the logits.
 
     Returns:
         (..., labels) in float32: probabilities that add up to 1 for one label per example, independent probabilities
@@ -369,7 +381,20 @@ def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
     logits = logits.float()
     if config.task == "regression":
         return logits
+    logits = logits / config.temperature
     return logits.sigmoid() if config.task == "multi_label_classification" else logits.softmax(dim=-1)
+
+
+def check_min_confidence(min_confidence: float, config: ClipCaCgConfig) -> None:
+    """Check the probability below which a model's answer is "uncertain".
+
+    Raises:
+        ValueError: If it is no probability, or the model does not give each example one label.
+    """
+    if not 0 <= min_confidence <= 1:
+        raise ValueError(f"min_confidence must be from 0 to 1, not {min_confidence}.")
+    if config.task != "single_label_classification":
+        raise ValueError(f"min_confidence is for one label per example, and this model's task is {config.task}.")
 
 
 def labels_that_apply(probabilities: torch.Tensor, thresholds: list[float] | None = None) -> torch.Tensor:
@@ -600,4 +625,12 @@ def _tokenizer(model: str | Path, part: str, options: dict[str, Any]) -> Any:
     return tokenizer
 
 
-__all__ = ["ClipCaCgProcessor", "is_blank", "label_scores", "labels_that_apply", "missing_parts"]
+__all__ = [
+    "UNCERTAIN",
+    "ClipCaCgProcessor",
+    "check_min_confidence",
+    "is_blank",
+    "label_scores",
+    "labels_that_apply",
+    "missing_parts",
+]

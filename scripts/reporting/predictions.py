@@ -80,18 +80,21 @@ def load_checkpoint(
     return model, processor
 
 
-def prediction_line(post_id: str, logits: torch.Tensor, config: ClipCaCgConfig) -> dict[str, Any]:
+def prediction_line(
+    post_id: str, logits: torch.Tensor, config: ClipCaCgConfig, min_confidence: float | None = None
+) -> dict[str, Any]:
     """The line that is written for one post.
 
     Args:
         post_id: The post's ID.
         logits: (labels,), the model's output for the post.
         config: Config of the model.
+        min_confidence: Probability below which the label is "uncertain".
 
     Returns:
         {id, label, probabilities}; {id, labels, probabilities} for several labels; {id, value} for a regression.
     """
-    answer = ClipCaCgProcessor.post_process(logits[None], config)[0]
+    answer = ClipCaCgProcessor.post_process(logits[None], config, min_confidence)[0]
     if "value" in answer:
         return {"id": post_id, "value": round(answer["value"], 6)}
     scores = {label: round(score, 6) for label, score in answer.pop("scores").items()}
@@ -130,7 +133,11 @@ def prepare(rows: list[Row], collator: PostCollator) -> tuple[list[Row], Inputs 
 
 @torch.inference_mode()
 def predict_rows(
-    model: ClipCaCgForSequenceClassification, rows: list[Row], inputs: Inputs | None, bf16: bool = False
+    model: ClipCaCgForSequenceClassification,
+    rows: list[Row],
+    inputs: Inputs | None,
+    bf16: bool = False,
+    min_confidence: float | None = None,
 ) -> list[Row]:
     """Predict what `prepare` returned: one line per row, with its prediction or its error."""
     logits: Iterator[torch.Tensor] = iter(())
@@ -138,7 +145,9 @@ def predict_rows(
         inputs = {name: value.to(model.device) for name, value in inputs.items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             logits = iter(model(**inputs).logits.float().cpu())
-    return [row if row["error"] else prediction_line(row["id"], next(logits), model.config) for row in rows]
+    return [
+        row if row["error"] else prediction_line(row["id"], next(logits), model.config, min_confidence) for row in rows
+    ]
 
 
 def lines_done(output: Path, origin: dict[str, Any]) -> tuple[int, int]:
@@ -185,6 +194,7 @@ def predict_file(
     batch_size: int = 32,
     num_workers: int = 1,
     bf16: bool = False,
+    min_confidence: float | None = None,
     overwrite: bool = False,
 ) -> None:
     """Predict every post of a source, line by line into a file, and continue an interrupted run.
@@ -200,6 +210,7 @@ def predict_file(
         batch_size: Posts per forward pass.
         num_workers: Processes that prepare posts; 0 prepares them in this one.
         bf16: Compute in bfloat16 where PyTorch's autocast allows it.
+        min_confidence: Probability below which a label is "uncertain".
         overwrite: Start again instead of continuing the output.
 
     Raises:
@@ -218,7 +229,9 @@ def predict_file(
         output.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             output.unlink(missing_ok=True)
-        done, failed = lines_done(output, origin | ({"bf16": True} if bf16 else {}))
+        settings = {"bf16": bf16, "min_confidence": min_confidence, "temperature": model.config.temperature}
+        usual = {"bf16": False, "min_confidence": None, "temperature": 1.0}  # as in notes of earlier versions
+        done, failed = lines_done(output, origin | {k: value for k, value in settings.items() if value != usual[k]})
         file = output.open("a", encoding="utf-8", errors="backslashreplace")
     if isinstance(posts, datasets.Dataset):
         total = len(posts) if max_samples is None else min(len(posts), max_samples)
@@ -236,7 +249,7 @@ def predict_file(
     written = done
     with file, Progress(total, "predicting", initial=done) as bar:
         for rows, inputs in read_batches(loader, source):
-            for line in predict_rows(model, rows, inputs, bf16):
+            for line in predict_rows(model, rows, inputs, bf16, min_confidence):
                 if "error" in line and columns.on_error == "raise":
                     raise InputError(f"{source}, post {line['id']}: {line['error']}")
                 write_line(file, line)
