@@ -385,6 +385,52 @@ def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
     return logits.sigmoid() if config.task == "multi_label_classification" else logits.softmax(dim=-1)
 
 
+def modality_scores(outputs: Any, config: ClipCaCgConfig) -> list[dict[str, Any]]:
+    """Turn the logits of the modality heads into each side's probabilities and their conflict, one dict per example.
+
+    Args:
+        outputs: Of a model with `use_modality_heads`.
+        config: Config of the model.
+
+    Returns:
+        `{"text": {label: probability}, "image": {label: probability}, "conflict": float}`. A side that the example
+        lacks is None. `conflict` is None if a side is, or if negative and positive are not among the labels. The
+        config's `temperature` does not scale these probabilities: it is fitted to `logits` alone.
+
+    Raises:
+        ValueError: If the model has no modality heads.
+    """
+    if outputs.get("text_logits") is None:
+        raise ValueError(
+            "The model has no modality heads, which give the sentiment of the text and of the image alone: train one "
+            "with use_modality_heads."
+        )
+    sides = []
+    for side in ("text", "image"):
+        probabilities = outputs[f"{side}_logits"].float().softmax(dim=-1).tolist()
+        read = outputs.get(f"has_{side}")
+        given = [True] * len(probabilities) if read is None else read.tolist()
+        scores = [dict(zip(config.label_names, row, strict=True)) for row in probabilities]
+        sides.append([of_side if is_given else None for of_side, is_given in zip(scores, given, strict=True)])
+    has_conflict = {"negative", "positive"} <= set(config.label_names)
+    return [
+        {"text": text, "image": image, "conflict": conflict(text, image) if has_conflict and text and image else None}
+        for text, image in zip(*sides, strict=True)
+    ]
+
+
+def conflict(text: dict[str, float], image: dict[str, float]) -> float:
+    """Return the probability that text and image are of opposite sentiment.
+
+    Args:
+        text, image: Probability of each label, negative and positive among them.
+
+    Source: our choice. The paper drops such examples. As in `combine_probabilities`, the two labels count as
+        independent.
+    """
+    return text["positive"] * image["negative"] + text["negative"] * image["positive"]
+
+
 def check_min_confidence(min_confidence: float, config: ClipCaCgConfig) -> None:
     """Check the probability below which a model's answer is "uncertain".
 
@@ -633,4 +679,5 @@ __all__ = [
     "label_scores",
     "labels_that_apply",
     "missing_parts",
+    "modality_scores",
 ]

@@ -24,17 +24,11 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from clipcacg.processing_clipcacg import UNCERTAIN, ClipCaCgProcessor, check_min_confidence, modality_scores
 from clipcacg.scripts.data.drawing import draw_image, write_tweet
-from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.reporting.explanation import (
-    Explanation,
-    explain,
-    light_up,
-    prepare,
-    read_scores,
-    strongest,
-    tint,
-)
+from clipcacg.scripts.data.errors import InputError, as_input_error
+from clipcacg.scripts.reporting.explanation import Explanation, explain, prepare, strongest
+from clipcacg.scripts.reporting.overlays import light_up, tint
 from clipcacg.scripts.reporting.predictions import load_checkpoint
 
 MAX_BYTES = 10 * 2**20  # of an uploaded file
@@ -153,10 +147,34 @@ def check_text(text: Any) -> str | None:
 
 
 @torch.inference_mode()
-def predict(model: Any, processor: Any, image: Image.Image | None, text: str | None) -> dict[str, float] | str:
-    """Probabilities by label, or the value of a regression, as `gr.Label` takes them."""
-    scores = read_scores(model(**prepare(model, processor, image, text)).logits, model.config)
-    return f"{scores['value']:.3f}" if model.config.task == "regression" else scores
+def predict(
+    model: Any, processor: Any, image: Image.Image | None, text: str | None, min_confidence: float | None = None
+) -> dict[str, Any]:
+    """Values of the panels that need one forward pass: the answer, and what the modality heads say."""
+    outputs = model(**prepare(model, processor, image, text))
+    (answer,) = ClipCaCgProcessor.post_process(outputs.logits, model.config, min_confidence)
+    shown = {"label": f"{answer['value']:.3f}" if model.config.task == "regression" else answer["scores"]}
+    if answer.get("label") == UNCERTAIN and min_confidence is not None:  # a gr.Label names the highest of its scores
+        ranked = sorted(answer["scores"].items(), key=lambda entry: -entry[1])
+        listed = ", ".join(f"{html.escape(label)} {score:.0%}" for label, score in ranked)
+        shown |= {"label": UNCERTAIN, "unsure": f"No label is as likely as {min_confidence:.0%}: {listed}."}
+    if model.config.use_modality_heads:
+        (found,) = modality_scores(outputs, model.config)
+        shown |= {f"label of the {side}": found[side] for side in ("text", "image")}
+        shown["conflict"] = conflict_note(found)
+    return shown
+
+
+def conflict_note(found: dict[str, Any]) -> str:
+    """A sentence on the conflict of text and image, as `modality_scores` returns it."""
+    if not (found["text"] and found["image"]):
+        return "Conflict needs an image and a text."
+    if found["conflict"] is None:
+        return ""
+    return (
+        f"**Conflict: {found['conflict']:.0%}.** So likely are text and image opposite, "
+        "one positive and the other negative."
+    )
 
 
 def signed_words(words: list[str], weights: np.ndarray) -> list[tuple[str, float]]:
@@ -173,9 +191,8 @@ def graded_words(words: list[str], weights: np.ndarray) -> list[tuple[str, str]]
 
 
 def as_image(values: np.ndarray) -> Image.Image:
-    """Values in 0 to 1 (height, width, 3) as an image; a small one is enlarged."""
-    times = max(1, 224 // min(values.shape[:2]))
-    return Image.fromarray((values * 255).astype(np.uint8).repeat(times, axis=0).repeat(times, axis=1))
+    """Values in 0 to 1 (height, width, 3) as an image."""
+    return Image.fromarray((values * 255).astype(np.uint8))
 
 
 def panels(explanation: Explanation) -> dict[str, Any]:
@@ -194,18 +211,25 @@ def panels(explanation: Explanation) -> dict[str, Any]:
     return shown
 
 
-def build_panels(config: Any) -> dict[str, gr.components.Component]:
+def build_panels(config: Any, min_confidence: float | None = None) -> dict[str, gr.components.Component]:
     """The panels for a model with this config, by name."""
     both = config.modality == "both"
     shown: dict[str, gr.components.Component] = {"label": gr.Label(label="Sentiment")}
+    if min_confidence is not None:
+        shown["unsure"] = gr.Markdown()
+    if config.use_modality_heads:
+        with gr.Row():
+            for side in ("text", "image"):
+                shown[f"label of the {side}"] = gr.Label(label=f"Sentiment of the {side} alone", min_width=140)
+        shown["conflict"] = gr.Markdown()
     gr.Markdown("## What moved the score (attribution)\nRed raises the score of this label, blue or purple lowers it.")
     if "text" in config.modalities:
         shown["words"] = gr.HighlightedText(label="Words that moved the score")
     with gr.Row():
-        if "vision" in config.encoders:
-            shown["regions, the vision encoder"] = image_panel("Image regions, through the vision encoder")
-        if "clip" in config.encoders:
-            shown["regions, CLIP"] = image_panel("Image regions, through CLIP")
+        for name, encoder in (("vision", "the vision encoder"), ("clip", "CLIP")):
+            if name in config.encoders:
+                label = f"Image regions that moved the score, through {encoder}"
+                shown[f"regions, {encoder}"] = image_panel(label)
     if both and config.use_cross_attention:
         gr.Markdown("## What the model attends to (attention)\nBright image regions get more attention.")
         style = {"color_map": GRADES, "show_legend": True, "show_inline_category": False}
@@ -233,15 +257,22 @@ def draw_example() -> tuple[Image.Image, str]:
     return draw_image(rng.randrange(3), rng), write_tweet(rng.randrange(3), rng).strip()
 
 
-def build_demo(checkpoint: str, trust_remote_code: bool = False) -> gr.Blocks:
+def build_demo(checkpoint: str, trust_remote_code: bool = False, min_confidence: float | None = None) -> gr.Blocks:
     """Load a checkpoint and build its page, whose limits hold whoever launches it.
 
     Args:
         checkpoint: Folder or Hub name.
         trust_remote_code: See `load_checkpoint`.
+        min_confidence: Probability below which an answer is "uncertain".
+
+    Raises:
+        InputError: If the checkpoint cannot be loaded, or `min_confidence` does not fit it.
     """
     use_own_cache()
     model, processor = load_checkpoint(checkpoint, trust_remote_code, dtype=torch.float32)
+    if min_confidence is not None:
+        with as_input_error("--min_confidence cannot be used", ValueError):
+            check_min_confidence(min_confidence, model.config)
     model.requires_grad_(False)
     config = model.config
     page = gr.Blocks(title="Sentiment of a post", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS))
@@ -256,13 +287,13 @@ def build_demo(checkpoint: str, trust_remote_code: bool = False) -> gr.Blocks:
                 analyze = gr.Button("Analyze", variant="primary")
                 example = gr.Button("Draw an example")
             with gr.Column(min_width=300):
-                shown = build_panels(config)
+                shown = build_panels(config, min_confidence)
 
         def answer(image: dict[str, Any] | None, text: str | None) -> Iterator[dict[Any, Any]]:
             """The predicted sentiment at once, its explanation some seconds later."""
             try:
                 post = open_image(image), check_text(text)
-                found = {**dict.fromkeys(shown), "label": predict(model, processor, *post)}
+                found = {**dict.fromkeys(shown), **predict(model, processor, *post, min_confidence)}
                 yield {shown[name]: value for name, value in found.items()}
                 found |= panels(explain(model, processor, *post))
             except InputError as error:
