@@ -161,15 +161,15 @@ def check_images(dataset: datasets.Dataset, column: str, name: str) -> datasets.
     feature = dataset.features[column]
     is_list = isinstance(feature, (datasets.List, datasets.LargeList))
     inner = feature.feature if is_list else feature
-    if not is_image(inner) and getattr(inner, "dtype", "") not in (*STRINGS, "null"):
+    if not (is_image(inner) or isinstance(inner, datasets.Json) or getattr(inner, "dtype", "") in (*STRINGS, "null")):
         raise InputError(f"The column {column} of {name} holds no images, but {feature}: name another --image_column.")
     dataset = dataset.select_columns([column])
     return dataset.cast_column(column, type(feature)(IMAGE)) if is_list and is_image(inner) else dataset
 
 
 def join_texts(values: Iterable[Any]) -> str | None:
-    """Join texts, without empty ones, by a space. None if all of them are missing; numbers become texts."""
-    texts = [str(value) for value in values if value is not None]
+    """Join texts, without empty ones, by a space. None if all of them are missing; numbers become texts, not NaN."""
+    texts = [str(value) for value in values if value is not None and value == value]
     return " ".join(text for text in texts if text) if texts else None
 
 
@@ -184,7 +184,7 @@ def as_image(value: Any, folders: Sequence[Path | str]) -> dict[str, Any] | None
     if isinstance(value, list):
         value = value[0] if value else None
     if isinstance(value, dict):
-        return value if value["bytes"] is not None else as_image(value["path"], folders)
+        return value if value.get("bytes") is not None else as_image(value.get("path"), folders)
     if isinstance(value, bytes):
         return {"path": None, "bytes": value}
     if not isinstance(value, str) or not value.strip():

@@ -15,6 +15,7 @@ import pyarrow
 from datasets.packaged_modules.csv.csv import CsvConfig
 
 from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.lines import origin_note
 from clipcacg.scripts.data.mending import Reasons, delimiter_of, mend, parse, table_suffix
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,11 @@ def reading(name: str) -> Iterator[None]:
         raise InputError(f"{name} cannot be read as a data set: {reason}") from error
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file is a table that can be read, and not one of predictions that `predict.py` wrote."""
+    return table_suffix(path) in READERS and not origin_note(path).exists()
+
+
 def _tables(path: Path, splits: Mapping[str, str], streaming: bool) -> dict[str, list[Path]]:
     """The tables to read, by split; none for a folder or Hub data set that datasets understands by itself.
 
@@ -136,7 +142,7 @@ def _tables_of_folder(folder: Path, splits: Mapping[str, str]) -> dict[str, list
     own_rules = {"README.md", "dataset_dict.json", "state.json"}  # of the Hub, and of save_to_disk
     if any(path.name in own_rules for path in files) or metadata - {METADATA}:
         return {}
-    tables = [path for path in files if path.name == METADATA or (not metadata and table_suffix(path) in READERS)]
+    tables = [path for path in files if path.name == METADATA or (not metadata and is_table(path))]
     formats = Counter(table_suffix(path) for path in tables)
     others = [path for path in tables if table_suffix(path) != max(formats, key=formats.__getitem__)]
     if any(_split_of(path.relative_to(folder), splits) for path in others):

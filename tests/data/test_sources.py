@@ -317,7 +317,7 @@ def test_a_bad_row_is_named_or_left_out(
     assert "row 3 of" in str(error.value) or "line" in str(error.value)
     arguments.on_error, faults = "skip", Faults("skip")
     assert load_posts(arguments, faults=faults)["test"]["id"][:] == [r["id"] for r in rows if r is not rows[2]]
-    assert faults.summary()["skipped_posts"] == 1 and "1 bad rows, left out" in caplog.text
+    assert faults.summary()["skipped_posts"] == 1 and "1 bad row, left out" in caplog.text
     assert faults.summary()["skipped_first"][0].startswith(f"row 3 of {path}: ")
 
 
@@ -325,8 +325,17 @@ def test_more_than_a_tenth_of_bad_rows_is_an_error(rows: Rows, tmp_path: Path) -
     for row in rows[:2]:
         row["image"] = "gone.png"
     table(rows).to_csv(tmp_path / "posts.csv")
-    with pytest.raises(InputError, match="2 bad rows, more than a tenth of the 14 rows"):
-        load_posts(DataArguments(dataset_name=str(tmp_path / "posts.csv"), on_error="skip"))
+    arguments = DataArguments(dataset_name=str(tmp_path / "posts.csv"), on_error="skip")
+    answer = "2 bad rows, more than a tenth of the 14 rows: paths of images start from the folder of their table"
+    with pytest.raises(InputError, match=answer):
+        load_posts(arguments)
+    for row in rows[:12]:
+        row["image"] = None
+    table(rows).to_csv(tmp_path / "posts.csv")
+    for on_error in ("skip", "raise"):  # which would otherwise advise to skip
+        arguments.on_error = on_error
+        with pytest.raises(InputError, match="12 bad rows, .*--modality_dropout 0.1(.|\n)*Row 1 is (.|\n)*and 2 more"):
+            load_posts(arguments)
 
 
 @pytest.mark.parametrize(
