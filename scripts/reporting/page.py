@@ -24,17 +24,11 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from clipcacg.processing_clipcacg import modality_scores
 from clipcacg.scripts.data.drawing import draw_image, write_tweet
 from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.reporting.explanation import (
-    Explanation,
-    explain,
-    light_up,
-    prepare,
-    read_scores,
-    strongest,
-    tint,
-)
+from clipcacg.scripts.reporting.explanation import Explanation, explain, prepare, read_scores, strongest
+from clipcacg.scripts.reporting.overlays import light_up, tint
 from clipcacg.scripts.reporting.predictions import load_checkpoint
 
 MAX_BYTES = 10 * 2**20  # of an uploaded file
@@ -153,10 +147,28 @@ def check_text(text: Any) -> str | None:
 
 
 @torch.inference_mode()
-def predict(model: Any, processor: Any, image: Image.Image | None, text: str | None) -> dict[str, float] | str:
-    """Probabilities by label, or the value of a regression, as `gr.Label` takes them."""
-    scores = read_scores(model(**prepare(model, processor, image, text)).logits, model.config)
-    return f"{scores['value']:.3f}" if model.config.task == "regression" else scores
+def predict(model: Any, processor: Any, image: Image.Image | None, text: str | None) -> dict[str, Any]:
+    """Values of the panels that need one forward pass: the answer, and what the modality heads say."""
+    outputs = model(**prepare(model, processor, image, text))
+    scores = read_scores(outputs.logits, model.config)
+    shown = {"label": f"{scores['value']:.3f}" if model.config.task == "regression" else scores}
+    if model.config.use_modality_heads:
+        (found,) = modality_scores(outputs, model.config)
+        shown |= {f"label of the {side}": found[side] for side in ("text", "image")}
+        shown["conflict"] = conflict_note(found)
+    return shown
+
+
+def conflict_note(found: dict[str, Any]) -> str:
+    """A sentence on the conflict of text and image, as `modality_scores` returns it."""
+    if not (found["text"] and found["image"]):
+        return "Conflict needs an image and a text."
+    if found["conflict"] is None:
+        return ""
+    return (
+        f"**Conflict: {found['conflict']:.0%}.** So likely are text and image opposite, "
+        "one positive and the other negative."
+    )
 
 
 def signed_words(words: list[str], weights: np.ndarray) -> list[tuple[str, float]]:
@@ -173,9 +185,8 @@ def graded_words(words: list[str], weights: np.ndarray) -> list[tuple[str, str]]
 
 
 def as_image(values: np.ndarray) -> Image.Image:
-    """Values in 0 to 1 (height, width, 3) as an image; a small one is enlarged."""
-    times = max(1, 224 // min(values.shape[:2]))
-    return Image.fromarray((values * 255).astype(np.uint8).repeat(times, axis=0).repeat(times, axis=1))
+    """Values in 0 to 1 (height, width, 3) as an image."""
+    return Image.fromarray((values * 255).astype(np.uint8))
 
 
 def panels(explanation: Explanation) -> dict[str, Any]:
@@ -198,14 +209,19 @@ def build_panels(config: Any) -> dict[str, gr.components.Component]:
     """The panels for a model with this config, by name."""
     both = config.modality == "both"
     shown: dict[str, gr.components.Component] = {"label": gr.Label(label="Sentiment")}
+    if config.use_modality_heads:
+        with gr.Row():
+            for side in ("text", "image"):
+                shown[f"label of the {side}"] = gr.Label(label=f"Sentiment of the {side} alone", min_width=140)
+        shown["conflict"] = gr.Markdown()
     gr.Markdown("## What moved the score (attribution)\nRed raises the score of this label, blue or purple lowers it.")
     if "text" in config.modalities:
         shown["words"] = gr.HighlightedText(label="Words that moved the score")
     with gr.Row():
-        if "vision" in config.encoders:
-            shown["regions, the vision encoder"] = image_panel("Image regions, through the vision encoder")
-        if "clip" in config.encoders:
-            shown["regions, CLIP"] = image_panel("Image regions, through CLIP")
+        for name, encoder in (("vision", "the vision encoder"), ("clip", "CLIP")):
+            if name in config.encoders:
+                label = f"Image regions that moved the score, through {encoder}"
+                shown[f"regions, {encoder}"] = image_panel(label)
     if both and config.use_cross_attention:
         gr.Markdown("## What the model attends to (attention)\nBright image regions get more attention.")
         style = {"color_map": GRADES, "show_legend": True, "show_inline_category": False}
@@ -262,7 +278,7 @@ def build_demo(checkpoint: str, trust_remote_code: bool = False) -> gr.Blocks:
             """The predicted sentiment at once, its explanation some seconds later."""
             try:
                 post = open_image(image), check_text(text)
-                found = {**dict.fromkeys(shown), "label": predict(model, processor, *post)}
+                found = {**dict.fromkeys(shown), **predict(model, processor, *post)}
                 yield {shown[name]: value for name, value in found.items()}
                 found |= panels(explain(model, processor, *post))
             except InputError as error:

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,7 +19,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig, did_you_mean
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
-from clipcacg.processing_clipcacg import ClipCaCgProcessor, missing_parts
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, missing_parts, modality_scores
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.data.faults import ALLOWED_SHARE, advice, kind_of
@@ -101,22 +102,38 @@ def load_checkpoint(
     return model, processor
 
 
-def prediction_line(post_id: str, logits: torch.Tensor, config: ClipCaCgConfig) -> dict[str, Any]:
+def prediction_line(
+    post_id: str, logits: torch.Tensor, config: ClipCaCgConfig, modalities: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The line that is written for one post.
 
     Args:
         post_id: The post's ID.
         logits: (labels,), the model's output for the post.
         config: Config of the model.
+        modalities: What `modality_scores` returns for the post, of a model with modality heads.
 
     Returns:
         {id, label, probabilities}; {id, labels, probabilities} for several labels; {id, value} for a regression.
+        `modalities` adds text and image, each {label, probabilities} or None, and conflict.
     """
     answer = ClipCaCgProcessor.post_process(logits[None], config)[0]
     if "value" in answer:
         return {"id": post_id, "value": round(answer["value"], 6)}
-    scores = {label: round(score, 6) for label, score in answer.pop("scores").items()}
-    return {"id": post_id, **answer, "probabilities": scores}
+    scores = rounded(answer.pop("scores"))
+    line = {"id": post_id, **answer, "probabilities": scores}
+    if modalities is not None:
+        for side in ("text", "image"):
+            own = modalities[side]
+            line[side] = own and {"label": max(own, key=own.get), "probabilities": rounded(own)}
+        conflict = modalities["conflict"]
+        line["conflict"] = None if conflict is None else round(conflict, 6)
+    return line
+
+
+def rounded(scores: dict[str, float]) -> dict[str, float]:
+    """The probabilities with six digits behind the point."""
+    return {label: round(score, 6) for label, score in scores.items()}
 
 
 def write_line(file: TextIO, line: dict[str, Any]) -> None:
@@ -154,12 +171,21 @@ def predict_rows(
     model: ClipCaCgForSequenceClassification, rows: list[Row], inputs: Inputs | None, bf16: bool = False
 ) -> list[Row]:
     """Predict what `prepare` returned: one line per row, with its prediction or its error."""
-    logits: Iterator[torch.Tensor] = iter(())
+    found: Iterator[tuple[torch.Tensor, Any]] = iter(())
     if inputs is not None:
         inputs = {name: value.to(model.device) for name, value in inputs.items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            logits = iter(model(**inputs).logits.float().cpu())
-    return [row if row["error"] else prediction_line(row["id"], next(logits), model.config) for row in rows]
+            outputs = model(**inputs)
+        every = outputs.logits.float().cpu()
+        has_heads = model.config.use_modality_heads
+        found = zip(every, modality_scores(outputs, model.config) if has_heads else repeat(None), strict=False)
+    lines = []
+    for row in rows:
+        if not row["error"]:
+            logits, modalities = next(found)
+            row = prediction_line(row["id"], logits, model.config, modalities)
+        lines.append(row)
+    return lines
 
 
 def lines_done(output: Path, origin: dict[str, Any]) -> tuple[int, Counter[str]]:

@@ -41,6 +41,35 @@ def test_one_post_on_the_command_line(checkpoint: Path, posts_folder: Path, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_sides_and_conflict_of_a_model_with_heads(checkpoint: Path, posts_folder: Path, tmp_path: Path) -> None:
+    """The numbers of the pipeline; null where a post lacks a side, and beside it a post that cannot be read."""
+    fields = {"use_modality_heads": True, "modality_dropout": 0.1}
+    model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint, **fields)
+    processor = ClipCaCgProcessor.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "heads")
+    processor.save_pretrained(tmp_path / "heads")
+    image = str(posts_folder / "data/1.jpg")
+    posts = [{"image": image, "text": "so happy"}, {"image": None, "text": "so sad"}, {"image": image, "text": None}]
+    posts = [{"image": "none.jpg", "text": "no file"}, *posts]
+    (tmp_path / "posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
+    with pytest.raises(SystemExit, match="1 of 4 posts could not be read"):
+        predict([str(tmp_path / "heads"), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "out")])
+    broken, *found = lines(tmp_path / "out")
+    assert broken.keys() == {"id", "error"}
+    sentiment = pipeline("image-text-sentiment", model=model, processor=processor, return_modalities=True)
+    for line, post in zip(found, posts[1:], strict=True):
+        expected = sentiment(post)
+        for side in ("text", "image"):
+            if post[side] is None:
+                assert line[side] is None is expected[side] and line["conflict"] is None
+                continue
+            scores = {entry["label"]: entry["score"] for entry in expected[side]}
+            assert line[side]["label"] == expected[side][0]["label"]
+            assert line[side]["probabilities"] == pytest.approx(scores, abs=1e-5)
+        assert line["conflict"] == pytest.approx(expected["conflict"], abs=1e-5)
+    assert found[0]["conflict"] > 0
+
+
 def test_a_folder_stays_in_order_with_any_number_of_workers(
     checkpoint: Path, posts_folder: Path, tmp_path: Path
 ) -> None:
