@@ -112,11 +112,18 @@ class ImageTextSentimentPipeline(Pipeline):
 
     def preprocess(self, input_: Any, **kwargs: Any) -> Any:
         """Turn a post into model inputs of batch size 1; keywords go to the processor."""
-        config, post = self.model.config, input_ if isinstance(input_, dict) else {}
+        config, given = self.model.config, input_ if isinstance(input_, dict) else {}
+        # pandas has NaN for an empty cell, and tables have "" for no image.
+        post = {name: value for name, value in given.items() if value is not None and not _is_nan(value)}
+        if isinstance(post.get("image"), str) and is_blank(post["image"]):
+            del post["image"]
         if missing := missing_parts(post, config):
+            keys = (
+                f"the keys {', '.join(map(repr, given))}" if isinstance(input_, dict) else f"a {type(input_).__name__}"
+            )
             raise ValueError(
                 f"The model reads the {' and the '.join(config.modalities)} of a post, but this one has no "
-                f"{' and no '.join(missing)}. Give "
+                f"{' and no '.join(missing)}: got {keys}. Give "
                 + '{"image": ..., "text": ...}'
                 + (", or train with modality_dropout." if len(missing) < len(config.modalities) else ".")
             )
@@ -157,6 +164,10 @@ class ImageTextSentimentPipeline(Pipeline):
         (found,) = modality_scores(model_outputs, config)
         sides = {side: None if found[side] is None else ranked(found[side]) for side in ("text", "image")}
         return {"post": post, **sides, "conflict": found["conflict"]}
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and value != value
 
 
 __all__ = ["ImageTextSentimentPipeline"]

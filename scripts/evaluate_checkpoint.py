@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             print(results_table(scores, names), calibration_tables({arguments.split: scores}), sep="\n\n")
             facts = {"split": arguments.split, "posts": len(posts), "withheld": arguments.withhold}
             write(Path(arguments.output), {**facts, **scores, **faults.summary()}, names)
+            print(f"The scores are in {arguments.output}.")
 
 
 def without(posts: datasets.Dataset, side: str, config: ClipCaCgConfig) -> datasets.Dataset:

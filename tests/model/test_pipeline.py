@@ -133,8 +133,10 @@ def test_a_post_is_one_image_and_one_text(sentiment: ImageTextSentimentPipeline,
             sentiment({"image": image, "text": text})
     for post, words in (
         ({"image": torch.zeros(2, 3, 32, 32), "text": "two images"}, "is not an image"),
-        ({"text": "alone"}, "this one has no image. Give "),
-        ("just a string", "this one has no image and no text. Give "),
+        ({"text": "alone", "photo": path}, "this one has no image: got the keys 'text', 'photo'. Give "),
+        ({"text": "alone", "image": " "}, "this one has no image: "),
+        ({"text": float("nan"), "image": path}, "this one has no text: "),
+        ("just a string", "this one has no image and no text: got a str. Give "),
     ):
         with pytest.raises(ValueError, match=words):
             sentiment(post)
@@ -144,10 +146,12 @@ def test_a_post_of_one_part_needs_modality_dropout(
     sentiment: ImageTextSentimentPipeline, checkpoint: Path, posts_folder: Path
 ) -> None:
     image = str(posts_folder / "data/1.jpg")
-    with pytest.raises(ValueError, match="this one has no image. Give .*, or train with modality_dropout."):
+    with pytest.raises(ValueError, match="this one has no image: .* Give .*, or train with modality_dropout."):
         sentiment({"text": "alone"})
     model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint, modality_dropout=0.1)
     sentiment = pipeline(TASK, model=model, processor=ClipCaCgProcessor.from_pretrained(checkpoint))
+    empty = {"text": "alone", "image": ""}
+    assert sentiment(empty) == sentiment({"text": "alone", "image": float("nan")}) == sentiment({"text": "alone"})
     posts = [{"text": "alone"}, {"image": image}, {"image": image, "text": " "}, {"image": image, "text": "both"}]
     one_by_one = [sentiment(post) for post in posts]
     assert [sum(entry["score"] for entry in answer) for answer in one_by_one] == pytest.approx([1.0] * 4)
@@ -155,7 +159,7 @@ def test_a_post_of_one_part_needs_modality_dropout(
     for together, alone in zip(sentiment(posts, batch_size=4), one_by_one, strict=True):
         assert [entry["score"] for entry in together] == pytest.approx([entry["score"] for entry in alone], abs=1e-5)
     for post in ({}, {"text": ""}):
-        with pytest.raises(ValueError, match="this one has no image and no text. Give .*[.]$"):
+        with pytest.raises(ValueError, match="this one has no image and no text: got the keys .*. Give .*[.]$"):
             sentiment(post)
 
 
