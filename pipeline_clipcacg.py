@@ -10,7 +10,7 @@ import torch
 from transformers import Pipeline
 from transformers.utils import ModelOutput
 
-from .processing_clipcacg import is_blank, label_scores, missing_parts
+from .processing_clipcacg import is_blank, label_scores, missing_parts, modality_scores
 
 
 class ImageTextSentimentPipeline(Pipeline):
@@ -25,6 +25,11 @@ class ImageTextSentimentPipeline(Pipeline):
         sentiment = pipeline("image-text-sentiment", model="outputs/sample", trust_remote_code=True)
         sentiment({"image": "post.jpg", "text": "What a lovely morning!"})
         # [{'label': 'positive', 'score': 0.99}, {'label': 'neutral', 'score': 0.01}, ...]
+
+        # A model with modality heads:
+        sentiment({"image": "storm.jpg", "text": "What a lovely morning!"}, return_modalities=True)
+        # {'post': [{'label': 'positive', 'score': 0.64}, ...], 'text': [{'label': 'positive', 'score': 0.98}, ...],
+        #  'image': [{'label': 'negative', 'score': 0.90}, ...], 'conflict': 0.88}
         ```
 
     Source:
@@ -39,22 +44,29 @@ class ImageTextSentimentPipeline(Pipeline):
     model: Any
     processor: Any
 
-    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> list[Any] | Iterator[list[dict[str, Any]]]:
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> list[Any] | dict[str, Any] | Iterator[Any]:
         """Predict one post, a list of posts, or a `datasets.Dataset` with the columns image and text.
 
         Args:
             inputs: See above. A dataset or a generator is read lazily and gives an iterator.
             top_k: Return only the k most likely labels; at least 1.
+            return_modalities: Also return the sentiment of the text and of the image alone, and their conflict. The
+                model needs `use_modality_heads`.
             batch_size: Posts per forward pass.
 
         Returns:
             For one post a list of `{"label": str, "score": float}`, highest score first; for several posts one such
             list per post. Scores are probabilities, which add up to 1 unless the model predicts several labels per
             post. A regression has one entry, whose score is the predicted value.
+            With `return_modalities` a dict in place of each list: such a list under "post", "text" and "image", and
+            under "conflict" the probability that text and image are opposite, one positive and the other negative. A
+            side that the post lacks is None. "conflict" is None if a side is, or if negative and positive are not
+            among the labels.
 
         Raises:
             TypeError: If the image or the text of a post has an unsupported type.
-            ValueError: If a post lacks a part that the model needs, its image is broken, or `top_k` is below 1.
+            ValueError: If a post lacks a part that the model needs, its image is broken, `top_k` is below 1, or the
+                model lacks the heads for `return_modalities`.
         """
         if hasattr(inputs, "column_names"):
             inputs = (row for row in inputs)
@@ -74,18 +86,28 @@ class ImageTextSentimentPipeline(Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
-    def _sanitize_parameters(self, top_k: int | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
+    def _sanitize_parameters(
+        self, top_k: int | None = None, return_modalities: bool | None = None, **kwargs: Any
+    ) -> tuple[dict, dict, dict]:
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {top_k}.")
-        return kwargs, {}, {} if top_k is None else {"top_k": top_k}
+        asked = {"top_k": top_k, "return_modalities": return_modalities}
+        return kwargs, {}, {name: value for name, value in asked.items() if value is not None}
 
     def preprocess(self, input_: Any, **kwargs: Any) -> Any:
         """Turn a post into model inputs of batch size 1; keywords go to the processor."""
-        config, post = self.model.config, input_ if isinstance(input_, dict) else {}
+        config, given = self.model.config, input_ if isinstance(input_, dict) else {}
+        # pandas has NaN for an empty cell, and tables have "" for no image.
+        post = {name: value for name, value in given.items() if value is not None and not _is_nan(value)}
+        if isinstance(post.get("image"), str) and is_blank(post["image"]):
+            del post["image"]
         if missing := missing_parts(post, config):
+            keys = (
+                f"the keys {', '.join(map(repr, given))}" if isinstance(input_, dict) else f"a {type(input_).__name__}"
+            )
             raise ValueError(
                 f"The model reads the {' and the '.join(config.modalities)} of a post, but this one has no "
-                f"{' and no '.join(missing)}. Give "
+                f"{' and no '.join(missing)}: got {keys}. Give "
                 + '{"image": ..., "text": ...}'
                 + (", or train with modality_dropout." if len(missing) < len(config.modalities) else ".")
             )
@@ -99,16 +121,31 @@ class ImageTextSentimentPipeline(Pipeline):
         return inputs
 
     def _forward(self, input_tensors: Any, **kwargs: Any) -> ModelOutput:
-        return ModelOutput(logits=self.model(**input_tensors, **kwargs).logits)
+        outputs = self.model(**input_tensors, **kwargs)
+        names = ("logits", "text_logits", "image_logits", "has_text", "has_image")
+        return ModelOutput({name: outputs[name] for name in names if outputs.get(name) is not None})
 
     def postprocess(  # type: ignore[override]
-        self, model_outputs: ModelOutput, top_k: int | None = None
-    ) -> list[dict[str, Any]]:
-        """Turn logits (1, labels) into labels with their scores, highest first."""
+        self, model_outputs: ModelOutput, top_k: int | None = None, return_modalities: bool = False
+    ) -> list[dict[str, Any]] | dict[str, Any]:
+        """Turn the outputs for one post into labels with their scores, highest first; see `__call__`."""
         config = self.model.config
-        scores = label_scores(model_outputs["logits"][0], config)
-        order = scores.argsort(descending=True)[:top_k].tolist()
-        return [{"label": config.id2label[index], "score": scores[index].item()} for index in order]
+
+        def ranked(scores: dict[str, float]) -> list[dict[str, Any]]:
+            order = sorted(scores, key=scores.__getitem__, reverse=True)[:top_k]
+            return [{"label": label, "score": scores[label]} for label in order]
+
+        scores = label_scores(model_outputs["logits"][0], config).tolist()
+        post = ranked(dict(zip(config.label_names, scores, strict=True)))
+        if not return_modalities:
+            return post
+        (found,) = modality_scores(model_outputs, config)
+        sides = {side: None if found[side] is None else ranked(found[side]) for side in ("text", "image")}
+        return {"post": post, **sides, "conflict": found["conflict"]}
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and value != value
 
 
 __all__ = ["ImageTextSentimentPipeline"]

@@ -372,6 +372,50 @@ def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
     return logits.sigmoid() if config.task == "multi_label_classification" else logits.softmax(dim=-1)
 
 
+def modality_scores(outputs: Any, config: ClipCaCgConfig) -> list[dict[str, Any]]:
+    """Turn the logits of the modality heads into each side's probabilities and their conflict, one dict per example.
+
+    Args:
+        outputs: Of a model with `use_modality_heads`.
+        config: Config of the model.
+
+    Returns:
+        `{"text": {label: probability}, "image": {label: probability}, "conflict": float}`. A side that the example
+        lacks is None. `conflict` is None if a side is, or if negative and positive are not among the labels.
+
+    Raises:
+        ValueError: If the model has no modality heads.
+    """
+    if outputs.get("text_logits") is None:
+        raise ValueError(
+            "The model has no modality heads, which give the sentiment of the text and of the image alone: train one "
+            "with use_modality_heads."
+        )
+    sides = []
+    for side in ("text", "image"):
+        answers = ClipCaCgProcessor.post_process(outputs[f"{side}_logits"], config)
+        read = outputs.get(f"has_{side}")
+        given = [True] * len(answers) if read is None else read.tolist()
+        sides.append([answer["scores"] if is_given else None for answer, is_given in zip(answers, given, strict=True)])
+    has_conflict = {"negative", "positive"} <= set(config.label_names)
+    return [
+        {"text": text, "image": image, "conflict": conflict(text, image) if has_conflict and text and image else None}
+        for text, image in zip(*sides, strict=True)
+    ]
+
+
+def conflict(text: dict[str, float], image: dict[str, float]) -> float:
+    """Return the probability that text and image are of opposite sentiment.
+
+    Args:
+        text, image: Probability of each label, negative and positive among them.
+
+    Source: our choice. The paper drops such examples. As in `combine_probabilities`, the two labels count as
+        independent.
+    """
+    return text["positive"] * image["negative"] + text["negative"] * image["positive"]
+
+
 def labels_that_apply(probabilities: torch.Tensor, thresholds: list[float] | None = None) -> torch.Tensor:
     """Choose among several labels per example.
 
@@ -600,4 +644,4 @@ def _tokenizer(model: str | Path, part: str, options: dict[str, Any]) -> Any:
     return tokenizer
 
 
-__all__ = ["ClipCaCgProcessor", "is_blank", "label_scores", "labels_that_apply", "missing_parts"]
+__all__ = ["ClipCaCgProcessor", "is_blank", "label_scores", "labels_that_apply", "missing_parts", "modality_scores"]

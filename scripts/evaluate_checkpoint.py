@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             print(results_table(scores, names))
             facts = {"split": arguments.split, "posts": len(posts), "withheld": arguments.withhold}
             write(Path(arguments.output), {**facts, **scores, **faults.summary()}, names)
+            print(f"The scores are in {arguments.output}.")
 
 
 def without(posts: datasets.Dataset, side: str, config: ClipCaCgConfig) -> datasets.Dataset:

@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         with as_input_error(f"--output {arguments.output} cannot be written", OSError, ValueError):
             figure.savefig(arguments.output)
         print(summary(explanation))
+        print(f"The image is in {arguments.output}.")
 
 
 if __name__ == "__main__":

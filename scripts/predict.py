@@ -6,9 +6,10 @@
 The input is what `train.py --dataset_name` takes, a table, a folder or a Hub data set, or a folder in the layout of
 MVSA. It needs no labels. Its columns are those that the checkpoint was trained on, and perhaps an id. The output has
 one JSON line per post, in the order of the input: id, label and probabilities (labels and probabilities for several
-labels per post, value for a regression). A post that cannot be read gets a line with its id and an error; more than a
-tenth of such posts end in an error. An interrupted run continues where it stopped when called again with the same
-output.
+labels per post, value for a regression). A model with modality heads adds the sentiment of the text and of the image
+alone, and conflict, the probability that the two are opposite. A post that cannot be read gets a line with its id and
+an error; more than a tenth of such posts end in an error. An interrupted run continues where it stopped when called
+again with the same output.
 """
 
 import sys

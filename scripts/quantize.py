@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         batches = DataLoader(posts, arguments.batch_size, collate_fn=collator)
         results = compare({"float32": original, "int8": quantized}, batches)
     print(summary(results, collator.as_tensor(posts["label"][:]).numpy(), original.config))
+    print(f"The checkpoint is in {arguments.output}.")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             sys.exit("Interrupted. Finished runs are kept, and the same command continues.")
     for path in tables:
-        print(path.read_text(encoding="utf-8"))
+        print(f"{path}:\n\n{path.read_text(encoding='utf-8')}")
     if failed:
         sys.exit(f"{failed} runs failed; the same command tries them again.")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 from PIL import Image
 
@@ -71,6 +72,16 @@ def table_of_images(folder: Path, label: Callable[[int], Any]) -> list[dict[str,
         Image.new("RGB", (40, 30), colour).save(folder / f"{number}.png")
         rows.append({"photo": f"{number}.png", "tweet": f"a {colour} day {number}", "mood": label(number % 2)})
     return rows
+
+
+def learning_lora_weights(model: Any, processor: Any, image: Any, modules: str) -> int:
+    """Add LoRA to the modules, and count its matrices B that get a gradient from one post."""
+    peft = pytest.importorskip("peft")
+    inputs = processor(images=image, text="a day", return_tensors="pt")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=modules))
+    adapted(**inputs, labels=torch.tensor([0])).loss.backward()
+    lora = [weight for name, weight in adapted.named_parameters() if "lora_B" in name]
+    return sum(bool(weight.grad.abs().sum() > 0) for weight in lora)
 
 
 def free_port() -> int:

@@ -14,6 +14,7 @@ import datasets
 
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.images import locate_image
+from clipcacg.scripts.data.sources import FOLDER, REASON
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def as_posts(
     Args:
         dataset: A split as the source has it.
         columns: Its columns.
-        folder: Folder or URL that paths of images start from.
+        folder: Folder that paths of images start from, unless an image lies at that path of the table's own folder.
         prefix: Start of the ID of a row that has none of its own.
         name: The source, for messages.
 
@@ -74,7 +75,9 @@ def as_posts(
         posts = posts.add_column("text", texts, feature=datasets.Value("string"))
     if columns.image and "image" not in kept.values():
         values = check_images(dataset, columns.image, name)[columns.image][:]
-        posts = posts.add_column("image", [as_image(value, folder) for value in values], feature=IMAGE)
+        own = dataset[FOLDER][:] if FOLDER in dataset.column_names else [folder] * len(dataset)
+        images = [as_image(value, _folders(first, folder)) for value, first in zip(values, own, strict=True)]
+        posts = posts.add_column("image", images, feature=IMAGE)
         if several := sum(isinstance(value, list) and len(value) > 1 for value in values):
             logger.warning("%d rows of %s hold several images: the first of each counts", several, name)
     return posts.cast_column("image", IMAGE) if columns.image else posts
@@ -83,7 +86,7 @@ def as_posts(
 def stream_posts(
     dataset: datasets.IterableDataset, columns: Columns, present: Sequence[str], folder: Path | str, prefix: str
 ) -> datasets.IterableDataset:
-    """Give a stream of rows the columns row, id, text and image; no row is kept.
+    """Give a stream of rows the columns row, id, text, image and error; no row is kept.
 
     Args:
         dataset: A split as the source has it.
@@ -94,24 +97,40 @@ def stream_posts(
     if columns.image and dataset.features and is_image(dataset.features[columns.image]):
         dataset = dataset.cast_column(columns.image, IMAGE)
     as_post = partial(_as_post, columns=columns, folder=folder, prefix=prefix)
-    return dataset.map(as_post, with_indices=True, remove_columns=list(present))
+    own = [name for name in (FOLDER, REASON) if not dataset.features or name in dataset.features]
+    return dataset.map(as_post, with_indices=True, remove_columns=[*present, *own])
 
 
-def in_memory(dataset: datasets.IterableDataset, image: str | None) -> datasets.Dataset:
-    """Read a stream to its end, without decoding the column of its images."""
-    if image and dataset.features and is_image(dataset.features[image]):
-        dataset = dataset.cast_column(image, IMAGE)
-    return datasets.Dataset.from_list(list(dataset), features=dataset.features, split=dataset.split)
+def in_memory(dataset: datasets.IterableDataset, columns: Columns) -> tuple[datasets.Dataset, dict[int, str]]:
+    """Read the columns of a stream to its end, without decoding its images.
+
+    Returns:
+        The rows; and what is wrong with a row that could not be parsed, by its index.
+    """
+    names = [*columns.names, "id", FOLDER, REASON]
+    if dataset.features:
+        dataset = dataset.select_columns([name for name in names if name in dataset.features])
+        if columns.image and is_image(dataset.features[columns.image]):
+            dataset = dataset.cast_column(columns.image, IMAGE)
+        return datasets.Dataset.from_list(list(dataset), features=dataset.features, split=dataset.split), {}
+    rows = [{name: row.get(name) for name in names} for row in dataset]
+    bad = {index: row[REASON] for index, row in enumerate(rows) if row[REASON]}
+    columns_of = {name: [row[name] for row in rows] for name in names}
+    return datasets.Dataset.from_dict(columns_of, split=dataset.split, on_mixed_types="use_json"), bad
 
 
 def _as_post(row: Mapping[str, Any], index: int, columns: Columns, folder: Path | str, prefix: str) -> dict[str, Any]:
     own = row.get("id")
     post: dict[str, Any] = {"row": index + 1, "id": f"{prefix}{index + 1}" if own is None else str(own)}
     if columns.text:
-        post["text"] = join_texts(row[column] for column in columns.text)
+        post["text"] = join_texts(row.get(column) for column in columns.text)
     if columns.image:
-        post["image"] = as_image(row[columns.image], folder)
-    return post
+        post["image"] = as_image(row.get(columns.image), _folders(row.get(FOLDER, folder), folder))
+    return post | {"error": row.get(REASON)}
+
+
+def _folders(own: Path | str, folder: Path | str) -> list[Path | str]:
+    return [own] if str(own) == str(folder) else [own, folder]
 
 
 def is_image(feature: Any) -> bool:
@@ -142,30 +161,30 @@ def check_images(dataset: datasets.Dataset, column: str, name: str) -> datasets.
     feature = dataset.features[column]
     is_list = isinstance(feature, (datasets.List, datasets.LargeList))
     inner = feature.feature if is_list else feature
-    if not is_image(inner) and getattr(inner, "dtype", "") not in (*STRINGS, "null"):
+    if not (is_image(inner) or isinstance(inner, datasets.Json) or getattr(inner, "dtype", "") in (*STRINGS, "null")):
         raise InputError(f"The column {column} of {name} holds no images, but {feature}: name another --image_column.")
     dataset = dataset.select_columns([column])
     return dataset.cast_column(column, type(feature)(IMAGE)) if is_list and is_image(inner) else dataset
 
 
 def join_texts(values: Iterable[Any]) -> str | None:
-    """Join texts, without empty ones, by a space. None if all of them are missing; numbers become texts."""
-    texts = [str(value) for value in values if value is not None]
+    """Join texts, without empty ones, by a space. None if all of them are missing; numbers become texts, not NaN."""
+    texts = [str(value) for value in values if value is not None and value == value]
     return " ".join(text for text in texts if text) if texts else None
 
 
-def as_image(value: Any, folder: Path | str) -> dict[str, Any] | None:
+def as_image(value: Any, folders: Sequence[Path | str]) -> dict[str, Any] | None:
     """Return an image as `{"path", "bytes"}`, without opening it; None if there is none.
 
     Args:
-        value: A path, relative to `folder` or absolute, a URL, base64, bytes, `{"path", "bytes"}`, or a list of these,
-            of which the first counts.
-        folder: Folder or URL that relative paths start from.
+        value: A path, absolute or relative to one of `folders`, a URL, base64, bytes, `{"path", "bytes"}`, or a list
+            of these, of which the first counts.
+        folders: What a relative path may start from; the first that has such a file counts.
     """
     if isinstance(value, list):
         value = value[0] if value else None
     if isinstance(value, dict):
-        return value if value["bytes"] is not None else as_image(value["path"], folder)
+        return value if value.get("bytes") is not None else as_image(value.get("path"), folders)
     if isinstance(value, bytes):
         return {"path": None, "bytes": value}
     if not isinstance(value, str) or not value.strip():
@@ -175,4 +194,4 @@ def as_image(value: Any, folder: Path | str) -> dict[str, Any] | None:
             return {"path": None, "bytes": base64.b64decode(value.partition(",")[2] or value)}
         except binascii.Error:
             return {"path": value, "bytes": None}  # whoever opens it reports it
-    return {"path": locate_image(value, Path(folder)), "bytes": None}
+    return {"path": locate_image(value, folders), "bytes": None}

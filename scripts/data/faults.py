@@ -1,7 +1,8 @@
 """Bad rows of any source: stop at them, or leave them out, count them and name the first."""
 
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,13 @@ logger = logging.getLogger(__name__)
 
 NAMED = 10  # bad rows that a message names
 ALLOWED_SHARE = 0.1  # of bad rows; more of them are a fault of the data or of the flags
+# What to do about many rows of one fault, by how its description starts.
+ADVICE = {
+    "it has no image": "use --image_column, or a model trained with --modality_dropout 0.1, which needs no image",
+    "it has no text": "use --text_column, or a model trained with --modality_dropout 0.1, which needs no text",
+    "it has no label": "use --label_column to name the labels, or add them",
+    "missing image": "paths of images start from the folder of their table; --image_column names their column",
+}
 
 
 @dataclass
@@ -47,7 +55,10 @@ class Faults:
         names = dataset[column][:]
         bad = {f"{kind} {names[index]} of {source}": reason for index, reason in sorted(reasons.items())}
         if self.on_error == "raise":
-            raise InputError(report(bad, "--on_error skip leaves them out"))
+            too_many = len(bad) > ALLOWED_SHARE * len(dataset)
+            raise InputError(
+                report(bad, advice(map(kind_of, bad.values())) if too_many else "--on_error skip leaves them out")
+            )
         logger.warning(report(bad, "left out"))
         self.left_out |= bad
         return dataset.select([index for index in range(len(dataset)) if index not in reasons])
@@ -80,7 +91,8 @@ class Faults:
             InputError: If more than a tenth of the rows are bad.
         """
         if len(self.left_out) > ALLOWED_SHARE * self.num_rows:
-            raise InputError(report(self.left_out, f"more than a tenth of the {self.num_rows} rows: mend the data"))
+            share = f"more than a tenth of the {self.num_rows} rows"
+            raise InputError(report(self.left_out, f"{share}: {advice(map(kind_of, self.left_out.values()))}"))
 
     def summary(self) -> dict[str, Any]:
         """What `all_results.json` says of the rows that were left out; nothing if there are none."""
@@ -89,9 +101,21 @@ class Faults:
         return {"skipped_posts": len(self.left_out), "skipped_first": _first(self.left_out)}
 
 
+def kind_of(reason: str) -> str:
+    """The start of a description by which `ADVICE` knows the fault; empty if it does not."""
+    return next((start for start in ADVICE if reason.startswith(start)), "")
+
+
+def advice(kinds: Iterable[str]) -> str:
+    """What to do about many bad rows, judged by the most frequent of their kinds."""
+    return ADVICE.get(Counter(kinds).most_common(1)[0][0], "mend the data")
+
+
 def report(bad: Mapping[str, str], consequence: str) -> str:
     """Count bad rows, say what follows, and name the first."""
-    return "\n  ".join([f"{len(bad)} bad rows, {consequence}. The first:", *_first(bad)])
+    count = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
+    more = [f"and {len(bad) - NAMED} more"] if len(bad) > NAMED else []
+    return "\n  ".join([f"{count}, {consequence}. Row 1 is the first post, below any header:", *_first(bad), *more])
 
 
 def _first(bad: Mapping[str, str]) -> list[str]:

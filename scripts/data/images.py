@@ -1,19 +1,20 @@
 """Values of an undecoded image column, `{"path": ..., "bytes": ...}`, as other modules need them."""
 
 import io
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from clipcacg.scripts.data.errors import InputError
 
 
-def locate_image(name: Any, folder: Path) -> str | None:
-    """Return the path of an image that a file in `folder` names. A URL stays as it is; a value that is no string gives
-    None.
-    """
-    if not isinstance(name, str):
-        return None
-    return name if "://" in name else str(folder / name)
+def locate_image(name: str, folders: Sequence[Path | str]) -> str:
+    """Return the path of an image that a table names, in the first of the folders that has it; a URL stays a URL."""
+    if "://" in name:
+        return name
+    paths = [str(Path(folder) / name) for folder in folders]
+    return paths[0] if len(paths) == 1 else next(filter(os.path.isfile, paths), paths[0])
 
 
 def image_source(value: Any) -> Any:

@@ -109,14 +109,16 @@ def with_modality_labels(posts: datasets.DatasetDict, column: str, name: str, fa
     classes = first.features["label"]
     if not isinstance(classes, datasets.ClassLabel):
         raise InputError(f"{flag} is for posts of one class each, and these labels are numbers or lists.")
-    index_of = {_key(label): index for index, label in enumerate(classes.names)}
+    index_of = {_key(label): index for index, label in enumerate(classes.names)} | {"": UNKNOWN_LABEL}
+    index_of.setdefault("-1", UNKNOWN_LABEL)
     allowed = _listed(classes.names)
     for split, dataset in posts.items():
-        cells = [None if value == -1 and "-1" not in index_of else value for value in _values(dataset, column)]
-        found = {row: index_of.get(_key(_as_name(cell))) for row, cell in enumerate(cells) if cell is not None}
+        cells = ["" if cell is None else _as_name(cell) for cell in _values(dataset, column)]
+        # A class 1 may be spelled 1.0 here.
+        found = {row: index_of.get(_key(cell), index_of.get(_plain(cell))) for row, cell in enumerate(cells)}
         unknown = [row for row, index in found.items() if index is None]
-        reasons = {row: f"{flag}: unknown label {_as_name(cells[row])}. Allowed: {allowed}." for row in unknown}
-        indices = [found.get(row, UNKNOWN_LABEL) for row in range(len(dataset)) if row not in reasons]
+        reasons = {row: f"{flag}: unknown label {cells[row]}. Allowed: {allowed}." for row in unknown}
+        indices = [index for index in found.values() if index is not None]
         posts[split] = _replace(faults.leave_out(dataset, reasons, name), column, indices, classes)
     return posts
 
@@ -213,6 +215,8 @@ def _parsed(values: dict[str, list[Any]], task: str) -> dict[str, list[Any]]:
     read: dict[Any, Any] = {}
     if words and all(word.strip()[0] + word.strip()[-1] == "[]" for word in words):
         read = {word: _items(word.strip()) for word in words}
+    elif words and {word.strip().lower() for word in words} <= {"true", "false"}:
+        read = {word: word.strip().capitalize() for word in words}
     elif task == "classification":
         read = {value: _as_name(value) for value in scalars}
     else:
@@ -240,8 +244,7 @@ def _items(cell: str) -> list[Any]:
 def _as_flag(item: Any) -> str:
     """A label as "1" or "0" if it spells a truth value."""
     word = _as_name(item)
-    number = {"True": 1.0, "False": 0.0}.get(word, _number(word))
-    return word if number is None else _as_name(number)
+    return {"True": "1", "False": "0"}.get(word, _plain(word))
 
 
 def _number(word: str) -> float | None:
@@ -346,10 +349,13 @@ def _classes(counts: Counter[Any], declared: list[str]) -> tuple[list[str], dict
         variants.setdefault(_key(word), []).append(word)
     merged = [words for words in variants.values() if len(words) > 1]
     if merged:
-        spelled = "; ".join(" = ".join(f"{word!r} ({counts[word]})" for word in words) for words in merged)
+        spelled = "; ".join(
+            f"{' = '.join(f'{word!r} ({counts[word]})' for word in words)}, called {_tidy(words[0])!r}"
+            for words in merged
+        )
         logger.warning("Labels that differ only in case or spaces are one class: %s", spelled)
-    named = sorted((_tidy(words[0]), words) for words in variants.values())
-    return [name for name, _ in named], {word: index for index, (_, words) in enumerate(named) for word in words}
+    classes = sorted((_tidy(words[0]), words) for words in variants.values())
+    return [name for name, _ in classes], {word: index for index, (_, words) in enumerate(classes) for word in words}
 
 
 def _tidy(name: str) -> str:
@@ -364,6 +370,12 @@ def _key(name: str) -> str:
 
 def _as_name(label: Any) -> str:
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+
+
+def _plain(word: str) -> str:
+    """The name of the class of a number, in whatever way it is written."""
+    number = _number(word)
+    return word if number is None else _as_name(number)
 
 
 def _replace(dataset: datasets.Dataset, column: str, values: list[Any], feature: Any) -> datasets.Dataset:

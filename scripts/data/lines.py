@@ -34,6 +34,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def origin_note(output: Path) -> Path:
+    """The hidden file beside a file of predictions that records what they are of."""
+    return output.with_name(f".{output.name}.origin")
+
+
 def short_hash(value: Any) -> str:
     """Hash a JSON value independently of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
 """Load posts from any source in one form."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -249,8 +249,7 @@ def read_rows(
         name,
         config=arguments.dataset_config,
         splits=arguments.own_splits(),
-        texts=["id", *(column for choice in texts for column in choice or ()), *filter(None, images)],
-        labels=list(labels),
+        as_written=["id", *(column for choice in texts for column in choice or ()), *filter(None, images), *labels],
         on_error=arguments.on_error,
         streaming=arguments.streaming,
     )
@@ -264,30 +263,33 @@ def read_rows(
         arguments.image_column if modality != "text" else None,
         labels,
     )
+    _check_columns(columns, present, name)
+    path = Path(name).expanduser()
+    folder = path if path.is_dir() else path.parent
+    for split, dataset in posts.items():
+        prefix, used = f"{split}-" if len(posts) > 1 else "", columns
+        if arguments.streaming and not (labels and isinstance(arguments, DataArguments)):
+            posts[split] = stream_posts(dataset, columns, present, folder, prefix)
+            continue
+        if arguments.streaming:
+            limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
+            dataset = dataset if limit is None else dataset.take(limit)
+            used = Columns(labels=labels) if split == "train" else columns
+            with reading(name):
+                dataset, malformed[split] = in_memory(dataset, used)
+        posts[split] = as_posts(dataset, used, folder, prefix, name)
+    return posts, malformed
+
+
+def _check_columns(columns: Columns, present: Sequence[str], name: str) -> None:
+    """Raise an InputError that lists the columns of a source, if one of those to read is missing."""
     if missing := [column for column in columns.names if column not in present]:
-        kinds = ["image", "text", *(["label", "text_label", "image_label"] if labels else [])]
+        kinds = ["image", "text", *(["label", "text_label", "image_label"] if columns.labels else [])]
         flags = [f"--{kind}_column" for kind in kinds]
         raise InputError(
             f"{name} has no column {', '.join(missing)}; it has {', '.join(present)}. Name the right ones with "
             f"{', '.join(flags[:-1])} and {flags[-1]}."
         )
-    path = Path(name).expanduser()
-    folder = path if path.is_dir() else path.parent
-    prefix = "{}-" if len(posts) > 1 else ""
-    for split, dataset in posts.items():
-        used = columns
-        if arguments.streaming and labels and isinstance(arguments, DataArguments):
-            limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
-            dataset = dataset if limit is None else dataset.take(limit)
-            if split == "train":
-                used, dataset = Columns(labels=labels), dataset.select_columns([*labels, *({"id"} & set(present))])
-            with reading(name):
-                dataset = in_memory(dataset, used.image)
-        elif arguments.streaming:
-            posts[split] = stream_posts(dataset, columns, present, folder, prefix.format(split))
-            continue
-        posts[split] = as_posts(dataset, used, folder, prefix.format(split), name)
-    return posts, malformed
 
 
 def training_stream(

@@ -1,66 +1,103 @@
-"""Copies of tables of text in which a row that cannot be parsed is an empty row, and why it cannot."""
+"""Tables of text line by line: where the readers of `datasets` fail, this finds the rows that cannot be parsed."""
 
 import csv
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import fsspec
 from huggingface_hub.constants import HF_HOME
 
+from clipcacg.scripts.data.errors import InputError
+
 MENDED = Path(HF_HOME) / "clipcacg" / "mended"
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+DELIMITERS = ",;\t"
 
-Reasons = dict[str, dict[int, str]]
+Reasons = dict[str, dict[int, str]]  # by split, what is wrong with a row, by its index
+Row = dict[str, Any]
 
 
-def mend(files: Mapping[str, list[Path]], delimiter: str) -> tuple[dict[str, list[Path]], Reasons]:
-    """Copy the tables that have rows that cannot be parsed.
+def table_suffix(path: Path) -> str:
+    """The suffix that tells a table's format, in small letters and without that of its compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSED), "")
 
-    Args:
-        files: Tables by split, of JSON lines or comma- or tab-separated.
-        delimiter: What separates the cells of the latter.
+
+def delimiter_of(path: Path) -> str:
+    """What separates the cells of a table: a tab in .tsv, else what its first line has most of, a comma if in doubt.
+
+    Raises:
+        InputError: If the table is in UTF-16, as Excel saves "Unicode text".
+    """
+    with fsspec.open(path, "rb", compression="infer") as file:
+        head = file.readline(1 << 20)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{path} is encoded in UTF-16: save it in UTF-8.")
+    unquoted = re.sub(r'"[^"]*"', "", head.decode(errors="replace"))
+    return "\t" if table_suffix(path) == ".tsv" else max(DELIMITERS, key=unquoted.count)
+
+
+def parse(path: Path) -> Iterator[tuple[Row, str | None]]:
+    """Yield the rows of a table of JSON lines or of cells, and for each what is wrong with it.
+
+    A row that cannot be parsed is empty.
+
+    Raises:
+        ValueError: If the table is one JSON list that cannot be parsed.
+    """
+    with fsspec.open(path, "rt", compression="infer", encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = _json_rows(file) if ".json" in path.name.lower() else _cells(file, delimiter_of(path))
+        for row, fault in rows:
+            yield row, fault and f"{path.name}, {fault}"
+
+
+def mend(paths: Iterable[Path]) -> tuple[dict[Path, Path], dict[int, str]]:
+    """Copy tables of text, with an empty row in place of each that cannot be parsed.
 
     Returns:
-        The tables, copies in place of the faulty ones; and by split, the reason for each bad row, by its index.
+        The copy of each table; and what is wrong with a row of all of them together, by its index.
     """
-    mended: dict[str, list[Path]] = {}
-    reasons: Reasons = {}
-    for split, part in files.items():
-        first = 0
-        for path in part:
-            stat = path.stat()
-            name = hashlib.sha256(f"{path.resolve()} {stat.st_mtime_ns} {stat.st_size}".encode()).hexdigest()[:16]
-            is_json = ".json" in path.name.lower()
-            copy = MENDED / f"{name}{'.jsonl' if is_json else '.csv'}"
-            MENDED.mkdir(parents=True, exist_ok=True)
-            count, bad = 0, {}
-            with (
-                fsspec.open(
-                    path, "rt", compression="infer", encoding="utf-8-sig", errors="replace", newline=""
-                ) as rows,
-                copy.open("w", encoding="utf-8", newline="") as target,
-            ):
-                for count, reason in enumerate(
-                    _json_lines(rows, target) if is_json else _cells(rows, target, delimiter), 1
-                ):
-                    if reason:
-                        bad[first + count - 1] = f"{path.name}, {reason}"
-            first += count
-            mended.setdefault(split, []).append(copy if bad else path)
-            reasons.setdefault(split, {}).update(bad)
-            if not bad:
-                copy.unlink()
-    return mended, reasons
+    copies, bad, index = dict[Path, Path](), dict[int, str](), 0
+    MENDED.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        stat = path.stat()
+        name = hashlib.sha256(f"{path.resolve()} {stat.st_mtime_ns} {stat.st_size}".encode()).hexdigest()[:16]
+        is_json = ".json" in path.name.lower()
+        copies[path] = MENDED / f"{name}{'.jsonl' if is_json else '.csv'}"
+        with copies[path].open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            header = None
+            for row, reason in parse(path):
+                if is_json:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                else:
+                    if header is None:
+                        header = list(row)
+                        table.writerow(header)
+                    table.writerow(row.values())
+                if reason:
+                    bad[index] = reason
+                index += 1
+    return copies, bad
 
 
-def _json_lines(rows: TextIO, target: TextIO) -> Iterator[str | None]:
-    """Copy JSON lines, and yield for each what is wrong with it. Nothing for one list over several lines."""
-    for number, line in enumerate(rows, start=1):
-        if number == 1 and line.startswith("["):
-            return
+def _json_rows(file: TextIO) -> Iterator[tuple[Row, str | None]]:
+    """The rows of JSON lines, or of one list over several lines."""
+    first = file.readline()
+    if first.startswith("["):
+        try:
+            items = json.loads(first + file.read())
+        except RecursionError as error:
+            raise ValueError(str(error)) from error
+        yield from ((item if isinstance(item, dict) else {"text": item}, None) for item in items)
+        return
+    for number, line in enumerate(chain([first], file), start=1):
         if not line.strip():
             continue
         try:
@@ -68,36 +105,31 @@ def _json_lines(rows: TextIO, target: TextIO) -> Iterator[str | None]:
             json.dumps(row, ensure_ascii=False).encode()
             if not isinstance(row, dict):
                 raise ValueError("it is no JSON object")
+            yield row, None
         except (RecursionError, ValueError) as error:
-            target.write("{}\n")
-            yield f"line {number}: {error}"
-        else:
-            target.write(line.rstrip("\r\n") + "\n")
-            yield None
+            yield {}, f"line {number}: {error}"
 
 
-def _cells(rows: TextIO, target: TextIO, delimiter: str) -> Iterator[str | None]:
-    """Copy a table, and yield for each row below the header what is wrong with it.
+def _cells(file: TextIO, delimiter: str) -> Iterator[tuple[Row, str | None]]:
+    """The rows below the header of a table.
 
     Strictly: an unclosed quote would otherwise swallow the rows below it.
     """
     csv.field_size_limit(sys.maxsize)
-    reader, writer = csv.reader(rows, delimiter=delimiter, strict=True), csv.writer(target, delimiter=delimiter)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
     header = next(reader, [])
-    writer.writerow(header)
     while True:
         try:
-            row = next(reader)
-            if len(header) > 1 and len(row) == 1 and not row[0].strip():  # pandas skips lines of spaces
-                continue
-            if len(row) > len(header):
-                raise csv.Error(f"it has {len(row)} cells, the header {len(header)}")
+            cells = next(reader)
+            while len(cells) > len(header) and not cells[-1]:  # a delimiter at the end of the line
+                cells.pop()
+            if len(cells) > len(header):
+                raise csv.Error(f"it has {len(cells)} cells, the header {len(header)}")
         except StopIteration:
             return
         except csv.Error as error:
-            writer.writerow([""] * len(header))
-            yield f"line {reader.line_num}: {error}"
+            yield dict.fromkeys(header, ""), f"line {reader.line_num}: {error}"
         else:
-            if row:
-                writer.writerow(row)
-                yield None
+            # pandas skips empty lines, and in a table of several columns lines of spaces.
+            if cells and (len(header) == 1 or len(cells) > 1 or cells[0].strip()):
+                yield dict(zip_longest(header, cells, fillvalue="")), None

@@ -22,7 +22,7 @@ import datasets
 from clipcacg.scripts.data.checks import check_image
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.faults import Faults
-from clipcacg.scripts.data.sources import READERS, table_suffix
+from clipcacg.scripts.data.sources import is_table
 
 logger = logging.getLogger(__name__)
 
@@ -135,12 +135,13 @@ def read_folder(source: Path, modalities: Sequence[str]) -> list[dict[str, str |
 
     Returns:
         One {id, text, image, error} per post; error is None if its text could be read. No post if there is no such
-        folder, or if it holds a table.
+        folder, or if it or `data` holds a table and it has no label file of MVSA.
     """
     folder = source / "data" if (source / "data").is_dir() else source
     files = list(folder.iterdir()) if folder.is_dir() else []
     ids = {path.stem for path in files if path.suffix in (".jpg", ".txt")}
-    if any(path.stem == "metadata" or table_suffix(path) in READERS for path in files):
+    tables = [path for path in {*files, *source.glob("*")} if path.stem == "metadata" or is_table(path)]
+    if tables and not (source / LABEL_FILE).is_file():
         return []
     rows = []
     for post_id in sorted(ids, key=lambda post_id: (len(post_id), post_id)):

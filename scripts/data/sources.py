@@ -3,8 +3,9 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pyarrow
 from datasets.packaged_modules.csv.csv import CsvConfig
 
 from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.data.mending import mend
+from clipcacg.scripts.data.lines import origin_note
+from clipcacg.scripts.data.mending import Reasons, delimiter_of, mend, parse, table_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +24,6 @@ READERS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet",
     ".arrow": "arrow",
 }  # fmt: skip
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 FAULTS = (datasets.exceptions.DatasetGenerationError, OSError, StopIteration, ValueError, pyarrow.ArrowException)
 METADATA = "metadata.csv"  # of an imagefolder, with the column file_name
 SPLITS = ("train", "validation", "test")
@@ -31,8 +32,11 @@ SPLIT_NAMES = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-# What pandas takes for an empty cell, though in a text column such words are texts.
-EMPTY_CELLS = ["", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null", "None"]
+SEEN = 100  # rows of a stream that tell its columns
+TEXT = ("csv", "json")  # readers of lines
+INDEX = "__index_level_0__"  # what pandas calls the cells of a row beyond the header
+# Columns of our own: the folder of a row's table, and why a row of a stream could not be parsed.
+FOLDER, REASON = "folder of the table", "reason of the fault"
 
 
 def read_source(
@@ -40,94 +44,57 @@ def read_source(
     *,
     config: str | None = None,
     splits: Mapping[str, str] | None = None,
-    texts: Sequence[str] = (),
-    labels: Sequence[str] = (),
+    as_written: Sequence[str] = (),
     on_error: str = "raise",
     streaming: bool = False,
-) -> tuple[Any, dict[str, dict[int, str]]]:
+) -> tuple[Any, Reasons]:
     """Read the splits train, validation and test of any source, those of them that it has.
 
     Args:
         name: A table, a folder of tables or images, a folder of `save_to_disk`, or a Hub data set.
         config: Config of a data set that has several.
         splits: Ours to the source's own name, where it is not one of `SPLIT_NAMES`.
-        texts: Columns of a table on the Hub whose cells stay as they are written. In a local one all cells do, apart
-            from labels.
-        labels: Columns in which words such as NaN are empty cells.
-        on_error: With "skip", a row of a .csv or .jsonl file that cannot be parsed is an empty row.
+        as_written: Columns of a CSV file on the Hub whose cells stay as they are written; in a local one all do.
+        on_error: With "skip", a row of a local table of text that cannot be parsed is an empty row.
         streaming: Read rows when they are asked for, without a copy on this machine.
 
     Returns:
         A `DatasetDict` or `IterableDatasetDict` of the splits, with their columns as they are; a source that is not
-        split has the one split "train". And by split, what is wrong with a row that could not be parsed, by its index.
+        split has the one split "train". And by split, what is wrong with a row that could not be parsed, by its index;
+        a stream has that in the column `REASON`. Tables that lie in several folders have the column `FOLDER`.
 
     Raises:
         InputError: If the source cannot be read, or a config or a split is not there.
     """
     path, splits = Path(name).expanduser(), splits or {}
-    cells = {"converters": dict.fromkeys(texts, str), "keep_default_na": False}
-    cells["na_values"] = dict.fromkeys(labels, EMPTY_CELLS)
     with reading(name):
-        if files := _tables(path, splits, streaming):
-            if config:
-                raise InputError(f"--dataset_config {config}: {name} has no configs.")
-            first = next(iter(files.values()))[0]
-            builder = READERS[table_suffix(first)]
-            options: dict[str, Any] = {}
-            if builder in ("csv", "json"):
-                options = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
-            if builder == "csv":
-                options["sep"] = "\t" if table_suffix(first) == ".tsv" else ","
-                options |= cells | {"converters": _as_written(files, options, labels)}
-
-            def load(files: Mapping[str, list[Path]]) -> Any:
-                # Together the splits would get the types and the class names of the first.
-                found = {
-                    split: datasets.load_dataset(
-                        builder, data_files={split: list(map(str, part))}, split=split, streaming=streaming, **options
-                    )
-                    for split, part in files.items()
-                }
-                return datasets.IterableDatasetDict(found) if streaming else datasets.DatasetDict(found)
-
-            if first.name == METADATA:
-                return _imagefolder(files, load), {}
-            try:
-                return load(files), {}
-            except FAULTS:
-                if builder not in ("csv", "json"):
-                    raise
-                files, bad = mend(files, options.get("sep", ""))
-                lines = [line for rows in bad.values() for line in rows.values()]
-                if not lines:
-                    raise
-                if on_error == "raise":
-                    raise InputError(
-                        f"{name} cannot be read: {lines[0]}. --on_error skip leaves out bad rows."
-                    ) from None
-            return load(files), bad
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            if config:
-                raise InputError(f"--dataset_config {config}: {name} has no configs.")
+        files = _tables(path, splits, streaming)
+        is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+        if config and (files or is_saved):
+            raise InputError(f"--dataset_config {config}: {name} has no configs.")
+        if files:
+            folder = path if path.is_dir() else path.parent
+            if streaming:
+                return _stream_tables(name, files, on_error), {}
+            return _read_tables(name, files, folder, on_error)
+        if is_saved:
             found = datasets.load_from_disk(str(path))
             found = found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict(train=found)
-            return _ours(found, name, splits), {}
-        name = str(path) if path.exists() else name
-        try:
-            is_csv = isinstance(datasets.load_dataset_builder(name, config).config, CsvConfig)
-        except ValueError:
-            _check_config(name, config)
-            raise
-        found = datasets.load_dataset(name, config, streaming=streaming, **(cells if is_csv else {}))
+        else:
+            found = _from_hub(str(path) if path.exists() else name, config, as_written, streaming)
         return _ours(found, name, splits), {}
 
 
 def column_names(dataset: datasets.Dataset | datasets.IterableDataset, name: str) -> list[str]:
-    """Return the names of the columns; a stream of text has them in its first row."""
-    if dataset.column_names is None:
+    """Return the names of the columns; a stream of text has them in its first rows."""
+    names = dataset.column_names
+    if names is None:
         with reading(name):
-            return list(next(iter(dataset)))
-    return list(dataset.column_names)
+            first = list(dataset.take(SEEN))
+        if not first:
+            raise InputError(f"{name} cannot be read as a data set: it is empty")
+        names = (column for row in first for column in row)
+    return [column for column in dict.fromkeys(names) if column not in (FOLDER, REASON)]
 
 
 @contextmanager
@@ -142,10 +109,9 @@ def reading(name: str) -> Iterator[None]:
         raise InputError(f"{name} cannot be read as a data set: {reason}") from error
 
 
-def table_suffix(path: Path) -> str:
-    """The suffix that tells a table's format, in small letters and without that of its compression."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSED), "")
+def is_table(path: Path) -> bool:
+    """Whether a file is a table that can be read, and not one of predictions that `predict.py` wrote."""
+    return table_suffix(path) in READERS and not origin_note(path).exists()
 
 
 def _tables(path: Path, splits: Mapping[str, str], streaming: bool) -> dict[str, list[Path]]:
@@ -176,7 +142,7 @@ def _tables_of_folder(folder: Path, splits: Mapping[str, str]) -> dict[str, list
     own_rules = {"README.md", "dataset_dict.json", "state.json"}  # of the Hub, and of save_to_disk
     if any(path.name in own_rules for path in files) or metadata - {METADATA}:
         return {}
-    tables = [path for path in files if path.name == METADATA or (not metadata and table_suffix(path) in READERS)]
+    tables = [path for path in files if path.name == METADATA or (not metadata and is_table(path))]
     formats = Counter(table_suffix(path) for path in tables)
     others = [path for path in tables if table_suffix(path) != max(formats, key=formats.__getitem__)]
     if any(_split_of(path.relative_to(folder), splits) for path in others):
@@ -200,26 +166,134 @@ def _tables_of_folder(folder: Path, splits: Mapping[str, str]) -> dict[str, list
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def _as_written(files: Mapping[str, list[Path]], options: Mapping[str, Any], labels: Sequence[str]) -> dict[str, type]:
-    """Converters that keep every cell as it is written, apart from labels.
-
-    pandas would judge the type of a column anew for every 10,000 rows, and fail where the judgments differ.
-    """
-    heads = [pandas.read_csv(path, nrows=0, **options).columns for part in files.values() for path in part]
-    return dict.fromkeys((column for head in heads for column in head if column not in labels), str)
-
-
-def _imagefolder(files: Mapping[str, list[Path]], load: Callable[..., Any]) -> datasets.DatasetDict:
-    """Read the metadata.csv of an imagefolder; the reader of `datasets` would take the text NA for an empty cell."""
-    posts = datasets.DatasetDict()
+def _read_tables(
+    name: str, files: Mapping[str, list[Path]], folder: Path, on_error: str
+) -> tuple[datasets.DatasetDict, Reasons]:
+    """Read local tables. Where that fails, look for rows that cannot be parsed, and read the rest."""
+    # Together the splits would get the types and the class names of the first.
+    try:
+        return datasets.DatasetDict({split: _load(split, part, folder) for split, part in files.items()}), {}
+    except FAULTS:
+        if READERS[table_suffix(next(iter(files.values()))[0])] not in TEXT:
+            raise
+    copies, bad = dict[Path, Path](), Reasons()
     for split, part in files.items():
-        pieces = []
-        for path in part:
-            rows = load({split: [path]})[split]
-            images = [str(path.parent / name) for name in rows["file_name"]]
-            pieces.append(rows.remove_columns("file_name").add_column("image", images))
-        posts[split] = datasets.concatenate_datasets(pieces)
-    return posts
+        mended, bad[split] = mend(part)
+        copies |= mended
+    reasons = [reason for found in bad.values() for reason in found.values()]
+    if reasons and on_error == "raise":
+        raise unparsable(name, reasons[0])
+    # Types are those of the first part of a file, unless a later part differs: then the file is read in one part.
+    found = {split: _load(split, part, folder, copies, in_one=not reasons) for split, part in files.items()}
+    return datasets.DatasetDict(found), bad
+
+
+def _stream_tables(name: str, files: Mapping[str, list[Path]], on_error: str) -> datasets.IterableDatasetDict:
+    """Open local tables as streams."""
+    streams = {}
+    for split, part in files.items():
+        if READERS[table_suffix(part[0])] in TEXT:
+            given = {"name": name, "split": split, "paths": tuple(part), "on_error": on_error}
+            streams[split] = datasets.IterableDataset.from_generator(_rows, gen_kwargs=given)
+        else:
+            pieces = _pieces(split, part, {}, streaming=True)
+            streams[split] = datasets.concatenate_datasets([_with_folder(rows, own) for own, rows in pieces])
+    return datasets.IterableDatasetDict(streams)
+
+
+def _with_folder(rows: datasets.IterableDataset, folder: Path) -> datasets.IterableDataset:
+    """Add the column `FOLDER` to rows that may hold paths of images, in place of images."""
+    kinds = [getattr(feature, "dtype", "dict") for feature in rows.features.values()]
+    if any("dict" in kind or "binary" in kind for kind in kinds):
+        return rows
+    features = datasets.Features(rows.features | {FOLDER: datasets.Value("string")})
+    return rows.map(_add, fn_kwargs={"new": {FOLDER: str(folder)}}, features=features)
+
+
+def _add(row: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    return row | new
+
+
+def _rows(name: str, split: str, paths: Sequence[Path], on_error: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of tables of text. Where their reader fails, go on line by line."""
+    done = 0
+    try:
+        for own, rows in _pieces(split, paths, {}, streaming=True):
+            for row in rows:
+                if INDEX in row:
+                    raise ValueError("a row has more cells than the header")
+                yield row | {REASON: None, FOLDER: str(own)}
+                done += 1
+        return
+    except FAULTS as error:
+        logger.debug("%s is read line by line: %s", name, error)
+    with reading(name):
+        parsed = ((path, *found) for path in paths for found in parse(path))
+        for path, row, reason in islice(parsed, done, None):
+            if reason and on_error == "raise":
+                raise unparsable(name, reason)
+            yield row | {REASON: reason, FOLDER: str(path.parent)}
+
+
+def unparsable(name: str, reason: str) -> InputError:
+    """The error about a row that cannot be parsed."""
+    return InputError(f"{name} cannot be read: {reason}. --on_error skip leaves out bad rows.")
+
+
+def _load(
+    split: str,
+    paths: Sequence[Path],
+    folder: Path,
+    copies: Mapping[Path, Path] | None = None,
+    in_one: bool = False,
+) -> datasets.Dataset:
+    """Read the tables of one split; see `_pieces`."""
+    pieces = []
+    for own, rows in _pieces(split, paths, copies or {}, in_one):
+        if own != folder:
+            rows = rows.add_column(FOLDER, [str(own)] * len(rows))
+        pieces.append(rows)
+    return datasets.concatenate_datasets(pieces)
+
+
+def _pieces(
+    split: str, paths: Sequence[Path], copies: Mapping[Path, Path], in_one: bool = False, streaming: bool = False
+) -> Iterator[tuple[Path, Any]]:
+    """Read the tables of one split that lie in one folder and have one delimiter.
+
+    Args:
+        split: Name of the split.
+        paths: The tables, of one format.
+        copies: What to read in place of a table.
+        in_one: Read each JSON file as a whole.
+        streaming: Read rows when they are asked for.
+
+    Yields:
+        A folder, and the rows of its tables.
+
+    Raises:
+        ValueError: If the first row has more cells than the header: pandas would take the first of them for an index.
+    """
+    builder = READERS[table_suffix(paths[0])]
+    for (own, delimiter), group in groupby(
+        paths, key=lambda path: (path.parent, builder == "csv" and delimiter_of(path))
+    ):
+        tables = [copies.get(path, path) for path in group]
+        options: dict[str, Any] = {}
+        if builder in TEXT:
+            options = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
+        if in_one and builder == "json":
+            options["chunksize"] = max(path.stat().st_size for path in tables) + 1
+        if builder == "csv":
+            options |= {"sep": "," if copies else delimiter, "keep_default_na": False}
+            heads = [pandas.read_csv(path, nrows=0, **options).columns for path in tables]
+            # pandas would judge the type of a column anew for every 10,000 rows, and fail where the judgments differ.
+            options["converters"] = dict.fromkeys((column for head in heads for column in head), str)
+        data_files = {split: list(map(str, tables))}
+        rows = datasets.load_dataset(builder, data_files=data_files, split=split, streaming=streaming, **options)
+        if builder == "csv" and INDEX in (rows.column_names or ()):
+            raise ValueError("a row has more cells than the header")
+        yield own, rows.rename_column("file_name", "image") if paths[0].name == METADATA else rows
 
 
 def _split_of(path: Path, splits: Mapping[str, str]) -> str | None:
@@ -231,6 +305,17 @@ def _split_of(path: Path, splits: Mapping[str, str]) -> str | None:
             if re.search(rf"(?<![a-z0-9]){re.escape(own)}(?![a-z])", part.lower()):
                 return ours
     return None
+
+
+def _from_hub(name: str, config: str | None, as_written: Sequence[str], streaming: bool) -> Any:
+    """Read what the `datasets` library knows how to read by itself: a Hub data set, or a folder with such a layout."""
+    try:
+        is_csv = isinstance(datasets.load_dataset_builder(name, config).config, CsvConfig)
+    except ValueError:
+        _check_config(name, config)
+        raise
+    cells = {"converters": dict.fromkeys(as_written, str), "keep_default_na": False} if is_csv else {}
+    return datasets.load_dataset(name, config, streaming=streaming, **cells)
 
 
 def _check_config(name: str, config: str | None) -> None:

@@ -21,33 +21,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # the class itself: pyplot would set a backend for the whole process
 from matplotlib.font_manager import findfont, get_font
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from clipcacg.modeling_clipcacg import as_map
-from clipcacg.processing_clipcacg import ClipCaCgProcessor, is_blank, missing_parts
+from clipcacg.processing_clipcacg import (
+    SOURCES,
+    ClipCaCgProcessor,
+    is_blank,
+    missing_parts,
+    modality_scores,
+    rgb_array,
+)
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES
+from clipcacg.scripts.reporting.overlays import BLUE, RED, HeatMap, light_up, seen_parts, tint
 
 N_STEPS = 32  # points on the path of integrated gradients
 STEPS_AT_ONCE = 8  # keeps the memory of base-size models below a few GB
 MAX_BARS = 20
 ENCODERS = {"pixel_values": "the vision encoder", "clip_pixel_values": "CLIP"}
-RED, BLUE, GOLD = (0.84, 0.15, 0.16), (0.12, 0.35, 0.75), (0.72, 0.53, 0.04)
-
-
-@dataclass
-class HeatMap:
-    """Weights of the regions of an image.
-
-    Args:
-        view: (height, width, 3), values in 0 to 1: the resized and cropped image as an encoder sees it.
-        weights: (rows, columns), from the top left.
-    """
-
-    view: np.ndarray
-    weights: np.ndarray
+GOLD = (0.72, 0.53, 0.04)
 
 
 @dataclass
@@ -101,10 +95,13 @@ class Explanation:
         predicted: The label with the highest score, which `attribution` explains.
         attribution: What moved its score.
         attention: By query modality, "text" and "image"; empty without cross-attention, and for a post that lacks one.
-        view: (height, width, 3), the image as the vision encoder sees it (or CLIP's tower in its place), or None.
+        view: (height, width, 3), the part of the image that the vision encoder (or CLIP's tower in its place) sees, or
+            None.
         words: Words of the text, or None.
         gate: Mean of g of equation 12, or None without a gate; 1 is the linear path, 0 the tanh path.
         balance: lambda of equation 15, or None; 1 is the image's side, 0 the text's.
+        modalities: The sentiment of the text and of the image alone, and their conflict, as `modality_scores` returns
+            them; None without modality heads.
     """
 
     scores: dict[str, float]
@@ -115,6 +112,7 @@ class Explanation:
     words: list[str] | None = None
     gate: float | None = None
     balance: float | None = None
+    modalities: dict[str, Any] | None = None
 
 
 def explain(model: PreTrainedModel, processor: Any, image: Any = None, text: str | None = None) -> Explanation:
@@ -130,6 +128,7 @@ def explain(model: PreTrainedModel, processor: Any, image: Any = None, text: str
     Raises:
         InputError: If a part that the model needs is missing, or one is broken.
     """
+    image = decode(processor, image) if "image" in model.config.modalities else None
     inputs = prepare(model, processor, image, text)
     may_lack = model.config.modality_dropout > 0
     has_image, has_text = "has_image" not in inputs, not (may_lack and is_blank(text))
@@ -138,8 +137,8 @@ def explain(model: PreTrainedModel, processor: Any, image: Any = None, text: str
         outputs = model.eval()(**inputs, output_attentions=True)
     scores = read_scores(outputs.logits, model.config)
     predicted = max(scores, key=scores.get)
-    parts = {"pixel_values": processor.image_processor, "clip_pixel_values": processor.clip_image_processor}
-    views = {name: view(inputs[name][0], part) for name, part in parts.items() if name in inputs and has_image}
+    seen = {} if image is None else seen_parts(processor, rgb_array(image, None, None))
+    views = {name: seen[name] for name in ENCODERS if name in inputs and name in seen}
     target = list(scores).index(predicted)
     explanation = Explanation(scores, predicted, attribute(model, inputs, target, views, owners, len(words)))
     explanation.view = next(iter(views.values()), None)
@@ -148,10 +147,28 @@ def explain(model: PreTrainedModel, processor: Any, image: Any = None, text: str
         explanation.attribution.words = None
     if outputs.text_attentions is not None and has_image and has_text:
         explanation.attention = read_attention(outputs, inputs, views, owners, len(words))
+    if model.config.use_modality_heads:
+        (explanation.modalities,) = modality_scores(outputs, model.config)
     if outputs.gate is not None:
         explanation.gate = outputs.gate.mean().item()
         explanation.balance = model.base_model.fusion.lambda_logit.sigmoid().item()
     return explanation
+
+
+def decode(processor: Any, image: Any) -> Any:
+    """Decode an image as the processor would, so that the drawing and the model share one reading of a file or URL.
+
+    What the processor does not decode, arrays and whatever it refuses, is returned as it is.
+
+    Raises:
+        InputError: If the image cannot be read.
+    """
+    if not (isinstance(image, SOURCES) or hasattr(image, "read")):
+        return image
+    try:
+        return rgb_array(image, None, processor.needed_edge({}))
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from error
 
 
 def read_scores(logits: Tensor, config: Any) -> dict[str, float]:
@@ -177,14 +194,6 @@ def prepare(model: PreTrainedModel, processor: Any, image: Any, text: str | None
     names = [*model.config.required_inputs, "has_image"]
     names += [name.replace("input_ids", "attention_mask") for name in names if name.endswith("input_ids")]
     return {name: batch[name].to(model.device) for name in names if name in batch}
-
-
-def view(pixels: Tensor, image_processor: Any) -> np.ndarray:
-    """Turn normalised pixels (channels, height, width) into an image (height, width, 3) with values in 0 to 1."""
-    image = pixels.cpu().permute(1, 2, 0).numpy()
-    if image_processor.do_normalize:
-        image = image * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
-    return image.clip(0, 1)
 
 
 def find_words(processor: Any, text: str, inputs: dict[str, Tensor]) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -241,7 +250,7 @@ def read_attention(
     """
     clip = "clip_input_ids" in inputs
     token_owners = owners["clip_input_ids" if clip else "input_ids"]
-    image = views["clip_pixel_values" if clip else "pixel_values"]
+    pixels = "clip_pixel_values" if clip else "pixel_values"
     real = inputs["attention_mask" if "attention_mask" in inputs else "clip_attention_mask"][0].bool()
     sides = {"text": outputs.text_attentions[0][:, real], "image": outputs.image_attentions[0]}
     first = 0 if outputs.image_embeds is None else 1
@@ -253,15 +262,16 @@ def read_attention(
         within, markers = tokens[token_owners >= 0].sum(), tokens[token_owners < 0].sum()
         shares = {"image": regions.sum(), "words": within, "markers": markers}
         shares |= {"first token": mean[0]} if first else {}
-        grid = regions.reshape(grid_shape(len(regions), image))
-        attention[side] = Attention(HeatMap(image, grid), words, {name: float(s) for name, s in shares.items()})
+        grid = regions.reshape(grid_shape(len(regions), *inputs[pixels].shape[-2:]))
+        heat_map = HeatMap(views[pixels], grid)
+        attention[side] = Attention(heat_map, words, {name: float(s) for name, s in shares.items()})
     return attention
 
 
-def grid_shape(regions: int, image: np.ndarray) -> tuple[int, int]:
-    """Rows and columns of a grid of regions: the pair whose shape is closest to the image's."""
+def grid_shape(regions: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a grid of regions: the pair whose shape is closest to that of the encoder's input."""
     pairs = [(rows, regions // rows) for rows in range(1, regions + 1) if regions % rows == 0]
-    return min(pairs, key=lambda pair: abs(np.log(pair[0] / pair[1] * image.shape[1] / image.shape[0])))
+    return min(pairs, key=lambda pair: abs(np.log(pair[0] / pair[1] * width / height)))
 
 
 def attribute(
@@ -276,7 +286,7 @@ def attribute(
 
     Args:
         target: Index of the logit.
-        views: The image as each encoder sees it, by input.
+        views: The part of the image that each encoder sees, by input.
         owners: (text_len,), the word of each token, by input.
         count: Number of words.
 
@@ -313,9 +323,9 @@ def attribute(
     )
     values = {name: value[0].detach().cpu().double() for name, value in zip(names, found, strict=True)}
     regions = {}
-    for name, image in views.items():  # prefix tokens such as CLS are no regions, and nothing reads them
-        placed = as_map(probed[name], values[name].unsqueeze(0), *image.shape[:2])
-        regions[ENCODERS[name]] = HeatMap(image, placed[0].sum(dim=0).numpy())
+    for name, view in views.items():  # prefix tokens such as CLS are no regions, and nothing reads them
+        placed = as_map(probed[name], values[name].unsqueeze(0), *inputs[name].shape[-2:])
+        regions[ENCODERS[name]] = HeatMap(view, placed[0].sum(dim=0).numpy())
     words = [add_up(values[name].sum(dim=-1).numpy(), owners[name], count) for name in owners]
     return Attribution(regions, sum(words) if words else None, difference)
 
@@ -343,35 +353,6 @@ def output_replaced(module: nn.Module, output: Any) -> Iterator[None]:
         del module.forward
         if before is not None:
             module.forward = before
-
-
-def upsample(heat_map: HeatMap) -> np.ndarray:
-    """Resize the weights (rows, columns) to (height, width, 1) of the image."""
-    weights = torch.from_numpy(heat_map.weights)[None, None]
-    return F.interpolate(weights, size=heat_map.view.shape[:2], mode="bilinear")[0, 0, :, :, None].numpy()
-
-
-def light_up(heat_map: HeatMap) -> np.ndarray:
-    """The image (height, width, 3), bright where the weights are high and dark where they are low.
-
-    Full brightness is the strongest weight or twice the average, whichever is more: uniform attention gives a uniform
-    image.
-    """
-    weights = heat_map.weights
-    strength = upsample(heat_map) / max(weights.max(), 2 * weights.mean())
-    return heat_map.view * (0.1 + 0.9 * strength)
-
-
-def tint(heat_map: HeatMap, limit: float) -> np.ndarray:
-    """The image (height, width, 3) in grey, tinted red for positive weights and blue for negative ones.
-
-    Args:
-        heat_map: What to show.
-        limit: The weight that gets full colour.
-    """
-    weights = upsample(heat_map).clip(-limit, limit) / (limit or 1)
-    strength = 0.75 * np.abs(weights)  # below 1, so that the image stays visible
-    return heat_map.view.mean(axis=-1, keepdims=True) * (1 - strength) + np.where(weights > 0, RED, BLUE) * strength
 
 
 def strongest(attribution: Attribution) -> float:
@@ -408,7 +389,7 @@ def build_columns(explanation: Explanation) -> list[tuple[Panel, Panel]]:
     """The upper and the lower panel of each column of the figure."""
     image: Panel = None
     if explanation.view is not None:
-        image = partial(show, image=explanation.view, title="The image as the vision encoder sees it")
+        image = partial(show, image=explanation.view, title="The part of the image that the model sees")
     columns: list[tuple[Panel, Panel]] = [(image, partial(draw_scores, explanation=explanation))]
     bars = partial(draw_words, words=explanation.words)
     for side, attention in explanation.attention.items():
@@ -432,13 +413,13 @@ def build_columns(explanation: Explanation) -> list[tuple[Panel, Panel]]:
 
 
 def show(axes: Axes, image: np.ndarray, title: str) -> None:
-    axes.imshow(image)
+    axes.imshow(image, interpolation="bilinear")
     axes.set_axis_off()
     axes.set_title(title, fontsize=10, parse_math=False)
 
 
 def draw_scores(axes: Axes, explanation: Explanation) -> None:
-    """Bars of the scores, with the gate and lambda below them."""
+    """Bars of the scores; below them each side's own sentiment, the gate and lambda."""
     names = [readable(name) for name in explanation.scores]
     values = list(explanation.scores.values())
     bars = axes.barh(range(len(values)), values, height=0.5, color="#555555")
@@ -447,12 +428,24 @@ def draw_scores(axes: Axes, explanation: Explanation) -> None:
     axes.invert_yaxis()
     if "value" not in explanation.scores:
         axes.set_xlim(0, 1.2)
-    notes = []
+    notes = [f"{name}: {value}" for name, value in modality_notes(explanation).items()]
     if explanation.gate is not None:
         notes.append(f"gate {explanation.gate:.2f} (mean; 1: linear path, 0: tanh path)")
         notes.append(f"lambda {explanation.balance:.2f} (1: image's side, 0: text's)")
-    axes.set_xlabel("\n".join(notes), fontsize=9)
+    axes.set_xlabel("\n".join(notes), fontsize=9, parse_math=False)
     axes.set_title("PREDICTION", fontsize=10)
+
+
+def modality_notes(explanation: Explanation) -> dict[str, str]:
+    """What the modality heads say: the likeliest label of each side, and the conflict of the two."""
+    found, notes = explanation.modalities or {}, {}
+    for side in ("text", "image"):
+        if scores := found.get(side):
+            label = max(scores, key=scores.get)
+            notes[f"{side} alone"] = f"{readable(label)} {scores[label]:.3f}"
+    if found.get("conflict") is not None:
+        notes["conflict"] = f"{found['conflict']:.3f}"
+    return notes
 
 
 def draw_words(axes: Axes, words: list[str], weights: np.ndarray, title: str, colours: tuple[str, str]) -> None:
@@ -494,6 +487,7 @@ def readable(word: str) -> str:
 def summary(explanation: Explanation) -> str:
     """The numbers of the figure in one line."""
     parts = [f"{name} {value:.3f}" for name, value in explanation.scores.items()]
+    parts += [f"{name} {value}" for name, value in modality_notes(explanation).items()]
     if explanation.gate is not None:
         parts += [f"gate {explanation.gate:.3f}", f"lambda {explanation.balance:.3f}"]
     return ", ".join(parts)

@@ -29,6 +29,7 @@ from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.reporting.model_card import CARD_FILE, rename_card
 from clipcacg.scripts.reporting.plots import CONFUSION_MATRIX_FILE, CURVES_FILE
+from clipcacg.scripts.reporting.predictions import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +174,7 @@ def checkpoint_files(folder: Path, trust_remote_code: bool = False) -> list[str]
     Raises:
         InputError: If a part is missing.
     """
+    check_folder(str(folder))
     with as_input_error(f"{folder} is not a checkpoint of a model and its processor", OSError, TypeError, ValueError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         processor = ClipCaCgProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)

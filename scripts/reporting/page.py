@@ -24,17 +24,11 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from clipcacg.processing_clipcacg import modality_scores
 from clipcacg.scripts.data.drawing import draw_image, write_tweet
 from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.reporting.explanation import (
-    Explanation,
-    explain,
-    light_up,
-    prepare,
-    read_scores,
-    strongest,
-    tint,
-)
+from clipcacg.scripts.reporting.explanation import Explanation, explain, prepare, read_scores, strongest
+from clipcacg.scripts.reporting.overlays import light_up, tint
 from clipcacg.scripts.reporting.predictions import load_checkpoint
 
 MAX_BYTES = 10 * 2**20  # of an uploaded file
@@ -42,12 +36,15 @@ MAX_BODY = 2**20  # bytes of any other request
 MAX_PIXELS = 50_000_000  # of an image; they take 150 MB once decoded
 MAX_CHARACTERS = 2000
 KEPT_SECONDS = 600
+HEIGHT = 260  # pixels of a panel with a marked image
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # Pillow reads more, and starts other programs for some
 GRADES = {"little": "#fff3cd", "some": "#ffd666", "much": "#e0a100"}  # of attention, with their colours
 NOT_NEEDED = ("/proxy=", "/process_recording", "/deep_link", "/vibe-")
 INTRODUCTION = """# Sentiment of a post
 Add {post}. The page shows the predicted sentiment, what moved the score, and what the model attends to.
 Uploads are deleted after ten minutes."""
+ATTENTION = "## What the model attends to (attention)\nBright image regions get more attention."
+CONFLICT = "**Conflict: {:.0%}**, the probability that text and image are opposite: one positive, the other negative."
 POSTS = {"image": "an image", "text": "a text", "both": "an image and its text"}
 
 
@@ -153,10 +150,16 @@ def check_text(text: Any) -> str | None:
 
 
 @torch.inference_mode()
-def predict(model: Any, processor: Any, image: Image.Image | None, text: str | None) -> dict[str, float] | str:
-    """Probabilities by label, or the value of a regression, as `gr.Label` takes them."""
-    scores = read_scores(model(**prepare(model, processor, image, text)).logits, model.config)
-    return f"{scores['value']:.3f}" if model.config.task == "regression" else scores
+def predict(model: Any, processor: Any, image: Image.Image | None, text: str | None) -> dict[str, Any]:
+    """Values of the panels that need one forward pass: the answer, and what the modality heads say."""
+    outputs = model(**prepare(model, processor, image, text))
+    scores = read_scores(outputs.logits, model.config)
+    shown = {"label": f"{scores['value']:.3f}" if model.config.task == "regression" else scores}
+    if model.config.use_modality_heads:
+        (found,) = modality_scores(outputs, model.config)
+        shown |= {f"label of the {side}": found[side] for side in ("text", "image")}
+        shown["conflict"] = None if found["conflict"] is None else CONFLICT.format(found["conflict"])
+    return shown
 
 
 def signed_words(words: list[str], weights: np.ndarray) -> list[tuple[str, float]]:
@@ -173,9 +176,9 @@ def graded_words(words: list[str], weights: np.ndarray) -> list[tuple[str, str]]
 
 
 def as_image(values: np.ndarray) -> Image.Image:
-    """Values in 0 to 1 (height, width, 3) as an image; a small one is enlarged."""
-    times = max(1, 224 // min(values.shape[:2]))
-    return Image.fromarray((values * 255).astype(np.uint8).repeat(times, axis=0).repeat(times, axis=1))
+    """Values in 0 to 1 (height, width, 3) as an image; a small one is enlarged to the height of its panel."""
+    image = Image.fromarray((values * 255).astype(np.uint8))
+    return image if image.height >= HEIGHT else image.resize((image.width * HEIGHT // image.height, HEIGHT))
 
 
 def panels(explanation: Explanation) -> dict[str, Any]:
@@ -188,6 +191,8 @@ def panels(explanation: Explanation) -> dict[str, Any]:
         shown["words"] = signed_words(explanation.words, found.words)
     for encoder, regions in found.regions.items():
         shown[f"regions, {encoder}"] = as_image(tint(regions, strongest(found)))
+    if explanation.attention:
+        shown["attention"] = ATTENTION
     for side, attention in explanation.attention.items():
         shown[f"{side} to words"] = graded_words(explanation.words, attention.words)
         shown[f"{side} to regions"] = as_image(light_up(attention.regions))
@@ -198,16 +203,21 @@ def build_panels(config: Any) -> dict[str, gr.components.Component]:
     """The panels for a model with this config, by name."""
     both = config.modality == "both"
     shown: dict[str, gr.components.Component] = {"label": gr.Label(label="Sentiment")}
+    if config.use_modality_heads:
+        with gr.Row():
+            for side in ("text", "image"):
+                shown[f"label of the {side}"] = gr.Label(label=f"Sentiment of the {side} alone", min_width=220)
+        shown["conflict"] = gr.Markdown()
     gr.Markdown("## What moved the score (attribution)\nRed raises the score of this label, blue or purple lowers it.")
     if "text" in config.modalities:
         shown["words"] = gr.HighlightedText(label="Words that moved the score")
     with gr.Row():
-        if "vision" in config.encoders:
-            shown["regions, the vision encoder"] = image_panel("Image regions, through the vision encoder")
-        if "clip" in config.encoders:
-            shown["regions, CLIP"] = image_panel("Image regions, through CLIP")
+        for name, encoder in (("vision", "the vision encoder"), ("clip", "CLIP")):
+            if name in config.encoders:
+                label = f"Image regions that moved the score, through {encoder}"
+                shown[f"regions, {encoder}"] = image_panel(label)
     if both and config.use_cross_attention:
-        gr.Markdown("## What the model attends to (attention)\nBright image regions get more attention.")
+        shown["attention"] = gr.Markdown(ATTENTION)
         style = {"color_map": GRADES, "show_legend": True, "show_inline_category": False}
         for side in ("text", "image"):
             shown[f"{side} to words"] = gr.HighlightedText(label=f"Words the {side} attends to", **style)
@@ -223,7 +233,7 @@ def image_panel(label: str) -> gr.Image:
     """Image panel of a heat map."""
     alt_text = f"The marked image: {label}"
     return gr.Image(
-        label=label, alt_text=alt_text, interactive=False, buttons=["fullscreen"], min_width=240, height=260
+        label=label, alt_text=alt_text, interactive=False, buttons=["fullscreen"], min_width=240, height=HEIGHT
     )
 
 
@@ -259,15 +269,22 @@ def build_demo(checkpoint: str, trust_remote_code: bool = False) -> gr.Blocks:
                 shown = build_panels(config)
 
         def answer(image: dict[str, Any] | None, text: str | None) -> Iterator[dict[Any, Any]]:
-            """The predicted sentiment at once, its explanation some seconds later."""
+            """The predicted sentiment at once, its explanation some seconds later; panels of a missing side vanish."""
             try:
                 post = open_image(image), check_text(text)
-                found = {**dict.fromkeys(shown), "label": predict(model, processor, *post)}
-                yield {shown[name]: value for name, value in found.items()}
+                found = predict(model, processor, *post)
+                at_once = {name: found.get(name) for name in shown}
+                yield {
+                    shown[name]: gr.update(value=value, visible=name not in found or value is not None)
+                    for name, value in at_once.items()
+                }
                 found |= panels(explain(model, processor, *post))
             except InputError as error:
                 raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
-            yield {shown[name]: value for name, value in found.items() if name in shown}
+            yield {
+                panel: gr.update(visible=False) if found.get(name) is None else found[name]
+                for name, panel in shown.items()
+            }
 
         # preprocess=False: Gradio's own decoding has no limit of pixels and no message for a broken file.
         outputs = list(shown.values())

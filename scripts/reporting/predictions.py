@@ -3,8 +3,10 @@
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,12 +17,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.configuration_clipcacg import ClipCaCgConfig, did_you_mean
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
-from clipcacg.processing_clipcacg import ClipCaCgProcessor, missing_parts
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, missing_parts, modality_scores
 from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError, as_input_error
-from clipcacg.scripts.data.faults import ALLOWED_SHARE
+from clipcacg.scripts.data.faults import ALLOWED_SHARE, advice, kind_of
+from clipcacg.scripts.data.lines import origin_note
 from clipcacg.scripts.data.loading import ColumnArguments, load_to_predict
 from clipcacg.scripts.data.progress import Progress
 from clipcacg.scripts.data.sources import reading
@@ -37,9 +40,27 @@ def checkpoint_config(checkpoint: str) -> ClipCaCgConfig:
     Raises:
         InputError: If it cannot be loaded, or belongs to another kind of model.
     """
+    check_folder(checkpoint)
     with as_input_error(f"The checkpoint {checkpoint} cannot be loaded", OSError, ValueError):
         check_model_type(PreTrainedConfig.get_config_dict(checkpoint)[0])
         return ClipCaCgConfig.from_pretrained(checkpoint)
+
+
+def check_folder(checkpoint: str) -> None:
+    """Raise an InputError if the name of a checkpoint is that of a folder, and no checkpoint is there.
+
+    Elsewhere the Hub would be asked for it.
+    """
+    folder, name = Path(checkpoint).expanduser(), str(checkpoint)
+    if (folder / "config.json").is_file():
+        return
+    if folder.is_dir():
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f" Its folders {', '.join(inside)} are checkpoints." if inside else ""
+        raise InputError(f"{checkpoint} is no checkpoint: it has no config.json.{hint}")
+    if name.count("/") != 1 or name.startswith((".", "~")) or folder.parent.is_dir():
+        beside = [path.name for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
+        raise InputError(f"There is no checkpoint {checkpoint}.{did_you_mean(folder.name, beside)}")
 
 
 def check_model_type(config: dict[str, Any]) -> None:
@@ -63,6 +84,7 @@ def load_checkpoint(
         InputError: If the checkpoint does not exist, is broken or of another model.
     """
     model_class, processor_class = ClipCaCgForSequenceClassification, ClipCaCgProcessor
+    check_folder(checkpoint)
     with as_input_error(f"The checkpoint {checkpoint} cannot be loaded", OSError, ValueError, SafetensorError):
         config = PreTrainedConfig.get_config_dict(checkpoint)[0]
         check_model_type(config)
@@ -81,22 +103,38 @@ def load_checkpoint(
     return model, processor
 
 
-def prediction_line(post_id: str, logits: torch.Tensor, config: ClipCaCgConfig) -> dict[str, Any]:
+def prediction_line(
+    post_id: str, logits: torch.Tensor, config: ClipCaCgConfig, modalities: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The line that is written for one post.
 
     Args:
         post_id: The post's ID.
         logits: (labels,), the model's output for the post.
         config: Config of the model.
+        modalities: What `modality_scores` returns for the post, of a model with modality heads.
 
     Returns:
         {id, label, probabilities}; {id, labels, probabilities} for several labels; {id, value} for a regression.
+        `modalities` adds text and image, each {label, probabilities} or None, and conflict.
     """
     answer = ClipCaCgProcessor.post_process(logits[None], config)[0]
     if "value" in answer:
         return {"id": post_id, "value": round(answer["value"], 6)}
-    scores = {label: round(score, 6) for label, score in answer.pop("scores").items()}
-    return {"id": post_id, **answer, "probabilities": scores}
+    scores = rounded(answer.pop("scores"))
+    line = {"id": post_id, **answer, "probabilities": scores}
+    if modalities is not None:
+        for side in ("text", "image"):
+            own = modalities[side]
+            line[side] = own and {"label": max(own, key=own.get), "probabilities": rounded(own)}
+        conflict = modalities["conflict"]
+        line["conflict"] = None if conflict is None else round(conflict, 6)
+    return line
+
+
+def rounded(scores: dict[str, float]) -> dict[str, float]:
+    """The probabilities with six digits behind the point."""
+    return {label: round(score, 6) for label, score in scores.items()}
 
 
 def write_line(file: TextIO, line: dict[str, Any]) -> None:
@@ -116,7 +154,7 @@ def prepare(rows: list[Row], collator: PostCollator) -> tuple[list[Row], Inputs 
     found = []
     for row in rows:
         missing = missing_parts(row, collator.config)
-        fault = f"the model needs {' and '.join(missing)}, which this post does not have" if missing else None
+        fault = f"it has no {' and no '.join(missing)}, which the model needs" if missing else None
         found.append({"id": str(row["id"]), "error": row.get("error") or fault})
     good = [(row, line) for row, line in zip(rows, found, strict=True) if not line["error"]]
     try:
@@ -134,31 +172,40 @@ def predict_rows(
     model: ClipCaCgForSequenceClassification, rows: list[Row], inputs: Inputs | None, bf16: bool = False
 ) -> list[Row]:
     """Predict what `prepare` returned: one line per row, with its prediction or its error."""
-    logits: Iterator[torch.Tensor] = iter(())
+    found: Iterator[tuple[torch.Tensor, Any]] = iter(())
     if inputs is not None:
         inputs = {name: value.to(model.device) for name, value in inputs.items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            logits = iter(model(**inputs).logits.float().cpu())
-    return [row if row["error"] else prediction_line(row["id"], next(logits), model.config) for row in rows]
+            outputs = model(**inputs)
+        every = outputs.logits.float().cpu()
+        has_heads = model.config.use_modality_heads
+        found = zip(every, modality_scores(outputs, model.config) if has_heads else repeat(None), strict=False)
+    lines = []
+    for row in rows:
+        if not row["error"]:
+            logits, modalities = next(found)
+            row = prediction_line(row["id"], logits, model.config, modalities)
+        lines.append(row)
+    return lines
 
 
-def lines_done(output: Path, origin: dict[str, Any]) -> tuple[int, int]:
-    """Count the posts that an earlier run finished and those of them that failed; cut off an incomplete last line.
+def lines_done(output: Path, origin: dict[str, Any]) -> tuple[int, Counter[str]]:
+    """Count the posts that an earlier run finished, and their errors by kind; cut off an incomplete last line.
 
     A hidden file beside the output records its origin.
 
     Raises:
         InputError: If the file is no output of this model for this input: appending would mix two sets of predictions.
     """
-    note = output.with_name(f".{output.name}.origin")
+    note = origin_note(output)
     if not output.is_file() or not output.stat().st_size:
         note.write_text(json.dumps(origin), encoding="utf-8")
-        return 0, 0
+        return 0, Counter()
     if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != origin:
         raise InputError(
             f"{output} does not belong to this model and {origin['input']}: give another --output, or --overwrite."
         )
-    done, failed, end = 0, 0, 0
+    done, end, errors = 0, 0, Counter[str]()
     with output.open("r+b") as file:
         for line in file:
             if not line.endswith(b"\n"):
@@ -169,9 +216,10 @@ def lines_done(output: Path, origin: dict[str, Any]) -> tuple[int, int]:
                     raise KeyError("id")
             except (KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{output} is not a file of predictions: give another --output.") from error
-            done, failed, end = done + 1, failed + ("error" in found), end + len(line)
+            errors.update(faults_of(found))
+            done, end = done + 1, end + len(line)
         file.truncate(end)
-    return done, failed
+    return done, errors
 
 
 def predict_file(
@@ -211,27 +259,19 @@ def predict_file(
     if path.exists() and output.exists() and output.samefile(path):
         raise InputError(f"{source} is both input and output: give another --output.")
     posts = load_to_predict(columns, source, split, model.config)
-    weights = model.classifier.weight.detach().float().cpu().numpy().tobytes()
-    origin = {"input": str(path.resolve()) if path.exists() else source, "model": hashlib.sha256(weights).hexdigest()}
-    origin |= {"split": split, "columns": [columns.text_column, columns.image_column]}
-    origin |= {"config": columns.dataset_config, "splits": columns.own_splits()}
+    told = origin(model, source, columns) | {"split": split} | ({"bf16": True} if bf16 else {})
     with as_input_error(f"{output} cannot be written", OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             output.unlink(missing_ok=True)
-        done, failed = lines_done(output, origin | ({"bf16": True} if bf16 else {}))
+        done, errors = lines_done(output, told)
         file = output.open("a", encoding="utf-8", errors="backslashreplace")
-    if isinstance(posts, datasets.Dataset):
-        total = len(posts) if max_samples is None else min(len(posts), max_samples)
-        rest: Any = posts.select(range(done, total) if done < total else [])
-    else:
-        total, rest = max_samples, posts.skip(done)
-        rest = rest if total is None else rest.take(max(total - done, 0))
-        num_workers = min(num_workers, 1)  # several would mix the order of the rows
+    rest, total = remaining(posts, done, max_samples)
     loader: DataLoader[Any] = DataLoader(
         rest,
         batch_size=batch_size,
-        num_workers=num_workers,
+        # Several processes would mix the order of a stream.
+        num_workers=num_workers if isinstance(posts, datasets.Dataset) else min(num_workers, 1),
         collate_fn=partial(prepare, collator=PostCollator(processor, model.config)),
     )
     written = done
@@ -241,14 +281,49 @@ def predict_file(
                 if "error" in line and columns.on_error == "raise":
                     raise InputError(f"{source}, post {line['id']}: {line['error']}")
                 write_line(file, line)
-                failed, written = failed + ("error" in line), written + 1
+                errors.update(faults_of(line))
+                written += 1
             file.flush()
             bar.update(len(rows))
-    if failed:
-        fault = f"{failed} of {written} posts could not be read; their lines in {output} say why"
-        if failed > ALLOWED_SHARE * written:
-            raise InputError(f"{fault}. That is more than a tenth: mend the data.")
+    if errors:
+        fault = f"{errors.total()} of {written} posts could not be read; their lines in {output} say why"
+        if errors.total() > ALLOWED_SHARE * written:
+            raise InputError(f"{fault}. That is more than a tenth: {advice(errors.elements())}.")
         logger.warning(fault)
+    logger.info("%d predictions are in %s", written - errors.total(), output)
+
+
+def faults_of(line: dict[str, Any]) -> list[str]:
+    """The kind of the error of a line of predictions, if it has one."""
+    return [kind_of(line["error"])] if "error" in line else []
+
+
+def origin(model: ClipCaCgForSequenceClassification, source: str, columns: ColumnArguments) -> dict[str, Any]:
+    """What tells the predictions of this model for this source from others."""
+    path = Path(source).expanduser()
+    weights = model.classifier.weight.detach().float().cpu().numpy().tobytes()
+    return {
+        "input": str(path.resolve()) if path.exists() else source,
+        "model": hashlib.sha256(weights).hexdigest(),
+        "columns": [columns.text_column, columns.image_column],
+        "config": columns.dataset_config,
+        "splits": columns.own_splits(),
+    }
+
+
+def remaining(posts: Any, done: int, limit: int | None) -> tuple[Any, int | None]:
+    """The posts that an earlier run has not finished, and how many posts there are with those that it has.
+
+    Args:
+        posts: A data set, or a stream, of unknown length.
+        done: Posts that it has finished.
+        limit: Take only the first posts.
+    """
+    if isinstance(posts, datasets.Dataset):
+        total = len(posts) if limit is None else min(len(posts), limit)
+        return posts.select(range(done, total) if done < total else []), total
+    rest = posts.skip(done)
+    return rest if limit is None else rest.take(max(limit - done, 0)), limit
 
 
 def read_batches(loader: DataLoader, source: str) -> Iterator[tuple[list[Row], Inputs | None]]:

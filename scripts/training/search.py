@@ -72,9 +72,6 @@ def search(
     """
     if arguments.metric_for_best_model is None:
         arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
-    file, sign = Path(arguments.output_dir) / TRIALS_FILE, metric_and_sign(arguments)[1]
-    if arguments.overwrite_output_dir and not arguments.resume_from_checkpoint:
-        file.unlink(missing_ok=True)
     posts = datasets.DatasetDict({split: posts[split] for split in ("train", "validation")})
     labels = label_fields(posts["train"])
     model, processor = build(model_arguments, data_arguments.is_sample, labels)
@@ -82,12 +79,8 @@ def search(
     counts = {split: len(dataset) for split, dataset in posts.items()}
     told = recipe(arguments, model_arguments, arguments.label_smoothing_factor) | {"hp_search": "any number of trials"}
     settings = short_hash([asdict(model_arguments), asdict(data_arguments), told, counts, space])
-    lines = read_lines(file)
-    if any(line["settings"] != settings for line in lines):
-        raise InputError(
-            f"{file} holds trials of other settings or data: name another --output_dir, or start again with "
-            "--overwrite_output_dir."
-        )
+    file, sign = Path(arguments.output_dir) / TRIALS_FILE, metric_and_sign(arguments)[1]
+    lines = earlier_trials(file, settings, arguments)
     missing, features, faults = range(len(lines), arguments.hp_search), None, Faults(data_arguments.on_error)
     faults.num_rows = sum(counts.values())
     if missing:
@@ -115,10 +108,9 @@ def search(
         lines.append(facts)
         report(lines, arguments, sign)
 
-    scored = [line for line in lines if "score" in line]
-    if not scored:
+    best = best_trial(lines, sign)
+    if best is None:
         raise InputError(f"Every trial in {file} failed: lower --learning_rate in the YAML file.")
-    best = max(scored, key=lambda line: sign * line["score"])
     logger.info("Training with the best trial, number %d: %s", best["trial"] + 1, best["values"])
     for name, value in best["values"].items():
         setattr(model_arguments if name == "dropout" else arguments, name, value)
@@ -127,6 +119,28 @@ def search(
             logger.warning("deleting %s of an earlier run", folder)
             shutil.rmtree(folder, ignore_errors=True)
     return bool(missing)
+
+
+def earlier_trials(file: Path, settings: str, arguments: RecipeArguments) -> list[dict[str, Any]]:
+    """The trials that a killed search has made, unless the search starts again.
+
+    Raises:
+        InputError: If they are of other settings.
+    """
+    if arguments.overwrite_output_dir and not arguments.resume_from_checkpoint:
+        file.unlink(missing_ok=True)
+    lines = read_lines(file)
+    if any(line["settings"] != settings for line in lines):
+        raise InputError(
+            f"{file} holds trials of other settings or data: name another --output_dir, or start again with "
+            "--overwrite_output_dir."
+        )
+    return lines
+
+
+def best_trial(lines: list[dict[str, Any]], sign: int) -> dict[str, Any] | None:
+    """The trial with the best score, or None if none has one."""
+    return max((line for line in lines if "score" in line), key=lambda line: sign * line["score"], default=None)
 
 
 def search_space(
@@ -230,9 +244,8 @@ def try_once(
 
 def report(lines: list[dict[str, Any]], arguments: RecipeArguments, sign: int) -> None:
     """Log the last trial, the best one, and an estimate of the time that the others will take."""
-    last, scored = lines[-1], [line for line in lines if "score" in line]
+    last, best = lines[-1], best_trial(lines, sign)
     said = f"{last['metric']} {last['score']:.4f}" if "score" in last else last["error"]
-    best = max(scored, key=lambda line: sign * line["score"], default=None)
     left = (arguments.hp_search - len(lines)) * sum(line["seconds"] for line in lines) / len(lines)
     logger.info(
         "Trial %d of %d: %s in %.0f seconds; best so far: %s; time left: about %s",

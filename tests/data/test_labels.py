@@ -167,7 +167,7 @@ def test_a_flag_decides_what_numbers_are(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_variants_of_a_class_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     read(write(tmp_path / "posts.csv", ["good", "GOOD", "good ", "good", "bad"]))
-    assert "differ only in case or spaces are one class: 'good' (2) = 'good ' (1) = 'GOOD' (1)" in caplog.text
+    assert "are one class: 'good' (2) = 'good ' (1) = 'GOOD' (1), called 'good'" in caplog.text
 
 
 def declared(names: list[str], labels: list[Any]) -> datasets.Dataset:

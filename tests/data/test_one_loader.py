@@ -15,6 +15,9 @@ from PIL import Image
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.scripts import evaluate_checkpoint, predict, train
 from clipcacg.scripts.data import streaming
+from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.faults import Faults
+from clipcacg.scripts.data.loading import DataArguments, load_posts, load_to_predict, training_stream
 from clipcacg.scripts.tables import rows, runs
 
 SPLITS = {"train": 30, "validation": 8, "test": 8}
@@ -163,20 +166,53 @@ def test_the_tables_of_reproduce_are_of_the_same_posts(sources: Path) -> None:
     assert fold.posts["test"]["text"][0] == "NA a good day 1"
 
 
-def test_a_stream_stops_at_the_limit_continues_and_names_what_it_cannot_parse(
-    sources: Path, trained: Path, tmp_path: Path
-) -> None:
+def test_a_stream_stops_at_the_limit_and_continues(sources: Path, trained: Path, tmp_path: Path) -> None:
     flags = [str(trained), "--input", str(sources / "csv"), "--split", "validation", "--streaming", "--output"]
     predict.main([*flags, str(tmp_path / "out"), "--max_samples", "3"])
     assert list(lines(tmp_path / "out")) == ["validation-1", "validation-2", "validation-3"]
     predict.main([*flags, str(tmp_path / "out"), "--batch_size", "2"])
     assert list(lines(tmp_path / "out")) == [f"validation-{row}" for row in range(1, 9)]
-    broken = tmp_path / "posts.jsonl"
-    broken.write_text('{"tweet": "a", "title": "b", "photo": "x.png"}\n{"tweet":\n')
-    with pytest.raises(SystemExit, match="posts.jsonl cannot be read as a data set"):
-        predict.main(
-            [str(trained), "--input", str(tmp_path / "posts.jsonl"), "--streaming", "--output", str(tmp_path / "b")]
-        )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_stream_names_and_counts_a_line_that_cannot_be_parsed_and_goes_on(
+    kind: str, checkpoint: Path, posts_folder: Path, tmp_path: Path
+) -> None:
+    """It surfaces in the middle of a stream, when its reader has given out rows before it."""
+    count, image = 10_020, str(posts_folder / "data/1.jpg")
+    posts = [{"image": image, "text": f"day {row}", "label": "ab"[row % 2]} for row in range(count)]
+    if kind == "csv":
+        rows = ["image,text,label", *(",".join(post.values()) for post in posts)]
+        rows[10_011], fault = f"{image},a,b,more", "line 10012: it has 4 cells, the header 3"
+    else:
+        posts[3]["text"] = "x" * (10 << 20)  # more than the reader takes at a time
+        rows = [json.dumps(post) for post in posts]
+        rows[10_010], fault = '{"text":', "line 10011: "
+    path = tmp_path / f"posts.{kind}"
+    path.write_text("\n".join(rows))
+    arguments = DataArguments(dataset_name=str(path), streaming=True, on_error="skip")
+    faults = Faults("skip")
+    labels = load_posts(arguments, faults=faults)
+    assert len(labels["train"]) == count - 1 and list(faults.left_out) == [f"row 10011 of {path}"]
+    assert fault in faults.left_out[f"row 10011 of {path}"]
+    stream = training_stream(arguments, "both", labels, None, seed=0)
+    assert sum(post["label"] == ("ab".index(posts[post["row"] - 1]["label"])) for post in stream) == count - 1
+    found = list(load_to_predict(arguments, str(path), "test", ClipCaCgConfig()).skip(10_009))
+    assert [post["error"] is None for post in found] == [True, False, *[True] * 9] and fault in found[1]["error"]
+    arguments.on_error = "raise"
+    with pytest.raises(InputError, match=f"{path} cannot be read: posts.{kind}, {fault}"):
+        load_posts(arguments)
+
+
+def test_predictions_of_a_stream_go_on_behind_a_line_that_cannot_be_parsed(
+    checkpoint: Path, posts_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = json.dumps({"text": "a", "image": str(posts_folder / "data/1.jpg")})
+    (tmp_path / "posts.jsonl").write_text("\n".join(['{"text":', *[row] * 10]))
+    predict.main([*f"{checkpoint} --input {tmp_path}/posts.jsonl --streaming --output {tmp_path}/out".split()])
+    found = lines(tmp_path / "out")
+    assert "posts.jsonl, line 1: " in found.pop("1")["error"] and all("label" in line for line in found.values())
+    assert len(found) == 10 and "1 of 11 posts could not be read" in caplog.text
 
 
 def test_withholding_leaves_out_posts_that_lack_the_other_side(checkpoint: Path) -> None:
@@ -194,7 +230,7 @@ def test_withholding_leaves_out_posts_that_lack_the_other_side(checkpoint: Path)
     ("more", "words"),
     [
         (["--max_train_samples", "0"], "--max_train_samples must be at least 1, got 0"),
-        ([], "posts.csv cannot be read as a data set: .*line 11502"),
+        ([], "posts.csv cannot be read: posts.csv, line 11502: it has 3 cells"),
     ],
 )
 def test_a_stream_that_cannot_be_used_is_one_sentence(more: list[str], words: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.images import image_bytes
+from clipcacg.scripts.data.labels import label_names
 from clipcacg.scripts.data.loading import ColumnArguments, DataArguments, load_posts, load_to_predict
 
 Rows = list[dict[str, Any]]
@@ -257,6 +258,7 @@ def test_a_data_set_of_several_configs_lists_them(rows: Rows, tmp_path: Path) ->
     [
         ("posts.xls", b"", "is not a table that can be read. Allowed: .csv, .tsv"),
         ("posts.csv", b"", "cannot be read as a data set"),
+        ("posts.csv", "text,label\na,b\n".encode("utf-16"), "is encoded in UTF-16: save it in UTF-8"),
         ("posts.csv", b"id,text\n", "cannot be read as a data set"),
         ("posts.parquet", b"PAR1", "cannot be read as a data set"),
         ("posts.jsonl", b"[1]\n", "has no column label, image; it has text"),
@@ -315,7 +317,7 @@ def test_a_bad_row_is_named_or_left_out(
     assert "row 3 of" in str(error.value) or "line" in str(error.value)
     arguments.on_error, faults = "skip", Faults("skip")
     assert load_posts(arguments, faults=faults)["test"]["id"][:] == [r["id"] for r in rows if r is not rows[2]]
-    assert faults.summary()["skipped_posts"] == 1 and "1 bad rows, left out" in caplog.text
+    assert faults.summary()["skipped_posts"] == 1 and "1 bad row, left out" in caplog.text
     assert faults.summary()["skipped_first"][0].startswith(f"row 3 of {path}: ")
 
 
@@ -323,17 +325,92 @@ def test_more_than_a_tenth_of_bad_rows_is_an_error(rows: Rows, tmp_path: Path) -
     for row in rows[:2]:
         row["image"] = "gone.png"
     table(rows).to_csv(tmp_path / "posts.csv")
-    with pytest.raises(InputError, match="2 bad rows, more than a tenth of the 14 rows"):
-        load_posts(DataArguments(dataset_name=str(tmp_path / "posts.csv"), on_error="skip"))
+    arguments = DataArguments(dataset_name=str(tmp_path / "posts.csv"), on_error="skip")
+    answer = "2 bad rows, more than a tenth of the 14 rows: paths of images start from the folder of their table"
+    with pytest.raises(InputError, match=answer):
+        load_posts(arguments)
+    for row in rows[:12]:
+        row["image"] = None
+    table(rows).to_csv(tmp_path / "posts.csv")
+    for on_error in ("skip", "raise"):  # which would otherwise advise to skip
+        arguments.on_error = on_error
+        with pytest.raises(InputError, match="12 bad rows, .*--modality_dropout 0.1(.|\n)*Row 1 is (.|\n)*and 2 more"):
+            load_posts(arguments)
 
 
-def test_columns_whose_type_changes_far_down(tmp_path: Path) -> None:
-    """The reader would judge the types anew after 10,000 rows."""
-    cells = [str(row) if row < 10_500 else "so" for row in range(10_600)]
-    rows = [f"{cell},{cell},{row % 2}" for row, cell in enumerate(cells)]
-    (tmp_path / "posts.csv").write_text("\n".join(["text,other,label", *rows]))
-    posts = load_posts(DataArguments(dataset_name=str(tmp_path / "posts.csv"), splits=None), "text")["test"]
-    assert posts.features["label"].names == ["0", "1"] and posts["text"][:] == cells
+@pytest.mark.parametrize(
+    ("kind", "late", "bad"),
+    [("csv", "0.5", None), ("csv", "so", "'so' is a word"), ("jsonl", 0.5, None), ("jsonl", "so", "'so' is a word")],
+)
+def test_columns_whose_type_changes_far_down(
+    kind: str, late: Any, bad: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The readers judge types anew after 10,000 rows of CSV, and after 10 MB of JSON lines."""
+    count, path = {"csv": 10_600, "jsonl": 600}[kind], tmp_path / f"posts.{kind}"
+    labels = [late if row >= count - 50 else row % 2 for row in range(count)]
+    if kind == "csv":
+        cells = [str(row) if row < count - 50 else "so" for row in range(count)]
+        path.write_text("text,other,label\n" + "".join(f"{c},{c},{y}\n" for c, y in zip(cells, labels, strict=True)))
+    else:
+        cells = [f"{row} " + "x" * 20_000 for row in range(count)]
+        posts = [{"text": text, "label": label} for text, label in zip(cells, labels, strict=True)]
+        path.write_text("".join(json.dumps(row | {"other": row["label"]}) + "\n" for row in posts))
+    arguments = DataArguments(dataset_name=str(path), splits=None)
+    if bad is None:
+        found = load_posts(arguments, "text")["test"]
+        assert found["label"][:] == [float(label) for label in labels] and found["text"][:] == cells
+        return
+    with pytest.raises(InputError, match=f"50 bad rows(.|\n)*row {count - 49} of .*: its label {bad}"):
+        load_posts(arguments, "text")
+    arguments.on_error = "skip"
+    found = load_posts(arguments, "text")["test"]
+    assert found.features["label"].names == ["0", "1"] and found["text"][:] == cells[:-50]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "text;label\n1,5 km;a\nso;b\n",
+        "text\tlabel\n1,5 km\ta\nso\tb\n",
+        '"text";"label"\n"1,5 km";a\n"so";b\n',
+        'text,label,\n"1,5 km",a,\nso,b,\n',
+        'text,label\n"1,5 km",a,\nso,b,\n',
+    ],
+)
+def test_a_csv_file_with_other_delimiters_or_one_too_many_at_the_end_of_a_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "posts.csv").write_text(content)
+    for streaming in (False, True):
+        arguments = DataArguments(dataset_name=str(tmp_path / "posts.csv"), splits=None, streaming=streaming)
+        (found,) = load_posts(arguments, "text").values()
+        assert found["label"][:] == [0, 1] and label_names(found) == ["a", "b"]
+        if not streaming:
+            assert found["text"][:] == ["1,5 km", "so"]
+
+
+def test_a_first_row_with_a_cell_too_many_does_not_shift_the_columns(tmp_path: Path) -> None:
+    (tmp_path / "posts.csv").write_text("text,label\na,bad,more\n" + "b,good\nc,bad\n" * 6)
+    arguments = DataArguments(dataset_name=str(tmp_path / "posts.csv"), splits=None)
+    with pytest.raises(InputError, match="posts.csv, line 2: it has 3 cells, the header 2"):
+        load_posts(arguments, "text")
+    arguments.on_error = "skip"
+    assert load_posts(arguments, "text")["test"]["text"][:] == ["b", "c"] * 6
+
+
+def test_images_lie_in_the_folder_of_their_table_or_else_in_the_folder_named(rows: Rows, tmp_path: Path) -> None:
+    """Two tables name another image in the same way."""
+    for number, part in enumerate(("one", "two")):
+        named = [rows[2 * number] | {"image": "own.png"}, rows[2 * number + 1] | {"image": "../photos/1.png"}]
+        for kind in ("csv", "parquet"):
+            (tmp_path / f"{kind}/{part}").mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"{kind}/{part}/own.png").write_bytes(png(100 + number))
+            getattr(table(named), f"to_{kind}")(tmp_path / f"{kind}/{part}/posts.{kind}")
+    for kind in ("csv", "parquet"):
+        source, config = str(tmp_path / kind), ClipCaCgConfig()
+        trained = load_posts(DataArguments(dataset_name=source, splits=None))["test"]
+        whole = load_to_predict(ColumnArguments(), source, "test", config)
+        stream = load_to_predict(ColumnArguments(streaming=True), source, "test", config)
+        for posts in (trained, whole, stream):
+            assert [image_bytes(post["image"]) for post in posts] == [png(100), png(1), png(101), png(1)]
 
 
 def test_a_folder_with_splits_of_several_formats_is_refused(rows: Rows, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,10 @@ def test_a_post_is_one_image_and_one_text(sentiment: ImageTextSentimentPipeline,
             sentiment({"image": image, "text": text})
     for post, words in (
         ({"image": torch.zeros(2, 3, 32, 32), "text": "two images"}, "is not an image"),
-        ({"text": "alone"}, "this one has no image. Give "),
-        ("just a string", "this one has no image and no text. Give "),
+        ({"text": "alone", "photo": path}, "this one has no image: got the keys 'text', 'photo'. Give "),
+        ({"text": "alone", "image": " "}, "this one has no image: "),
+        ({"text": float("nan"), "image": path}, "this one has no text: "),
+        ("just a string", "this one has no image and no text: got a str. Give "),
     ):
         with pytest.raises(ValueError, match=words):
             sentiment(post)
@@ -127,10 +130,12 @@ def test_a_post_of_one_part_needs_modality_dropout(
     sentiment: ImageTextSentimentPipeline, checkpoint: Path, posts_folder: Path
 ) -> None:
     image = str(posts_folder / "data/1.jpg")
-    with pytest.raises(ValueError, match="this one has no image. Give .*, or train with modality_dropout."):
+    with pytest.raises(ValueError, match="this one has no image: .* Give .*, or train with modality_dropout."):
         sentiment({"text": "alone"})
     model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint, modality_dropout=0.1)
     sentiment = pipeline(TASK, model=model, processor=ClipCaCgProcessor.from_pretrained(checkpoint))
+    empty = {"text": "alone", "image": ""}
+    assert sentiment(empty) == sentiment({"text": "alone", "image": float("nan")}) == sentiment({"text": "alone"})
     posts = [{"text": "alone"}, {"image": image}, {"image": image, "text": " "}, {"image": image, "text": "both"}]
     one_by_one = [sentiment(post) for post in posts]
     assert [sum(entry["score"] for entry in answer) for answer in one_by_one] == pytest.approx([1.0] * 4)
@@ -138,8 +143,85 @@ def test_a_post_of_one_part_needs_modality_dropout(
     for together, alone in zip(sentiment(posts, batch_size=4), one_by_one, strict=True):
         assert [entry["score"] for entry in together] == pytest.approx([entry["score"] for entry in alone], abs=1e-5)
     for post in ({}, {"text": ""}):
-        with pytest.raises(ValueError, match="this one has no image and no text. Give .*[.]$"):
+        with pytest.raises(ValueError, match="this one has no image and no text: got the keys .*. Give .*[.]$"):
             sentiment(post)
+
+
+LABELS = ("negative", "neutral", "positive")
+
+
+@pytest.fixture
+def build_with_heads(checkpoint: Path) -> Callable[..., ImageTextSentimentPipeline]:
+    """A function that makes a pipeline whose model has modality heads; keywords are fields of its config."""
+
+    def build(**fields: Any) -> ImageTextSentimentPipeline:
+        torch.manual_seed(0)
+        own = {"use_modality_heads": True, "modality_dropout": 0.1, **fields}
+        model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint, ignore_mismatched_sizes=True, **own)
+        return pipeline(TASK, model=model, processor=ClipCaCgProcessor.from_pretrained(checkpoint))
+
+    return build
+
+
+@pytest.mark.parametrize("order", [LABELS, ("positive", "negative", "neutral")])
+def test_each_side_and_their_conflict(
+    build_with_heads: Callable[..., ImageTextSentimentPipeline], posts_folder: Path, order: tuple[str, ...]
+) -> None:
+    """Certain heads: a positive text on a negative image is a conflict, wherever the labels stand."""
+    sentiment = build_with_heads(id2label=dict(enumerate(order)), label2id={name: i for i, name in enumerate(order)})
+    (post,) = posts_of(posts_folder, 1)
+    heads = sentiment.model.modality_heads
+    for text, image, conflict in (
+        ("positive", "negative", 1),
+        ("negative", "positive", 1),
+        ("positive", "neutral", 0),
+    ):
+        with torch.no_grad():
+            heads.text.bias[:] = 50 * (torch.arange(3) == order.index(text))
+            heads.image.bias[:] = 50 * (torch.arange(3) == order.index(image))
+        found = sentiment(post, return_modalities=True, top_k=1)
+        assert found["post"] == sentiment(post, top_k=1) and found["conflict"] == pytest.approx(conflict, abs=1e-6)
+        assert [[entry["label"] for entry in found[side]] for side in ("text", "image")] == [[text], [image]]
+
+
+def test_sides_in_batches_and_after_saving(
+    build_with_heads: Callable[..., ImageTextSentimentPipeline], posts_folder: Path, tmp_path: Path
+) -> None:
+    """From the checkpoint's own code too; what a post lacks has no sentiment, and no conflict."""
+    sentiment = build_with_heads()
+    posts = posts_of(posts_folder, 3)
+    del posts[0]["image"], posts[2]["text"]
+    single = [sentiment(post, return_modalities=True) for post in posts]
+    inputs = sentiment.preprocess(posts[1])
+    outputs = sentiment.model(**inputs)
+    text, image = (
+        dict(zip(LABELS, outputs[name].softmax(-1)[0].tolist(), strict=True))
+        for name in ("text_logits", "image_logits")
+    )
+    for found, expected in ((single[1]["text"], text), (single[1]["image"], image)):
+        assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(expected)
+        assert [entry["score"] for entry in found] == sorted(expected.values(), reverse=True)
+    conflict = text["positive"] * image["negative"] + text["negative"] * image["positive"]
+    assert single[1]["conflict"] == pytest.approx(conflict)
+    assert single[0]["image"] is None is single[2]["text"] and single[0]["conflict"] is None is single[2]["conflict"]
+    assert single[0]["text"] and single[2]["image"]
+    sentiment.save_pretrained(tmp_path)
+    again = pipeline(TASK, model=str(tmp_path), trust_remote_code=True, return_modalities=True)
+    assert again(posts[1], return_modalities=False) == sentiment(posts[1]) == single[1]["post"]
+    for one, other in zip(single, again(posts, batch_size=3), strict=True):
+        assert json.dumps(one, indent=1, default=str).count("\n") == json.dumps(other, indent=1).count("\n")
+        assert one["conflict"] == pytest.approx(other["conflict"], abs=1e-5)
+
+
+def test_conflict_needs_heads_and_its_two_labels(
+    build_with_heads: Callable[..., ImageTextSentimentPipeline], posts_folder: Path
+) -> None:
+    (post,) = posts_of(posts_folder, 1)
+    found = build_with_heads(num_labels=2)(post, return_modalities=True)
+    assert found["conflict"] is None and len(found["text"]) == len(found["image"]) == 2
+    for fields in ({}, {"problem_type": "multi_label_classification"}):
+        with pytest.raises(ValueError, match="has no modality heads, .*: train one with use_modality_heads"):
+            build_with_heads(use_modality_heads=False, **fields)(post, return_modalities=True)
 
 
 def test_what_it_saves_is_a_whole_checkpoint(

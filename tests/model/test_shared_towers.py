@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from inputs import learning_lora_weights
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -134,13 +135,7 @@ def test_an_explanation_of_shared_towers(backbones: Path) -> None:
 
 
 def test_lora_on_a_shared_tower_trains_both_uses(backbones: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model, processor = build(backbones, **BOTH)
-    inputs = processor(images=IMAGE, text="a day", return_tensors="pt")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*clip_.*q_proj"))
-    adapted(**inputs, labels=torch.tensor([0])).loss.backward()
-    lora = {name: weight for name, weight in adapted.named_parameters() if "lora_B" in name}
-    assert len(lora) == 4 and all(weight.grad.abs().sum() > 0 for weight in lora.values())
+    assert learning_lora_weights(*build(backbones, **BOTH), IMAGE, r".*clip_.*q_proj") == 4
 
 
 @pytest.mark.slow

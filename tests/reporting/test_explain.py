@@ -22,16 +22,13 @@ from clipcacg.scripts.explain import main
 from clipcacg.scripts.reporting import explanation
 from clipcacg.scripts.reporting.explanation import (
     Explanation,
-    HeatMap,
     add_up,
     draw,
     explain,
     find_words,
     grid_shape,
-    light_up,
     readable,
     summary,
-    tint,
     token_spans,
 )
 
@@ -109,10 +106,8 @@ def test_the_rest_of_an_explanation(explained: dict, make: Callable, image: Imag
     assert list(found.scores.values()) == pytest.approx(outputs.logits.softmax(dim=-1)[0].tolist(), abs=1e-6)
     assert found.predicted == max(found.scores, key=found.scores.get)
     assert found.gate == pytest.approx(outputs.gate.mean().item()) and found.balance == 0.5
-    assert found.words == WORDS
-    part = processor.image_processor
-    again = (torch.from_numpy(found.view) - torch.tensor(part.image_mean)) / torch.tensor(part.image_std)
-    torch.testing.assert_close(again.permute(2, 0, 1).float(), inputs["pixel_values"][0], atol=1e-5, rtol=0)
+    assert found.words == WORDS and found.modalities is None
+    assert found.view.shape == (61, 61, 3)  # the image is 70 high, and ConvNext's processor crops 224/256 of it
 
 
 def test_it_is_deterministic_and_leaves_the_model_unchanged(make: Callable, image: Image.Image) -> None:
@@ -163,7 +158,7 @@ def test_every_model_has_a_figure(
     assert sum(axes.axison or bool(axes.images) for axes in figure.axes) == panels
     for axes in figure.axes:  # what is not attribution does not call itself so
         title = axes.get_title()
-        assert title.startswith(("The image", "PREDICTION", "ATTENTION", "ATTRIBUTION")) or not axes.axison
+        assert title.startswith(("The part of the image", "PREDICTION", "ATTENTION", "ATTRIBUTION")) or not axes.axison
     figure.savefig(tmp_path / "figure.png")
     assert Image.open(tmp_path / "figure.png").width > 500
 
@@ -210,21 +205,8 @@ def test_a_tokenizer_that_does_not_tell_positions() -> None:
 
 def test_small_sums() -> None:
     assert add_up(np.array([1.0, 2, 4, 8]), np.array([-1, 0, 0, 2]), 3).tolist() == [6, 0, 8]
-    assert grid_shape(49, np.zeros((224, 224, 3))) == (7, 7)
-    assert grid_shape(12, np.zeros((96, 128, 3))) == (3, 4) and grid_shape(12, np.zeros((128, 96, 3))) == (4, 3)
-
-
-def test_overlays() -> None:
-    view = np.full((40, 40, 3), 0.5)
-    corner, even = np.zeros((4, 4)), np.full((4, 4), 0.25)
-    corner[0, 3] = 1
-    lit = light_up(HeatMap(view, corner))
-    assert lit[0, 39].min() == 0.5 and lit[39, 0].max() == pytest.approx(0.05)
-    assert light_up(HeatMap(view, even)) == pytest.approx(np.full((40, 40, 3), 0.275))
-    for weights, channel in ((corner, 0), (-corner, 2)):
-        tinted = tint(HeatMap(view, weights), limit=1)
-        assert tinted[0, 39].argmax() == channel and tinted[39, 0].tolist() == [0.5] * 3
-    assert tint(HeatMap(view, corner * 0), limit=0).tolist() == view.tolist()
+    assert grid_shape(49, 224, 224) == (7, 7)
+    assert grid_shape(12, 96, 128) == (3, 4) and grid_shape(12, 128, 96) == (4, 3)
 
 
 def test_what_the_font_lacks_is_named() -> None:
@@ -265,6 +247,25 @@ def test_a_post_that_lacks_a_part(make: Callable, image: Image.Image, mode: str)
         draw(found)
     with pytest.raises(InputError, match="This model needs an image and a text."):
         explain(model, processor)
+
+
+def test_modality_heads_are_read(make: Callable, image: Image.Image) -> None:
+    model, processor = make(clip_mode="feature", use_modality_heads=True, modality_dropout=0.1)
+    with torch.no_grad():
+        model.modality_heads.text.bias[2] += 4
+        model.modality_heads.image.bias[0] += 4
+    found = explain(model, processor, image, TEXT)
+    outputs = model(**processor(images=image, text=TEXT, return_tensors="pt"))
+    for side in ("text", "image"):
+        scores = outputs[f"{side}_logits"].softmax(-1)[0].tolist()
+        assert list(found.modalities[side].values()) == pytest.approx(scores, abs=1e-5)
+    notes = f"conflict: {found.modalities['conflict']:.3f}"
+    below = next(axes.get_xlabel() for axes in draw(found).axes if axes.get_title() == "PREDICTION")
+    assert "text alone: positive 0." in below and "image alone: negative 0." in below and notes in below
+    assert notes.replace(":", "") in summary(found) and found.modalities["conflict"] > 0.5
+    without = explain(model, processor, None, TEXT)
+    assert "text alone positive" in summary(without)
+    assert "image alone" not in summary(without) and "conflict" not in summary(without)
 
 
 def test_several_labels_get_independent_probabilities(make: Callable, image: Image.Image) -> None:

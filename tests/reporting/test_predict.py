@@ -1,6 +1,8 @@
 """predict.py: one post and files of posts, their order, errors and resuming."""
 
+import importlib
 import json
+import logging
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +39,35 @@ def test_one_post_on_the_command_line(checkpoint: Path, posts_folder: Path, tmp_
     assert line["probabilities"] == pytest.approx(expected, abs=1e-5)
     assert line["label"] == max(expected, key=expected.get)
     assert not list(tmp_path.iterdir())
+
+
+def test_sides_and_conflict_of_a_model_with_heads(checkpoint: Path, posts_folder: Path, tmp_path: Path) -> None:
+    """The numbers of the pipeline; null where a post lacks a side, and beside it a post that cannot be read."""
+    fields = {"use_modality_heads": True, "modality_dropout": 0.1}
+    model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint, **fields)
+    processor = ClipCaCgProcessor.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "heads")
+    processor.save_pretrained(tmp_path / "heads")
+    image = str(posts_folder / "data/1.jpg")
+    posts = [{"image": image, "text": "so happy"}, {"image": None, "text": "so sad"}, {"image": image, "text": None}]
+    posts = [{"image": "none.jpg", "text": "no file"}, *posts]
+    (tmp_path / "posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
+    with pytest.raises(SystemExit, match="1 of 4 posts could not be read"):
+        predict([str(tmp_path / "heads"), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "out")])
+    broken, *found = lines(tmp_path / "out")
+    assert broken.keys() == {"id", "error"}
+    sentiment = pipeline("image-text-sentiment", model=model, processor=processor, return_modalities=True)
+    for line, post in zip(found, posts[1:], strict=True):
+        expected = sentiment(post)
+        for side in ("text", "image"):
+            if post[side] is None:
+                assert line[side] is None is expected[side] and line["conflict"] is None
+                continue
+            scores = {entry["label"]: entry["score"] for entry in expected[side]}
+            assert line[side]["label"] == expected[side][0]["label"]
+            assert line[side]["probabilities"] == pytest.approx(scores, abs=1e-5)
+        assert line["conflict"] == pytest.approx(expected["conflict"], abs=1e-5)
+    assert found[0]["conflict"] > 0
 
 
 def test_a_folder_stays_in_order_with_any_number_of_workers(
@@ -128,17 +159,71 @@ def test_errors_in_the_input_end_in_one_sentence(
         (["--input", str(tmp_path / "posts.xls")], "posts.xls is not a table that can be read"),
         (["--input", str(tmp_path / "empty")], "empty cannot be read as a data set"),
         (taken, "out.jsonl cannot be written"),
-        (["--text", "alone"], "needs image, which this post does not have"),
+        (["--text", "alone"], "it has no image, which the model needs"),
     ):
         with pytest.raises(SystemExit, match=message):
             predict([str(checkpoint), "--num_workers", "0", "--output", str(tmp_path / "out.jsonl"), *flags])
-    for name in (tmp_path / "gone", backbones / "text"):
-        with pytest.raises(SystemExit, match=f"The checkpoint {name} cannot be loaded: "):
-            predict([str(name), "--text", "a"])
+    with pytest.raises(SystemExit, match=f"The checkpoint {backbones / 'text'} cannot be loaded: "):
+        predict([str(backbones / "text"), "--text", "a"])
     assert "Traceback" not in capsys.readouterr().err
     with pytest.raises(SystemExit, match="nothing.csv"):
         predict([str(checkpoint), "--input", "nothing.csv", "--debug"])
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --dataset_name {posts} --text_column text --model_name_or_path",
+        "evaluate_checkpoint",
+        "predict --text a --image b.png",
+        "explain --text a --image b.png",
+        "demo",
+        "push_to_hub user/name",
+    ],
+)
+def test_a_misspelt_checkpoint_is_one_sentence_of_every_command(
+    words: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, *flags = words.split()
+    if command in ("explain", "demo"):
+        pytest.importorskip({"explain": "captum", "demo": "gradio"}[command])
+    main = importlib.import_module(f"clipcacg.scripts.{command}").main
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/sample/checkpoint-9").mkdir(parents=True)
+    (tmp_path / "posts.csv").write_text("text,image,label\n")
+    shutil.copy(checkpoint / "config.json", tmp_path / "outputs/sample/checkpoint-9")
+    flags = [flag.format(posts="posts.csv") for flag in flags]
+    for name, answer in (
+        ("outputs/smaple", "There is no checkpoint outputs/smaple. Did you mean sample?"),
+        ("output", "There is no checkpoint output. Did you mean outputs?"),
+        ("outputs/sample", "outputs/sample is no checkpoint: it has no config.json. Its folders checkpoint-9 are"),
+    ):
+        with pytest.raises(SystemExit, match=answer):
+            main([*flags, name] if command == "train" else [name, *flags])
+
+
+@pytest.mark.parametrize("text", [None, "of the folder"])
+def test_a_table_beside_a_folder_of_images_is_read(
+    text: str | None, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Predictions in the same folder are no table, neither then nor beside the files of MVSA."""
+    caplog.set_level(logging.INFO)
+    (tmp_path / "posts/data").mkdir(parents=True)
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "posts/data/1.jpg")
+    if text:
+        (tmp_path / "posts/data/1.txt").write_text(text)
+    (tmp_path / "posts/posts.csv").write_text("id,text,image\nfirst,so good,data/1.jpg\nsecond,so bad,data/1.jpg\n")
+    output = tmp_path / "posts/predictions.jsonl"
+    for _ in range(2):
+        predict([str(checkpoint), "--input", str(tmp_path / "posts"), "--output", str(output)])
+        assert [line["id"] for line in lines(output)] == ["first", "second"]
+        assert f"2 predictions are in {output}" in caplog.text
+    if text:
+        (tmp_path / "posts/posts.csv").unlink()
+        predict([str(checkpoint), "--input", str(tmp_path / "posts"), "--output", str(output), "--overwrite"])
+        predict([str(checkpoint), "--input", str(tmp_path / "posts"), "--output", str(output)])
+        assert [line["id"] for line in lines(output)] == ["1"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -218,7 +303,7 @@ def test_a_repeated_run_fails_as_the_first_did(checkpoint: Path, tmp_path: Path)
     (tmp_path / "posts.jsonl").write_text('{"text": "no image", "image": null}\n' * 3)
     command = [str(checkpoint), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     for _ in range(2):
-        with pytest.raises(SystemExit, match="3 of 3 posts could not be read"):
+        with pytest.raises(SystemExit, match="3 of 3 posts could not be read.*trained with --modality_dropout 0.1"):
             predict(command)
 
 
