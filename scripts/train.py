@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
                 flags = (model_arguments, data_arguments)
                 complete_checkpoint(trainer, posts, results, flags, seconds, resumed, averaged)
                 if pushes:
-                    push(arguments, token)
+                    push(arguments, token, model_arguments.trusts_code)
 
 
 if __name__ == "__main__":

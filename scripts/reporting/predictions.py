@@ -97,8 +97,9 @@ def load_checkpoint(
                 get_class_from_dynamic_module(auto_map[name], checkpoint) for name in names
             )
             kwargs["trust_remote_code"] = True
-        processor = processor_class.from_pretrained(checkpoint)
         model = model_class.from_pretrained(checkpoint, **kwargs).eval()
+        # False, and not None, with which transformers would ask at the terminal.
+        processor = processor_class.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     return model, processor
 
 

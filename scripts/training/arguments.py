@@ -156,6 +156,11 @@ class ModelArguments(LoadingArguments):
         options = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(LoadingArguments)}
         return {name: value for name, value in options.items() if value}
 
+    @property
+    def trusts_code(self) -> bool:
+        """Whether a backbone's own code may run; a checkpoint, or a push, then runs that of all its backbones."""
+        return any(getattr(self, f"{part}_trust_remote_code") for part in BACKBONES)
+
     def config_fields(self) -> dict[str, Any]:
         """The fields of `ClipCaCgConfig` among the flags."""
         names = (

@@ -180,7 +180,7 @@ def build(
     if arguments.model_name_or_path:
         model, processor = load_checkpoint(
             arguments.model_name_or_path,
-            any(getattr(arguments, f"{part}_trust_remote_code") for part in BACKBONES),
+            arguments.trusts_code,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             class_weights=None,
@@ -566,7 +566,7 @@ def take_over_push(arguments: RecipeArguments) -> tuple[bool, str | None]:
     return asked, token
 
 
-def push(arguments: RecipeArguments, token: str | None) -> None:
-    """Push the finished run, as `push_to_hub.py` does."""
+def push(arguments: RecipeArguments, token: str | None, trust_remote_code: bool) -> None:
+    """Push the finished run, as `push_to_hub.py` does; see `push_checkpoint`."""
     private, revision = bool(arguments.hub_private_repo), arguments.hub_revision
-    push_checkpoint(arguments.output_dir, arguments.hub_model_id, private, revision, token)
+    push_checkpoint(arguments.output_dir, arguments.hub_model_id, private, revision, token, trust_remote_code)
