@@ -18,7 +18,7 @@ from transformers import BertweetTokenizer, MPNetConfig, MPNetModel, RobertaConf
 
 from clipcacg import processing_clipcacg
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, label_scores
 from clipcacg.scripts import train
 from clipcacg.scripts.data import features as feature_cache
 from clipcacg.scripts.data import load_posts, reading
@@ -332,7 +332,8 @@ def test_training_from_the_cache_gives_the_same_scores_and_a_whole_checkpoint(
     lines = [json.loads(line) for line in (tmp_path / "cached/predictions.jsonl").open()]
     model, processor = load_checkpoint(tmp_path / "cached")
     posts = load_posts(DataArguments(data_dir=str(posts_folder), **few))["test"]
-    probabilities = model(**PostCollator(processor, model.config)(list(posts))).logits.softmax(dim=-1)
+    logits = model(**PostCollator(processor, model.config)(list(posts))).logits
+    probabilities = label_scores(logits, model.config)
     assert [line["probabilities"]["positive"] for line in lines] == pytest.approx(
         probabilities[:, 2].tolist(), abs=1e-3
     )

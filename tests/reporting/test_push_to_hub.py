@@ -21,9 +21,9 @@ from huggingface_hub.utils import httpx
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
-from clipcacg.configuration_clipcacg import AUTO_MAP
+from clipcacg.configuration_clipcacg import AUTO_MAP, ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, label_scores
 from clipcacg.scripts import push_to_hub, train
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.reporting import hub as hub_library
@@ -38,6 +38,7 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 PUSHED = {
     "README.md", "config.json", "model.safetensors", "processor_config.json", *CODE, *TOKENIZER,
     *(f"clip_tokenizer/{name}" for name in TOKENIZER), "confusion_matrix.png", "training_curves.png",
+    "reliability.png", "coverage.png",
 }  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content")  # huggingface_hub's own
 RUN = """
@@ -249,7 +250,8 @@ def test_all_revisions_load_where_this_project_is_not_installed(
     labels = ("negative", "neutral", "positive")
     scores = [{row["label"]: row["score"] for row in post} for post in labelled]
     scores = torch.tensor([[post[label] for label in labels] for post in scores])
-    torch.testing.assert_close(scores, first.softmax(dim=-1), atol=1e-6, rtol=0)
+    expected_scores = label_scores(first, ClipCaCgConfig.from_pretrained(runs["folder"] / "first"))
+    torch.testing.assert_close(scores, expected_scores, atol=1e-6, rtol=0)
 
 
 def test_an_interrupted_push_leaves_the_earlier_revision(
