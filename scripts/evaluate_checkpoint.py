@@ -5,8 +5,8 @@
     python scripts/evaluate_checkpoint.py CHECKPOINT --data_dir MVSA_Single --splits clmlf --split test
 
 prints tables, and writes the scores to `--output` and plots to PNG files beside it: the confusion matrix, reliability
-and coverage. It measures and fits nothing: the temperature is that of the checkpoint. Only `--wanted_accuracy` also
-reads the validation split.
+and coverage. It fits nothing: the temperature is that of the checkpoint. With `--wanted_accuracy` it also reads the
+validation split, to choose a `min_confidence` there.
 """
 
 import json
@@ -80,12 +80,15 @@ def main(argv: list[str] | None = None) -> None:
                 validation = labelled_posts(model, processor, data_arguments, "validation")
             except InputError as error:
                 raise InputError(f"--wanted_accuracy needs validation posts to choose by: {error}") from error
+            if arguments.withhold:
+                validation = without(validation, arguments.withhold, model.config)
             found = predict_posts(model, processor, validation, arguments.batch_size)
             chosen = choose_min_confidence(*found, model.config, arguments.wanted_accuracy)
         found, names = predict_posts(model, processor, posts, arguments.batch_size), label_names(posts)
         scores = all_scores(*found, posts, model.config, chosen)
         if state.is_main_process:
-            print(results_table(scores, names), calibration_tables({arguments.split: scores}), sep="\n\n")
+            tables = results_table(scores, names), calibration_tables({arguments.split: scores})
+            print("\n\n".join(filter(None, tables)))
             facts = {"split": arguments.split, "posts": len(posts), "withheld": arguments.withhold}
             write(Path(arguments.output), {**facts, **scores, **faults.summary()}, names)
             print(f"The scores are in {arguments.output}.")

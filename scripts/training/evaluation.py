@@ -134,7 +134,7 @@ def all_scores(
         scores["accuracy_by_coverage"] = accuracy_by_coverage(*confidences(logits, labels, config))
     if chosen is not None:
         scores["selective"] = answers(logits, labels, config, chosen)
-    kinds = np.array(kinds_of_posts(posts) if config.modality_dropout else [])
+    kinds = np.array(kinds_of_posts(posts) if config.modality_dropout else [], dtype=str)
     if (kinds != "complete").any():
         scores["by_kind"] = {}
         for kind in sorted(set(kinds)):
