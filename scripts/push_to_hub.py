@@ -17,6 +17,8 @@ A push is one commit, so an interrupted push leaves the earlier revision as it w
     clip_tokenizer/             the same two files, if the model reads CLIP inputs
     confusion_matrix.png        if it was drawn
     training_curves.png         if it was drawn
+    reliability.png             if it was drawn
+    coverage.png                if it was drawn
 
 and no other file of the folder. A file that contains an access token is refused.
 

@@ -28,13 +28,12 @@ from clipcacg.configuration_clipcacg import AUTO_MAP, BACKBONES
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.reporting.model_card import CARD_FILE, rename_card
-from clipcacg.scripts.reporting.plots import CONFUSION_MATRIX_FILE, CURVES_FILE
+from clipcacg.scripts.reporting.plots import PLOTS
 from clipcacg.scripts.reporting.predictions import check_folder
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PLOTS = (CONFUSION_MATRIX_FILE, CURVES_FILE)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 # Files of an earlier push that would still be read if a later push did not replace them.
 STALE = ["model*.safetensors", INDEX, "*_clipcacg.py", "*tokenizer*", "vocab.*", "merges.txt", *PLOTS]

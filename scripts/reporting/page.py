@@ -24,10 +24,10 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from clipcacg.processing_clipcacg import modality_scores
+from clipcacg.processing_clipcacg import UNCERTAIN, ClipCaCgProcessor, check_min_confidence, modality_scores
 from clipcacg.scripts.data.drawing import draw_image, write_tweet
-from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.reporting.explanation import Explanation, explain, prepare, read_scores, strongest
+from clipcacg.scripts.data.errors import InputError, as_input_error
+from clipcacg.scripts.reporting.explanation import Explanation, explain, prepare, strongest
 from clipcacg.scripts.reporting.overlays import gild, tint
 from clipcacg.scripts.reporting.predictions import load_checkpoint
 
@@ -150,11 +150,17 @@ def check_text(text: Any) -> str | None:
 
 
 @torch.inference_mode()
-def predict(model: Any, processor: Any, image: Image.Image | None, text: str | None) -> dict[str, Any]:
+def predict(
+    model: Any, processor: Any, image: Image.Image | None, text: str | None, min_confidence: float | None = None
+) -> dict[str, Any]:
     """Values of the panels that need one forward pass: the answer, and what the modality heads say."""
     outputs = model(**prepare(model, processor, image, text))
-    scores = read_scores(outputs.logits, model.config)
-    shown = {"label": f"{scores['value']:.3f}" if model.config.task == "regression" else scores}
+    (answer,) = ClipCaCgProcessor.post_process(outputs.logits, model.config, min_confidence)
+    shown = {"label": f"{answer['value']:.3f}" if model.config.task == "regression" else answer["scores"]}
+    if answer.get("label") == UNCERTAIN and min_confidence is not None:  # a gr.Label names the highest of its scores
+        ranked = sorted(answer["scores"].items(), key=lambda entry: -entry[1])
+        listed = ", ".join(f"{html.escape(label)} {score:.0%}" for label, score in ranked)
+        shown |= {"label": UNCERTAIN, "unsure": f"No label is as likely as {min_confidence:.0%}: {listed}."}
     if model.config.use_modality_heads:
         (found,) = modality_scores(outputs, model.config)
         shown |= {f"label of the {side}": found[side] for side in ("text", "image")}
@@ -199,10 +205,12 @@ def panels(explanation: Explanation) -> dict[str, Any]:
     return shown
 
 
-def build_panels(config: Any) -> dict[str, gr.components.Component]:
+def build_panels(config: Any, min_confidence: float | None = None) -> dict[str, gr.components.Component]:
     """The panels for a model with this config, by name."""
     both = config.modality == "both"
     shown: dict[str, gr.components.Component] = {"label": gr.Label(label="Sentiment")}
+    if min_confidence is not None:
+        shown["unsure"] = gr.Markdown()
     if config.use_modality_heads:
         with gr.Row():
             for side in ("text", "image"):
@@ -243,15 +251,22 @@ def draw_example() -> tuple[Image.Image, str]:
     return draw_image(rng.randrange(3), rng), write_tweet(rng.randrange(3), rng).strip()
 
 
-def build_demo(checkpoint: str, trust_remote_code: bool = False) -> gr.Blocks:
+def build_demo(checkpoint: str, trust_remote_code: bool = False, min_confidence: float | None = None) -> gr.Blocks:
     """Load a checkpoint and build its page, whose limits hold whoever launches it.
 
     Args:
         checkpoint: Folder or Hub name.
         trust_remote_code: See `load_checkpoint`.
+        min_confidence: Probability below which an answer is "uncertain".
+
+    Raises:
+        InputError: If the checkpoint cannot be loaded, or `min_confidence` does not fit it.
     """
     use_own_cache()
     model, processor = load_checkpoint(checkpoint, trust_remote_code, dtype=torch.float32)
+    if min_confidence is not None:
+        with as_input_error("--min_confidence cannot be used", ValueError):
+            check_min_confidence(min_confidence, model.config)
     model.requires_grad_(False)
     config = model.config
     page = gr.Blocks(title="Sentiment of a post", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS))
@@ -266,13 +281,13 @@ def build_demo(checkpoint: str, trust_remote_code: bool = False) -> gr.Blocks:
                 analyze = gr.Button("Analyze", variant="primary")
                 example = gr.Button("Draw an example")
             with gr.Column(min_width=300):
-                shown = build_panels(config)
+                shown = build_panels(config, min_confidence)
 
         def answer(image: dict[str, Any] | None, text: str | None) -> Iterator[dict[Any, Any]]:
             """The predicted sentiment at once, its explanation some seconds later; panels of a missing side vanish."""
             try:
                 post = open_image(image), check_text(text)
-                found = predict(model, processor, *post)
+                found = predict(model, processor, *post, min_confidence)
                 at_once = {name: found.get(name) for name in shown}
                 yield {
                     shown[name]: gr.update(value=value, visible=name not in found or value is not None)

@@ -228,6 +228,13 @@ class RecipeArguments(TrainingArguments):
             "and train with the best. A flag on the command line is not searched."
         },
     )
+    wanted_accuracy: float | None = field(
+        default=None,
+        metadata={
+            "help": "Choose on the validation split the min_confidence from which answers have this accuracy, and say "
+            "how many test posts it answers and how well."
+        },
+    )
     # TrainingArguments has the next two flags with other defaults.
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Continue the count of early stopping after a resume."}

@@ -23,6 +23,7 @@ from PIL import Image
 
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, masked_mean
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.mvsa import load_mvsa
 
 page_module = pytest.importorskip(
@@ -62,6 +63,21 @@ def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("1", (9000, 6000)).save(folder / "bomb.png")
     Image.fromarray(values).save(folder / "program.eps")
     return folder
+
+
+def test_an_answer_below_min_confidence_is_uncertain(checkpoint: Path, posts: Path) -> None:
+    model, processor = page_module.load_checkpoint(str(checkpoint))
+    with Image.open(posts / "good.jpg") as image:
+        usual, unsure, sure = (
+            page_module.predict(model, processor, image, TEXT, limit) for limit in (None, 0.99, 0.01)
+        )
+    assert usual == sure and "unsure" not in usual
+    assert unsure["label"] == "uncertain" and unsure["unsure"].startswith("No label is as likely as 99%: ")
+    assert all(f"{label} {score:.0%}" in unsure["unsure"] for label, score in usual["label"].items())
+    with pytest.raises(
+        InputError, match="--min_confidence cannot be used: min_confidence must be from 0 to 1, not 1.5"
+    ):
+        page_module.build_demo(str(checkpoint), min_confidence=1.5)
 
 
 @pytest.fixture(scope="module")
