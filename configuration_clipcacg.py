@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import math
 import os
 import shutil
 import sys
@@ -139,6 +140,11 @@ class ClipCaCgConfig(PreTrainedConfig):
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
         label_thresholds: With several labels per example, the probability from which each label applies, one number
             for each label; None for 0.5.
+        temperature: What `logits` are divided by where they become probabilities, above 0; 1 changes nothing. Training
+            fits it on the validation split. With several labels per example one number divides the logits of all
+            sigmoids; with `modality_combination="average"` it divides the logarithms of the averaged probabilities.
+            `forward`, the two heads and regressions do not use it. Source: Guo et al., "On Calibration of Modern
+            Neural Networks", ICML 2017.
         use_modality_heads: Add two Linear heads that predict the text's own label and the image's own label. Our
             addition, for a classifier with `modality="both"`.
         modality_loss_weight: Weight of the heads' cross-entropies in the training loss. Our choice: 1.
@@ -180,6 +186,8 @@ class ClipCaCgConfig(PreTrainedConfig):
         "image_hidden_states",
         "text_hidden_states",
     ]
+    # Declared, because transformers takes an undeclared field of this name for one of text generation, and saves none.
+    temperature: float = 1.0
 
     def __init__(
         self,
@@ -207,6 +215,7 @@ class ClipCaCgConfig(PreTrainedConfig):
         modality_dropout: float = 0.0,
         text_columns: list[str] | None = None,
         image_column: str | None = None,
+        temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
         check_keywords(type(self).__name__, kwargs, self.known_fields())
@@ -230,6 +239,7 @@ class ClipCaCgConfig(PreTrainedConfig):
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
         self.label_thresholds = label_thresholds
+        self.temperature = temperature
         self.use_modality_heads = use_modality_heads
         self.modality_loss_weight = modality_loss_weight
         self.modality_combination = modality_combination
@@ -301,6 +311,8 @@ class ClipCaCgConfig(PreTrainedConfig):
         for name in ("dropout", "label_smoothing", "modality_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, not {self.temperature}.")
         if self.modality_dropout and self.modality != "both":
             raise ValueError(
                 f"modality_dropout={self.modality_dropout} needs modality='both': a model with "

@@ -10,7 +10,14 @@ import torch
 from transformers import Pipeline
 from transformers.utils import ModelOutput
 
-from .processing_clipcacg import is_blank, label_scores, missing_parts, modality_scores
+from .processing_clipcacg import (
+    UNCERTAIN,
+    check_min_confidence,
+    is_blank,
+    label_scores,
+    missing_parts,
+    modality_scores,
+)
 
 
 class ImageTextSentimentPipeline(Pipeline):
@@ -50,6 +57,8 @@ class ImageTextSentimentPipeline(Pipeline):
         Args:
             inputs: See above. A dataset or a generator is read lazily and gives an iterator.
             top_k: Return only the k most likely labels; at least 1.
+            min_confidence: For a model of one label per post, the probability in [0, 1] below which the answer is
+                "uncertain".
             return_modalities: Also return the sentiment of the text and of the image alone, and their conflict. The
                 model needs `use_modality_heads`.
             batch_size: Posts per forward pass.
@@ -57,7 +66,8 @@ class ImageTextSentimentPipeline(Pipeline):
         Returns:
             For one post a list of `{"label": str, "score": float}`, highest score first; for several posts one such
             list per post. Scores are probabilities, which add up to 1 unless the model predicts several labels per
-            post. A regression has one entry, whose score is the predicted value.
+            post. A regression has one entry, whose score is the predicted value. The list of an uncertain answer
+            starts with one more entry, `{"label": "uncertain", "score": highest probability}`.
             With `return_modalities` a dict in place of each list: such a list under "post", "text" and "image", and
             under "conflict" the probability that text and image are opposite, one positive and the other negative. A
             side that the post lacks is None. "conflict" is None if a side is, or if negative and positive are not
@@ -65,8 +75,8 @@ class ImageTextSentimentPipeline(Pipeline):
 
         Raises:
             TypeError: If the image or the text of a post has an unsupported type.
-            ValueError: If a post lacks a part that the model needs, its image is broken, `top_k` is below 1, or the
-                model lacks the heads for `return_modalities`.
+            ValueError: If a post lacks a part that the model needs, its image is broken, `top_k` is below 1,
+                `min_confidence` cannot be used, or the model lacks the heads for `return_modalities`.
         """
         if hasattr(inputs, "column_names"):
             inputs = (row for row in inputs)
@@ -87,11 +97,17 @@ class ImageTextSentimentPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
     def _sanitize_parameters(
-        self, top_k: int | None = None, return_modalities: bool | None = None, **kwargs: Any
+        self,
+        top_k: int | None = None,
+        min_confidence: float | None = None,
+        return_modalities: bool | None = None,
+        **kwargs: Any,
     ) -> tuple[dict, dict, dict]:
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {top_k}.")
-        asked = {"top_k": top_k, "return_modalities": return_modalities}
+        if min_confidence is not None:
+            check_min_confidence(min_confidence, self.model.config)
+        asked = {"top_k": top_k, "min_confidence": min_confidence, "return_modalities": return_modalities}
         return kwargs, {}, {name: value for name, value in asked.items() if value is not None}
 
     def preprocess(self, input_: Any, **kwargs: Any) -> Any:
@@ -126,7 +142,11 @@ class ImageTextSentimentPipeline(Pipeline):
         return ModelOutput({name: outputs[name] for name in names if outputs.get(name) is not None})
 
     def postprocess(  # type: ignore[override]
-        self, model_outputs: ModelOutput, top_k: int | None = None, return_modalities: bool = False
+        self,
+        model_outputs: ModelOutput,
+        top_k: int | None = None,
+        min_confidence: float | None = None,
+        return_modalities: bool = False,
     ) -> list[dict[str, Any]] | dict[str, Any]:
         """Turn the outputs for one post into labels with their scores, highest first; see `__call__`."""
         config = self.model.config
@@ -137,6 +157,8 @@ class ImageTextSentimentPipeline(Pipeline):
 
         scores = label_scores(model_outputs["logits"][0], config).tolist()
         post = ranked(dict(zip(config.label_names, scores, strict=True)))
+        if min_confidence is not None and post[0]["score"] < min_confidence:
+            post.insert(0, {"label": UNCERTAIN, "score": post[0]["score"]})
         if not return_modalities:
             return post
         (found,) = modality_scores(model_outputs, config)

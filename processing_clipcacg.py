@@ -32,6 +32,7 @@ from .modeling_clipcacg import encoder_facts, load_config
 # Tokenizers that know no limit set `model_max_length` to a very large number.
 NO_LIMIT = 10**9
 SOURCES = (str, os.PathLike, Image.Image)  # of an image, beside arrays, tensors and files
+UNCERTAIN = "uncertain"  # the label of an answer below `min_confidence`
 MAX_RATIO = 100  # longest to shortest edge of an image; our choice
 TIMEOUT = 60  # seconds that an image server has to answer
 TEXT_KEYWORDS = {
@@ -213,18 +214,28 @@ class ClipCaCgProcessor(ProcessorMixin):
         return batch | ({"labels": torch.tensor([row[label] for row in rows])} if label in columns else {})
 
     @staticmethod
-    def post_process(logits: torch.Tensor, config: ClipCaCgConfig) -> list[dict[str, Any]]:
+    def post_process(
+        logits: torch.Tensor, config: ClipCaCgConfig, min_confidence: float | None = None
+    ) -> list[dict[str, Any]]:
         """Turn logits into answers, one per example.
 
         Args:
             logits: (batch, labels), as the model returns them.
-            config: Config of the model: its `task` chooses the rule, its `id2label` names the labels.
+            config: Config of the model: its `task` chooses the rule, its `id2label` names the labels, and its
+                `temperature` scales the logits.
+            min_confidence: For one label per example, the probability in [0, 1] below which the label is "uncertain";
+                None for no limit.
 
         Returns:
             For one label per example `{"label": str, "scores": {label: probability}}`, for several
             `{"labels": [every label that applies], "scores": {label: probability}}`, for a regression
-            `{"value": float}`.
+            `{"value": float}`. An "uncertain" answer has the same scores as any other.
+
+        Raises:
+            ValueError: If `min_confidence` is no probability, or the model does not give each example one label.
         """
+        if min_confidence is not None:
+            check_min_confidence(min_confidence, config)
         names: dict[int, str] = config.id2label  # type: ignore[assignment]  # transformers makes its keys integers
         answers: list[dict[str, Any]] = []
         for row in label_scores(logits, config):
@@ -237,7 +248,8 @@ class ClipCaCgProcessor(ProcessorMixin):
                 chosen = [label for label, is_chosen in zip(scores, applies, strict=True) if is_chosen]
                 answers.append({"labels": chosen, "scores": scores})
             else:
-                answers.append({"label": names[int(row.argmax())], "scores": scores})
+                is_uncertain = min_confidence is not None and row.max().item() < min_confidence
+                answers.append({"label": UNCERTAIN if is_uncertain else names[int(row.argmax())], "scores": scores})
         return answers
 
     def _image_processors(self) -> list[Any]:
@@ -360,7 +372,7 @@ def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
 
     Args:
         logits: (..., labels).
-        config: Config of the model; its `task` chooses the rule.
+        config: Config of the model; its `task` chooses the rule, and its `temperature` scales the logits.
 
     Returns:
         (..., labels) in float32: probabilities that add up to 1 for one label per example, independent probabilities
@@ -369,6 +381,7 @@ def label_scores(logits: torch.Tensor, config: ClipCaCgConfig) -> torch.Tensor:
     logits = logits.float()
     if config.task == "regression":
         return logits
+    logits = logits / config.temperature
     return logits.sigmoid() if config.task == "multi_label_classification" else logits.softmax(dim=-1)
 
 
@@ -381,7 +394,8 @@ def modality_scores(outputs: Any, config: ClipCaCgConfig) -> list[dict[str, Any]
 
     Returns:
         `{"text": {label: probability}, "image": {label: probability}, "conflict": float}`. A side that the example
-        lacks is None. `conflict` is None if a side is, or if negative and positive are not among the labels.
+        lacks is None. `conflict` is None if a side is, or if negative and positive are not among the labels. The
+        config's `temperature` does not scale these probabilities: it is fitted to `logits` alone.
 
     Raises:
         ValueError: If the model has no modality heads.
@@ -393,10 +407,11 @@ def modality_scores(outputs: Any, config: ClipCaCgConfig) -> list[dict[str, Any]
         )
     sides = []
     for side in ("text", "image"):
-        answers = ClipCaCgProcessor.post_process(outputs[f"{side}_logits"], config)
+        probabilities = outputs[f"{side}_logits"].float().softmax(dim=-1).tolist()
         read = outputs.get(f"has_{side}")
-        given = [True] * len(answers) if read is None else read.tolist()
-        sides.append([answer["scores"] if is_given else None for answer, is_given in zip(answers, given, strict=True)])
+        given = [True] * len(probabilities) if read is None else read.tolist()
+        scores = [dict(zip(config.label_names, row, strict=True)) for row in probabilities]
+        sides.append([of_side if is_given else None for of_side, is_given in zip(scores, given, strict=True)])
     has_conflict = {"negative", "positive"} <= set(config.label_names)
     return [
         {"text": text, "image": image, "conflict": conflict(text, image) if has_conflict and text and image else None}
@@ -414,6 +429,18 @@ def conflict(text: dict[str, float], image: dict[str, float]) -> float:
         independent.
     """
     return text["positive"] * image["negative"] + text["negative"] * image["positive"]
+
+
+def check_min_confidence(min_confidence: float, config: ClipCaCgConfig) -> None:
+    """Check the probability below which a model's answer is "uncertain".
+
+    Raises:
+        ValueError: If it is no probability, or the model does not give each example one label.
+    """
+    if not 0 <= min_confidence <= 1:
+        raise ValueError(f"min_confidence must be from 0 to 1, not {min_confidence}.")
+    if config.task != "single_label_classification":
+        raise ValueError(f"min_confidence is for one label per example, and this model's task is {config.task}.")
 
 
 def labels_that_apply(probabilities: torch.Tensor, thresholds: list[float] | None = None) -> torch.Tensor:
@@ -644,4 +671,13 @@ def _tokenizer(model: str | Path, part: str, options: dict[str, Any]) -> Any:
     return tokenizer
 
 
-__all__ = ["ClipCaCgProcessor", "is_blank", "label_scores", "labels_that_apply", "missing_parts", "modality_scores"]
+__all__ = [
+    "UNCERTAIN",
+    "ClipCaCgProcessor",
+    "check_min_confidence",
+    "is_blank",
+    "label_scores",
+    "labels_that_apply",
+    "missing_parts",
+    "modality_scores",
+]

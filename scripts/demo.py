@@ -21,6 +21,9 @@ class DemoArguments:
 
     share: bool = field(default=False, metadata={"help": "Also under a public gradio.live address."})
     port: int | None = field(default=None, metadata={"help": "Port; default: the first free one from 7860 on."})
+    min_confidence: float | None = field(
+        default=None, metadata={"help": 'Where no label is as likely as this, the answer is "uncertain".'}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that the checkpoint holds."})
 
 
@@ -32,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     add_debug_flag(parser)
     with one_sentence(argv):
         arguments, rest = parse_flags(parser, argv)
-        page = build_demo(rest.checkpoint, arguments.trust_remote_code)
+        page = build_demo(rest.checkpoint, arguments.trust_remote_code, arguments.min_confidence)
     page.launch(share=arguments.share, server_port=arguments.port)
 
 

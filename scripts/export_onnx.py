@@ -3,9 +3,9 @@
     python scripts/export_onnx.py CHECKPOINT -o model.onnx
 
 Needs the extra `onnx`. The file takes the inputs that the model's mode needs, masks included, with any number of posts
-and tokens and images of the processor's size, and returns the logits. That of a model trained with `modality_dropout`
-also takes `has_image`. Weights of more than a gigabyte are beside it in
-`model.onnx.data`.
+and tokens and images of the processor's size. That of a model trained with `modality_dropout` also takes `has_image`.
+It returns the logits: `processor.post_process` makes probabilities of them, with the `temperature` of the config.
+Weights of more than a gigabyte are beside it in `model.onnx.data`.
 """
 
 import argparse

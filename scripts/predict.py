@@ -7,9 +7,10 @@ The input is what `train.py --dataset_name` takes, a table, a folder or a Hub da
 MVSA. It needs no labels. Its columns are those that the checkpoint was trained on, and perhaps an id. The output has
 one JSON line per post, in the order of the input: id, label and probabilities (labels and probabilities for several
 labels per post, value for a regression). A model with modality heads adds the sentiment of the text and of the image
-alone, and conflict, the probability that the two are opposite. A post that cannot be read gets a line with its id and
-an error; more than a tenth of such posts end in an error. An interrupted run continues where it stopped when called
-again with the same output.
+alone, and conflict, the probability that the two are opposite. With `--min_confidence 0.8` the label is "uncertain"
+where the highest probability is below 0.8; the probabilities stay. A post that cannot be read gets a line with its id
+and an error; more than a tenth of such posts end in an error. An interrupted run continues where it stopped when
+called again with the same output.
 """
 
 import sys
@@ -20,8 +21,16 @@ import torch
 from accelerate import PartialState
 from transformers import HfArgumentParser
 
+from clipcacg.processing_clipcacg import check_min_confidence
 from clipcacg.scripts.data.collator import PostCollator
-from clipcacg.scripts.data.errors import InputError, add_debug_flag, one_sentence, parse_flags, set_up_logging
+from clipcacg.scripts.data.errors import (
+    InputError,
+    add_debug_flag,
+    as_input_error,
+    one_sentence,
+    parse_flags,
+    set_up_logging,
+)
 from clipcacg.scripts.data.loading import ColumnArguments
 from clipcacg.scripts.reporting.predictions import load_checkpoint, predict_file, predict_rows, prepare, write_line
 
@@ -44,6 +53,9 @@ class PredictionArguments(ColumnArguments):
     max_samples: int | None = field(default=None, metadata={"help": "Predict only the first posts."})
     batch_size: int = field(default=32, metadata={"help": "Posts per forward pass."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 where autocast allows it: faster."})
+    min_confidence: float | None = field(
+        default=None, metadata={"help": 'Where no label is as likely as this, the label is "uncertain".'}
+    )
     num_workers: int = field(default=1, metadata={"help": "Processes that prepare posts; 0: only this process."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that the checkpoint holds."})
 
@@ -66,16 +78,19 @@ def main(argv: list[str] | None = None) -> None:
         add_debug_flag(parser)
         arguments, rest = parse_flags(parser, argv)
         model, processor = load_checkpoint(rest.checkpoint, arguments.trust_remote_code)
+        if arguments.min_confidence is not None:
+            with as_input_error("--min_confidence cannot be used", ValueError):
+                check_min_confidence(arguments.min_confidence, model.config)
         # Convolutions are faster with the channels last.
         model.to(PartialState().device, memory_format=torch.channels_last)
         if arguments.input:
-            names = ("split", "max_samples", "batch_size", "num_workers", "bf16", "overwrite")
+            names = ("split", "max_samples", "batch_size", "num_workers", "bf16", "min_confidence", "overwrite")
             options = {name: getattr(arguments, name) for name in names}
             predict_file(model, processor, arguments.input, Path(arguments.output), columns=arguments, **options)
             return
         row = {"id": arguments.image or "text", "text": arguments.text, "image": arguments.image}
         rows, inputs = prepare([row], PostCollator(processor, model.config))
-        line = predict_rows(model, rows, inputs, arguments.bf16)[0]
+        line = predict_rows(model, rows, inputs, arguments.bf16, arguments.min_confidence)[0]
         if "error" in line:
             raise InputError(line["error"])
         write_line(sys.stdout, line)

@@ -10,13 +10,15 @@ A push is one commit, so an interrupted push leaves the earlier revision as it w
 
     README.md                   the model card with the model's name on the Hub; one that you edited stays as it is
     config.json                 with the `auto_map` of all Auto classes
-    *_clipcacg.py               the code that `auto_map` and `custom_pipelines` name, and that of the encoders
+    *_clipcacg.py               the code in `auto_map` and `custom_pipelines`, that of encoders and tokenizers too
     model.safetensors           or model-0000*-of-0000N.safetensors and model.safetensors.index.json
     processor_config.json       both image processors
     tokenizer_config.json       and tokenizer.json, or the vocabulary files of other tokenizers
     clip_tokenizer/             the same two files, if the model reads CLIP inputs
     confusion_matrix.png        if it was drawn
     training_curves.png         if it was drawn
+    reliability.png             if it was drawn
+    coverage.png                if it was drawn
 
 and no other file of the folder. A file that contains an access token is refused.
 
@@ -41,6 +43,7 @@ class PushArguments:
     private: bool = field(default=False, metadata={"help": "Make the repository private; default: public."})
     revision: str | None = field(default=None, metadata={"help": "Branch, created if needed; default: main."})
     space: bool = field(default=False, metadata={"help": "Also create a Space, a page to try the model."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that a tokenizer has of its own."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         arguments, names = parse_flags(parser, sys.argv[1:] if argv is None else argv)
         if arguments.space and arguments.revision:
             raise InputError("--space shows the model's main branch: leave out --revision.")
-        push_checkpoint(names.checkpoint, names.repo_id, arguments.private, arguments.revision)
+        trust_remote_code = {"trust_remote_code": arguments.trust_remote_code}
+        push_checkpoint(names.checkpoint, names.repo_id, arguments.private, arguments.revision, **trust_remote_code)
         if arguments.space:
             push_space(names.repo_id, arguments.private)
 

@@ -23,9 +23,9 @@ from clipcacg.scripts.training.record import complete_checkpoint
 from clipcacg.scripts.training.run import (
     average_checkpoints,
     build,
+    calibrate,
     check_posts,
     choose_combination,
-    choose_thresholds,
     compute_features,
     evaluate_splits,
     load_training_posts,
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
             trained = trainer.train(resume_from_checkpoint=checkpoint)
             averaged = average_checkpoints(trainer)
             choose_combination(trainer, posts, model_arguments.modality_combination)
-            choose_thresholds(trainer, posts)
+            calibrate(trainer, posts)
             trainer.save_model()
             trainer.save_state()
             trainer.save_metrics("train", trained.metrics)
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
                 flags = (model_arguments, data_arguments)
                 complete_checkpoint(trainer, posts, results, flags, seconds, resumed, averaged)
                 if pushes:
-                    push(arguments, token)
+                    push(arguments, token, model_arguments.trusts_code)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import requires
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -27,13 +28,12 @@ from clipcacg.configuration_clipcacg import AUTO_MAP, BACKBONES
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.reporting.model_card import CARD_FILE, rename_card
-from clipcacg.scripts.reporting.plots import CONFUSION_MATRIX_FILE, CURVES_FILE
+from clipcacg.scripts.reporting.plots import PLOTS
 from clipcacg.scripts.reporting.predictions import check_folder
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PLOTS = (CONFUSION_MATRIX_FILE, CURVES_FILE)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 # Files of an earlier push that would still be read if a later push did not replace them.
 STALE = ["model*.safetensors", INDEX, "*_clipcacg.py", "*tokenizer*", "vocab.*", "merges.txt", *PLOTS]
@@ -64,7 +64,12 @@ after ten minutes.
 
 
 def push_checkpoint(
-    folder: str | Path, repo_id: str, private: bool = False, revision: str | None = None, token: str | None = None
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Push a checkpoint.
 
@@ -77,6 +82,7 @@ def push_checkpoint(
         private: Create a private repository, and refuse to push to a public one.
         revision: Branch, created if it does not exist; default: main.
         token: Access token; default: that of `hf auth login` or HF_TOKEN.
+        trust_remote_code: Run the code of a tokenizer that has its own, to learn which files it reads.
 
     Returns:
         The hash of the commit, to load with `revision=`.
@@ -87,7 +93,7 @@ def push_checkpoint(
     """
     check_repo_id(repo_id)
     folder, token = Path(folder), valid_token(repo_id, token)
-    files = checkpoint_files(folder)
+    files = checkpoint_files(folder, trust_remote_code)
     if not rename_card(folder, repo_id):
         logger.info("%s is pushed as it is, because it is not the card that training wrote", folder / CARD_FILE)
     check_secrets(folder, files, token)
@@ -161,7 +167,7 @@ def valid_token(repo_id: str, token: str | None) -> str | None:
     return token
 
 
-def checkpoint_files(folder: Path) -> list[str]:
+def checkpoint_files(folder: Path, trust_remote_code: bool = False) -> list[str]:
     """Paths in the folder of all files to push.
 
     Raises:
@@ -170,24 +176,30 @@ def checkpoint_files(folder: Path) -> list[str]:
     check_folder(str(folder))
     with as_input_error(f"{folder} is not a checkpoint of a model and its processor", OSError, TypeError, ValueError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        processor = ClipCaCgProcessor.from_pretrained(folder)
+        processor = ClipCaCgProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
         weights = weight_files(folder)
     if not AUTO_MAP.items() <= config.get("auto_map", {}).items():
         raise InputError(f"{folder / 'config.json'} does not name the code of this project in its auto_map.")
-    needed = {CARD_FILE, "config.json", "processor_config.json", *code_files(folder, config), *weights}
+    parts = [config.get(f"{part}_config") or {} for part in BACKBONES]
+    needed = {CARD_FILE, "config.json", "processor_config.json", *weights}
+    needed |= code_files(folder, config, *parts)
+    for name, tokenizer in tokenizers(processor).items():
+        needed |= {name + file for file in code_files(folder / name, tokenizer.init_kwargs)}
     if missing := sorted(name for name in needed if not (folder / name).is_file()):
         raise InputError(f"{folder} is incomplete: there is no {' and no '.join(missing)}.")
     return sorted(name for name in {*needed, *PLOTS, *tokenizer_files(processor)} if (folder / name).is_file())
 
 
-def code_files(folder: Path, config: dict) -> set[str]:
-    """The Python files that a `config.json` names for the model and for its encoders, and those that they import."""
-    pipelines = config.get("custom_pipelines", {}).values()
-    names = [*config["auto_map"].values(), *(pipeline["impl"] for pipeline in pipelines)]
-    for part in BACKBONES:
-        names += ((config.get(f"{part}_config") or {}).get("auto_map") or {}).values()
+def code_files(folder: Path, *configs: dict) -> set[str]:
+    """The Python files that configs name in `auto_map` and `custom_pipelines`, and those that these files import."""
+    names: set[str] = set()
+    for config in configs:
+        classes = [*(config.get("auto_map") or {}).values()]
+        classes += [pipeline["impl"] for pipeline in config.get("custom_pipelines", {}).values()]
+        # The Auto class of tokenizers names two, of which either may be None.
+        names |= {name for named in classes for name in ([named] if isinstance(named, str) else named) if name}
     files: set[str] = set()
-    found = {f"{name.partition('.')[0]}.py" for name in names}
+    found = {f"{name.rpartition('--')[2].partition('.')[0]}.py" for name in names}
     while new := found - files:
         files |= new
         found = {
@@ -206,13 +218,17 @@ def weight_files(folder: Path) -> set[str]:
     return {INDEX, *json.loads((folder / INDEX).read_text(encoding="utf-8")).get("weight_map", {}).values()}
 
 
+def tokenizers(processor: ClipCaCgProcessor) -> dict[str, Any]:
+    """The processor's tokenizers, by the folder in the checkpoint that holds their files."""
+    found = {"": processor.tokenizer, "clip_tokenizer/": processor.clip_tokenizer}
+    return {folder: tokenizer for folder, tokenizer in found.items() if tokenizer is not None}
+
+
 def tokenizer_files(processor: ClipCaCgProcessor) -> set[str]:
     """The files that the processor's tokenizers may have written."""
-    tokenizers = {"": processor.tokenizer, "clip_tokenizer/": processor.clip_tokenizer}
     return {
         folder + name
-        for folder, tokenizer in tokenizers.items()
-        if tokenizer is not None
+        for folder, tokenizer in tokenizers(processor).items()
         for name in {*TOKENIZER_FILES, *tokenizer.vocab_files_names.values()}
     }
 

@@ -19,9 +19,15 @@ from transformers import PretrainedConfig
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.scripts.data.errors import as_input_error
-from clipcacg.scripts.reporting.plots import CONFUSION_MATRIX_FILE, CURVES_FILE
+from clipcacg.scripts.reporting.plots import CONFUSION_MATRIX_FILE, COVERAGE_FILE, CURVES_FILE, RELIABILITY_FILE
 from clipcacg.scripts.reporting.run_facts import RunFacts, is_hub_id, uses_timm
-from clipcacg.scripts.reporting.tables import SCORES, escape_markdown, markdown_table, results_table
+from clipcacg.scripts.reporting.tables import (
+    SCORES,
+    calibration_tables,
+    escape_markdown,
+    markdown_table,
+    results_table,
+)
 
 CARD_FILE, FACTS_FILE = "README.md", "run_facts.json"
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -93,6 +99,7 @@ def render_card(folder: Path, facts: RunFacts) -> str:
     )
     model_id = facts.hub_model_id or folder.name
     plots = {"confusion_matrix": CONFUSION_MATRIX_FILE, "curves": CURVES_FILE}
+    plots |= {"reliability": RELIABILITY_FILE, "coverage": COVERAGE_FILE}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         card_data=card_data(facts, model_id).to_yaml(),
         **template_values(facts, model_id),
@@ -172,6 +179,7 @@ def template_values(facts: RunFacts, model_id: str) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {number}" for name, number in facts.versions.items()),
         "results": {split: results_table(scores, names or None) for split, scores in facts.results.items()},
         "majority": {split: majority(scores, names) for split, scores in facts.results.items()},
+        "calibration_tables": calibration_tables(facts.results),
         "thresholds": [f"{value:.2f}" for value in facts.config.label_thresholds or ()],
     }
 

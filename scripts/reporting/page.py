@@ -24,11 +24,11 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from clipcacg.processing_clipcacg import modality_scores
+from clipcacg.processing_clipcacg import UNCERTAIN, ClipCaCgProcessor, check_min_confidence, modality_scores
 from clipcacg.scripts.data.drawing import draw_image, write_tweet
-from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.reporting.explanation import Explanation, explain, prepare, read_scores, strongest
-from clipcacg.scripts.reporting.overlays import light_up, tint
+from clipcacg.scripts.data.errors import InputError, as_input_error
+from clipcacg.scripts.reporting.explanation import Explanation, explain, prepare, strongest
+from clipcacg.scripts.reporting.overlays import gild, tint
 from clipcacg.scripts.reporting.predictions import load_checkpoint
 
 MAX_BYTES = 10 * 2**20  # of an uploaded file
@@ -36,12 +36,15 @@ MAX_BODY = 2**20  # bytes of any other request
 MAX_PIXELS = 50_000_000  # of an image; they take 150 MB once decoded
 MAX_CHARACTERS = 2000
 KEPT_SECONDS = 600
+HEIGHT = 260  # pixels of a panel with a marked image
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # Pillow reads more, and starts other programs for some
 GRADES = {"little": "#fff3cd", "some": "#ffd666", "much": "#e0a100"}  # of attention, with their colours
 NOT_NEEDED = ("/proxy=", "/process_recording", "/deep_link", "/vibe-")
 INTRODUCTION = """# Sentiment of a post
 Add {post}. The page shows the predicted sentiment, what moved the score, and what the model attends to.
 Uploads are deleted after ten minutes."""
+ATTENTION = "## What the model attends to (attention)\nGolden image regions get more attention."
+CONFLICT = "**Conflict: {:.0%}**, the probability that text and image are opposite: one positive, the other negative."
 POSTS = {"image": "an image", "text": "a text", "both": "an image and its text"}
 
 
@@ -147,28 +150,22 @@ def check_text(text: Any) -> str | None:
 
 
 @torch.inference_mode()
-def predict(model: Any, processor: Any, image: Image.Image | None, text: str | None) -> dict[str, Any]:
+def predict(
+    model: Any, processor: Any, image: Image.Image | None, text: str | None, min_confidence: float | None = None
+) -> dict[str, Any]:
     """Values of the panels that need one forward pass: the answer, and what the modality heads say."""
     outputs = model(**prepare(model, processor, image, text))
-    scores = read_scores(outputs.logits, model.config)
-    shown = {"label": f"{scores['value']:.3f}" if model.config.task == "regression" else scores}
+    (answer,) = ClipCaCgProcessor.post_process(outputs.logits, model.config, min_confidence)
+    shown = {"label": f"{answer['value']:.3f}" if model.config.task == "regression" else answer["scores"]}
+    if answer.get("label") == UNCERTAIN and min_confidence is not None:  # a gr.Label names the highest of its scores
+        ranked = sorted(answer["scores"].items(), key=lambda entry: -entry[1])
+        listed = ", ".join(f"{html.escape(label)} {score:.0%}" for label, score in ranked)
+        shown |= {"label": UNCERTAIN, "unsure": f"No label is as likely as {min_confidence:.0%}: {listed}."}
     if model.config.use_modality_heads:
         (found,) = modality_scores(outputs, model.config)
         shown |= {f"label of the {side}": found[side] for side in ("text", "image")}
-        shown["conflict"] = conflict_note(found)
+        shown["conflict"] = None if found["conflict"] is None else CONFLICT.format(found["conflict"])
     return shown
-
-
-def conflict_note(found: dict[str, Any]) -> str:
-    """A sentence on the conflict of text and image, as `modality_scores` returns it."""
-    if not (found["text"] and found["image"]):
-        return "Conflict needs an image and a text."
-    if found["conflict"] is None:
-        return ""
-    return (
-        f"**Conflict: {found['conflict']:.0%}.** So likely are text and image opposite, "
-        "one positive and the other negative."
-    )
 
 
 def signed_words(words: list[str], weights: np.ndarray) -> list[tuple[str, float]]:
@@ -178,15 +175,16 @@ def signed_words(words: list[str], weights: np.ndarray) -> list[tuple[str, float
 
 
 def graded_words(words: list[str], weights: np.ndarray) -> list[tuple[str, str]]:
-    """Words with a grade of `GRADES`, by thirds of the weight that `light_up` shows at full brightness."""
+    """Words with a grade of `GRADES`, by thirds of the weight that `gild` shows at full color."""
     full = max(weights.max(initial=0), 2 * weights.mean()) if words else 1
     grades = np.ceil(3 * weights / full).clip(1, 3).astype(int) - 1
     return [(word, list(GRADES)[grade]) for word, grade in zip(words, grades, strict=True)]
 
 
 def as_image(values: np.ndarray) -> Image.Image:
-    """Values in 0 to 1 (height, width, 3) as an image."""
-    return Image.fromarray((values * 255).astype(np.uint8))
+    """Values in 0 to 1 (height, width, 3) as an image; a small one is enlarged to the height of its panel."""
+    image = Image.fromarray((values * 255).astype(np.uint8))
+    return image if image.height >= HEIGHT else image.resize((image.width * HEIGHT // image.height, HEIGHT))
 
 
 def panels(explanation: Explanation) -> dict[str, Any]:
@@ -199,20 +197,24 @@ def panels(explanation: Explanation) -> dict[str, Any]:
         shown["words"] = signed_words(explanation.words, found.words)
     for encoder, regions in found.regions.items():
         shown[f"regions, {encoder}"] = as_image(tint(regions, strongest(found)))
+    if explanation.attention:
+        shown["attention"] = ATTENTION
     for side, attention in explanation.attention.items():
         shown[f"{side} to words"] = graded_words(explanation.words, attention.words)
-        shown[f"{side} to regions"] = as_image(light_up(attention.regions))
+        shown[f"{side} to regions"] = as_image(gild(attention.regions))
     return shown
 
 
-def build_panels(config: Any) -> dict[str, gr.components.Component]:
+def build_panels(config: Any, min_confidence: float | None = None) -> dict[str, gr.components.Component]:
     """The panels for a model with this config, by name."""
     both = config.modality == "both"
     shown: dict[str, gr.components.Component] = {"label": gr.Label(label="Sentiment")}
+    if min_confidence is not None:
+        shown["unsure"] = gr.Markdown()
     if config.use_modality_heads:
         with gr.Row():
             for side in ("text", "image"):
-                shown[f"label of the {side}"] = gr.Label(label=f"Sentiment of the {side} alone", min_width=140)
+                shown[f"label of the {side}"] = gr.Label(label=f"Sentiment of the {side} alone", min_width=220)
         shown["conflict"] = gr.Markdown()
     gr.Markdown("## What moved the score (attribution)\nRed raises the score of this label, blue or purple lowers it.")
     if "text" in config.modalities:
@@ -223,7 +225,7 @@ def build_panels(config: Any) -> dict[str, gr.components.Component]:
                 label = f"Image regions that moved the score, through {encoder}"
                 shown[f"regions, {encoder}"] = image_panel(label)
     if both and config.use_cross_attention:
-        gr.Markdown("## What the model attends to (attention)\nBright image regions get more attention.")
+        shown["attention"] = gr.Markdown(ATTENTION)
         style = {"color_map": GRADES, "show_legend": True, "show_inline_category": False}
         for side in ("text", "image"):
             shown[f"{side} to words"] = gr.HighlightedText(label=f"Words the {side} attends to", **style)
@@ -239,7 +241,7 @@ def image_panel(label: str) -> gr.Image:
     """Image panel of a heat map."""
     alt_text = f"The marked image: {label}"
     return gr.Image(
-        label=label, alt_text=alt_text, interactive=False, buttons=["fullscreen"], min_width=240, height=260
+        label=label, alt_text=alt_text, interactive=False, buttons=["fullscreen"], min_width=240, height=HEIGHT
     )
 
 
@@ -249,15 +251,22 @@ def draw_example() -> tuple[Image.Image, str]:
     return draw_image(rng.randrange(3), rng), write_tweet(rng.randrange(3), rng).strip()
 
 
-def build_demo(checkpoint: str, trust_remote_code: bool = False) -> gr.Blocks:
+def build_demo(checkpoint: str, trust_remote_code: bool = False, min_confidence: float | None = None) -> gr.Blocks:
     """Load a checkpoint and build its page, whose limits hold whoever launches it.
 
     Args:
         checkpoint: Folder or Hub name.
         trust_remote_code: See `load_checkpoint`.
+        min_confidence: Probability below which an answer is "uncertain".
+
+    Raises:
+        InputError: If the checkpoint cannot be loaded, or `min_confidence` does not fit it.
     """
     use_own_cache()
     model, processor = load_checkpoint(checkpoint, trust_remote_code, dtype=torch.float32)
+    if min_confidence is not None:
+        with as_input_error("--min_confidence cannot be used", ValueError):
+            check_min_confidence(min_confidence, model.config)
     model.requires_grad_(False)
     config = model.config
     page = gr.Blocks(title="Sentiment of a post", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS))
@@ -272,18 +281,25 @@ def build_demo(checkpoint: str, trust_remote_code: bool = False) -> gr.Blocks:
                 analyze = gr.Button("Analyze", variant="primary")
                 example = gr.Button("Draw an example")
             with gr.Column(min_width=300):
-                shown = build_panels(config)
+                shown = build_panels(config, min_confidence)
 
         def answer(image: dict[str, Any] | None, text: str | None) -> Iterator[dict[Any, Any]]:
-            """The predicted sentiment at once, its explanation some seconds later."""
+            """The predicted sentiment at once, its explanation some seconds later; panels of a missing side vanish."""
             try:
                 post = open_image(image), check_text(text)
-                found = {**dict.fromkeys(shown), **predict(model, processor, *post)}
-                yield {shown[name]: value for name, value in found.items()}
+                found = predict(model, processor, *post, min_confidence)
+                at_once = {name: found.get(name) for name in shown}
+                yield {
+                    shown[name]: gr.update(value=value, visible=name not in found or value is not None)
+                    for name, value in at_once.items()
+                }
                 found |= panels(explain(model, processor, *post))
             except InputError as error:
                 raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
-            yield {shown[name]: value for name, value in found.items() if name in shown}
+            yield {
+                panel: gr.update(visible=False) if found.get(name) is None else found[name]
+                for name, panel in shown.items()
+            }
 
         # preprocess=False: Gradio's own decoding has no limit of pixels and no message for a broken file.
         outputs = list(shown.values())

@@ -1,9 +1,10 @@
-"""Plots of a run: the confusion matrix, and losses and scores by epoch."""
+"""Plots of a run: the confusion matrix, losses and scores by epoch, reliability, and accuracy by coverage."""
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure  # pyplot would set a backend for the whole process
@@ -11,6 +12,9 @@ from sklearn.metrics import ConfusionMatrixDisplay
 
 CONFUSION_MATRIX_FILE = "confusion_matrix.png"
 CURVES_FILE = "training_curves.png"
+RELIABILITY_FILE = "reliability.png"
+COVERAGE_FILE = "coverage.png"
+PLOTS = (CONFUSION_MATRIX_FILE, CURVES_FILE, RELIABILITY_FILE, COVERAGE_FILE)
 
 # Panels of the curves: the title, and the entries of the Trainer's log with their names in the legend.
 PANELS = {
@@ -85,4 +89,73 @@ def plot_curves(
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.savefig(path, format="png")
+
+
+def plot_reliability(results: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """Plot accuracy by confidence, before and after the temperature, above the numbers of answers.
+
+    Without calibration scores no file is written, and one of an earlier run is deleted.
+
+    Args:
+        results: Split to its scores, see `all_scores`; the plot shows the last split.
+        path: PNG file to write.
+
+    Source: the bins are those of the expected calibration error.
+    """
+    Path(path).unlink(missing_ok=True)
+    split, scores = list(results.items())[-1]
+    if "calibration" not in scores:
+        return
+    found = scores["calibration"]
+    panels = {"temperature 1": found["before"]}
+    if found["temperature"] != 1:
+        panels[f"temperature {found['temperature']:.3g}"] = found["after"]
+    figure = Figure(figsize=(4.2 * len(panels) + 0.3, 4.8), dpi=150, layout="constrained")
+    grid = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
+    for (above, below), (title, errors) in zip(grid.T, panels.items(), strict=True):
+        confidence, accuracy, count = zip(
+            *((one["confidence"], one["accuracy"], one["count"]) for one in errors["bins"]), strict=True
+        )
+        above.plot([0, 1], [0, 1], "--", color="gray", label="calibrated")
+        above.plot(confidence, accuracy, "o-", label="measured")
+        above.set(title=f"{split}, {title}, ECE {errors['ece']:.3f}", xlim=(0, 1), ylim=(0, 1))
+        below.bar(confidence, count, width=0.03)
+        below.set(xlabel="Confidence")
+        above.grid(alpha=0.3)
+    grid[0, 0].set(ylabel="Accuracy")
+    grid[0, 0].legend()
+    grid[1, 0].set(ylabel="Answers")
+    figure.savefig(path, format="png")
+
+
+def plot_coverage(results: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """Plot the accuracy of the surest answers against the share of posts answered, one curve per split.
+
+    Without these scores no file is written, and one of an earlier run is deleted.
+
+    Args:
+        results: Split to its scores, see `all_scores`.
+        path: PNG file to write.
+    """
+    Path(path).unlink(missing_ok=True)
+    curves = {
+        split: scores["accuracy_by_coverage"] for split, scores in results.items() if "accuracy_by_coverage" in scores
+    }
+    if not curves:
+        return
+    figure = Figure(figsize=(5, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for number, (split, curve) in enumerate(curves.items()):
+        (line,) = axes.plot(curve["coverage"], curve["accuracy"], marker="o", markersize=3, label=split)
+        selective = results[split].get("selective", {})
+        if selective.get("accuracy") is not None:
+            style = {"color": line.get_color(), "marker": "*", "markersize": 14, "linestyle": ""}
+            label = f"{split}, min_confidence {selective['min_confidence']:.3g}"
+            axes.plot(selective["answered"], selective["accuracy"], label=label, **style)
+            if number == 0:
+                axes.axhline(selective["wanted_accuracy"], color="gray", linestyle=":", label="wanted accuracy")
+    axes.set(xlabel="Share of posts answered, the surest first", ylabel="Accuracy of the answers", xlim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(path, format="png")

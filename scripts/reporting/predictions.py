@@ -97,13 +97,18 @@ def load_checkpoint(
                 get_class_from_dynamic_module(auto_map[name], checkpoint) for name in names
             )
             kwargs["trust_remote_code"] = True
-        processor = processor_class.from_pretrained(checkpoint)
         model = model_class.from_pretrained(checkpoint, **kwargs).eval()
+        # False, and not None, with which transformers would ask at the terminal.
+        processor = processor_class.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     return model, processor
 
 
 def prediction_line(
-    post_id: str, logits: torch.Tensor, config: ClipCaCgConfig, modalities: dict[str, Any] | None = None
+    post_id: str,
+    logits: torch.Tensor,
+    config: ClipCaCgConfig,
+    modalities: dict[str, Any] | None = None,
+    min_confidence: float | None = None,
 ) -> dict[str, Any]:
     """The line that is written for one post.
 
@@ -112,12 +117,13 @@ def prediction_line(
         logits: (labels,), the model's output for the post.
         config: Config of the model.
         modalities: What `modality_scores` returns for the post, of a model with modality heads.
+        min_confidence: Probability below which the label is "uncertain".
 
     Returns:
         {id, label, probabilities}; {id, labels, probabilities} for several labels; {id, value} for a regression.
         `modalities` adds text and image, each {label, probabilities} or None, and conflict.
     """
-    answer = ClipCaCgProcessor.post_process(logits[None], config)[0]
+    answer = ClipCaCgProcessor.post_process(logits[None], config, min_confidence)[0]
     if "value" in answer:
         return {"id": post_id, "value": round(answer["value"], 6)}
     scores = rounded(answer.pop("scores"))
@@ -168,7 +174,11 @@ def prepare(rows: list[Row], collator: PostCollator) -> tuple[list[Row], Inputs 
 
 @torch.inference_mode()
 def predict_rows(
-    model: ClipCaCgForSequenceClassification, rows: list[Row], inputs: Inputs | None, bf16: bool = False
+    model: ClipCaCgForSequenceClassification,
+    rows: list[Row],
+    inputs: Inputs | None,
+    bf16: bool = False,
+    min_confidence: float | None = None,
 ) -> list[Row]:
     """Predict what `prepare` returned: one line per row, with its prediction or its error."""
     found: Iterator[tuple[torch.Tensor, Any]] = iter(())
@@ -183,7 +193,7 @@ def predict_rows(
     for row in rows:
         if not row["error"]:
             logits, modalities = next(found)
-            row = prediction_line(row["id"], logits, model.config, modalities)
+            row = prediction_line(row["id"], logits, model.config, modalities, min_confidence)
         lines.append(row)
     return lines
 
@@ -233,6 +243,7 @@ def predict_file(
     batch_size: int = 32,
     num_workers: int = 1,
     bf16: bool = False,
+    min_confidence: float | None = None,
     overwrite: bool = False,
 ) -> None:
     """Predict every post of a source, line by line into a file, and continue an interrupted run.
@@ -248,6 +259,7 @@ def predict_file(
         batch_size: Posts per forward pass.
         num_workers: Processes that prepare posts; 0 prepares them in this one.
         bf16: Compute in bfloat16 where PyTorch's autocast allows it.
+        min_confidence: Probability below which a label is "uncertain".
         overwrite: Start again instead of continuing the output.
 
     Raises:
@@ -258,7 +270,10 @@ def predict_file(
     if path.exists() and output.exists() and output.samefile(path):
         raise InputError(f"{source} is both input and output: give another --output.")
     posts = load_to_predict(columns, source, split, model.config)
-    told = origin(model, source, columns) | {"split": split} | ({"bf16": True} if bf16 else {})
+    settings = {"bf16": bf16, "min_confidence": min_confidence, "temperature": model.config.temperature}
+    usual = {"bf16": False, "min_confidence": None, "temperature": 1.0}  # as in notes of earlier versions
+    told = origin(model, source, columns) | {"split": split}
+    told |= {name: value for name, value in settings.items() if value != usual[name]}
     with as_input_error(f"{output} cannot be written", OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
@@ -276,7 +291,7 @@ def predict_file(
     written = done
     with file, Progress(total, "predicting", initial=done) as bar:
         for rows, inputs in read_batches(loader, source):
-            for line in predict_rows(model, rows, inputs, bf16):
+            for line in predict_rows(model, rows, inputs, bf16, min_confidence):
                 if "error" in line and columns.on_error == "raise":
                     raise InputError(f"{source}, post {line['id']}: {line['error']}")
                 write_line(file, line)

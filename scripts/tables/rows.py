@@ -94,7 +94,7 @@ OF_SYSTEMS = (
 # Beginnings of the recipe's fields that cannot change a score.
 IRRELEVANT = (
     "output_dir", "overwrite_", "seed", "report_to", "disable_tqdm", "use_cpu", "resume_from", "log", "save_", "hub_",
-    "push_", "dataloader_", "load_best", "hp_search",
+    "push_", "dataloader_", "load_best", "hp_search", "wanted_accuracy",
 )  # fmt: skip
 
 SMALL = {"hidden_size": 48, "num_attention_heads": 4, "maps": 16}

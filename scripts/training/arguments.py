@@ -156,6 +156,11 @@ class ModelArguments(LoadingArguments):
         options = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(LoadingArguments)}
         return {name: value for name, value in options.items() if value}
 
+    @property
+    def trusts_code(self) -> bool:
+        """Whether a backbone's own code may run; a checkpoint, or a push, then runs that of all its backbones."""
+        return any(getattr(self, f"{part}_trust_remote_code") for part in BACKBONES)
+
     def config_fields(self) -> dict[str, Any]:
         """The fields of `ClipCaCgConfig` among the flags."""
         names = (
@@ -221,6 +226,13 @@ class RecipeArguments(TrainingArguments):
         metadata={
             "help": "Search so many settings on the validation split (learning rates, dropout, epochs, weight decay), "
             "and train with the best. A flag on the command line is not searched."
+        },
+    )
+    wanted_accuracy: float | None = field(
+        default=None,
+        metadata={
+            "help": "Choose on the validation split the min_confidence from which answers have this accuracy, and say "
+            "how many test posts it answers and how well."
         },
     )
     # TrainingArguments has the next two flags with other defaults.

@@ -14,6 +14,7 @@ from transformers.training_args import ParallelMode
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.reporting.hub import check_repo_id
 from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
+from clipcacg.scripts.training.calibration import check_wanted_accuracy
 from clipcacg.scripts.training.metrics import check_metric_name
 
 # Flag to the lowest value that it takes.
@@ -37,6 +38,7 @@ MUST_STAY = {
 CONTRADICTIONS = {"adam": ("optim", "optim_args"), "step_decay_epochs": ("lr_scheduler_type", "lr_scheduler_kwargs")}
 NEED_VALIDATION = (
     "early_stopping_patience", "average_checkpoints", "load_best_model_at_end", "eval_strategy", "eval_steps",
+    "wanted_accuracy",
 )  # fmt: skip
 
 
@@ -59,6 +61,7 @@ def check_flags(model: ModelArguments, recipe: RecipeArguments) -> None:
                 raise InputError(f"--{flag} and --{other} contradict each other: give one of them.")
     if not 0 < recipe.layerwise_lr_decay <= 1:
         raise InputError(f"--layerwise_lr_decay must be above 0 and at most 1, got {recipe.layerwise_lr_decay}.")
+    check_wanted_accuracy(recipe.wanted_accuracy)
     if recipe.early_stopping_patience and recipe.eval_strategy == "no":
         raise InputError("--early_stopping_patience needs evaluations: add --eval_strategy epoch.")
     if recipe.early_stopping_patience and recipe.metric_for_best_model is None:

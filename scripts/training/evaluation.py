@@ -1,21 +1,24 @@
-"""Score a checkpoint on labelled posts: what `evaluate_checkpoint.py` and `quantize.py` share."""
+"""Score a model on labelled posts: what `train.py`, `evaluate_checkpoint.py` and `quantize.py` share."""
 
 import tempfile
 from dataclasses import replace
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
-from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, is_blank
 from clipcacg.scripts.data.collator import PostCollator, leave_out_unreadable
 from clipcacg.scripts.data.errors import InputError, add_debug_flag, parse_flags
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import align, label_names, task_of
 from clipcacg.scripts.data.loading import DataArguments, load_posts
 from clipcacg.scripts.training.arguments import names_data
+from clipcacg.scripts.training.calibration import accuracy_by_coverage, answers, calibration, confidences
 from clipcacg.scripts.training.metrics import load_metric, score
 from clipcacg.scripts.training.trainer import show_posts
 
@@ -80,11 +83,10 @@ def labelled_posts(
     return align(readable, model.config.label_names)
 
 
-def evaluate_posts(
+def predict_posts(
     model: ClipCaCgForSequenceClassification, processor: ClipCaCgProcessor, posts: datasets.Dataset, batch_size: int
-) -> dict[str, Any]:
-    """All scores of the metric; see `sentiment_metrics`."""
-    names = label_names(posts)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits (posts, labels) and the true labels."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
@@ -100,5 +102,52 @@ def evaluate_posts(
         )
         show_posts(trainer)
         output = trainer.predict(posts)
-    metric = load_metric(model.config.task)
-    return score(output.predictions, output.label_ids, metric, names, model.config.label_thresholds)
+    return output.predictions, output.label_ids
+
+
+def all_scores(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    posts: datasets.Dataset,
+    config: ClipCaCgConfig,
+    chosen: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return everything that an evaluation says of a split.
+
+    Args:
+        logits: (posts, labels).
+        labels: (posts,) class indices or values; (posts, labels) of 0 and 1 for several labels per post.
+        posts: The posts.
+        config: Config of the model.
+        chosen: What `choose_min_confidence` chose on the validation split, if it was asked to.
+
+    Returns:
+        The metric's scores, see `sentiment_metrics`; for classes `calibration`; for one label per post
+        `accuracy_by_coverage`; with `chosen` also `selective`, see `answers`; and where posts lack a side, `by_kind`:
+        number and main scores of each kind of posts.
+    """
+    metric, names = load_metric(config.task), label_names(posts)
+    scores = score(logits, labels, metric, names, config)
+    if config.task != "regression":
+        scores["calibration"] = calibration(logits, labels, config)
+    if config.task == "single_label_classification":
+        scores["accuracy_by_coverage"] = accuracy_by_coverage(*confidences(logits, labels, config))
+    if chosen is not None:
+        scores["selective"] = answers(logits, labels, config, chosen)
+    kinds = np.array(kinds_of_posts(posts) if config.modality_dropout else [])
+    if (kinds != "complete").any():
+        scores["by_kind"] = {}
+        for kind in sorted(set(kinds)):
+            rows = np.flatnonzero(kinds == kind)
+            of_kind = score(logits[rows], labels[rows], metric, names, config)
+            main = {name: value for name, value in of_kind.items() if isinstance(value, float)}
+            scores["by_kind"][str(kind)] = {"posts": len(rows), **main}
+    return scores
+
+
+def kinds_of_posts(posts: datasets.Dataset) -> list[str]:
+    """Return "complete", "image only" or "text only" for each post."""
+    return [
+        "text only" if row["image"] is None else "image only" if is_blank(row["text"]) else "complete"
+        for row in posts.select_columns(["image", "text"])
+    ]

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from sklearn.metrics import precision_recall_curve
 
-from clipcacg.processing_clipcacg import labels_that_apply
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.processing_clipcacg import label_scores, labels_that_apply
 from clipcacg.scripts.data.errors import InputError
 
 METRIC = str(Path(__file__).parent / "sentiment_metrics")
@@ -34,7 +35,7 @@ def score(
     labels: np.ndarray,
     metric: evaluate.Metric,
     names: list[str] | None,
-    thresholds: list[float] | None = None,
+    config: ClipCaCgConfig | None = None,
 ) -> dict[str, Any]:
     """All scores of logits (posts, labels) against the true labels.
 
@@ -43,11 +44,13 @@ def score(
         labels: (posts,) class indices or values; (posts, labels) of 0 and 1 for several labels per post.
         metric: From `load_metric`.
         names: Names of the classes, None for a regression.
-        thresholds: `label_thresholds` of the model's config.
+        config: Config of the model, for several labels per post; None: a label applies from a logit of 0.
     """
     if metric.config_name == "multilabel":
-        predictions = labels_that_apply(torch.from_numpy(logits).float().sigmoid(), thresholds).int().numpy()
-        return metric.compute(predictions=predictions, references=labels.astype(int), label_names=names)
+        applies = torch.from_numpy(logits >= 0)
+        if config is not None:
+            applies = labels_that_apply(label_scores(torch.from_numpy(logits), config), config.label_thresholds)
+        return metric.compute(predictions=applies.int().numpy(), references=labels.astype(int), label_names=names)
     values = logits.reshape(-1) if names is None else logits.argmax(axis=-1)
     named = {} if names is None else {"label_names": names}
     return metric.compute(predictions=values, references=labels.reshape(-1), **named)

@@ -63,7 +63,7 @@ def summary(results: dict[str, tuple[Tensor, float]], labels: Any, config: ClipC
     """One line per model: its main scores and the time."""
     metric, names, lines = load_metric(config.task), None if config.task == "regression" else config.label_names, []
     for name, (logits, seconds) in results.items():
-        scores = score(logits.numpy(), labels, metric, names, config.label_thresholds)
+        scores = score(logits.numpy(), labels, metric, names, config)
         shown = ", ".join(f"{key} {scores[key]:.4f}" for key in ("accuracy", "f1", "f1_micro", "mse") if key in scores)
         lines.append(f"{name:>8}: {shown}, {1000 * seconds / len(labels):.2f} ms per post")
     before, after = (seconds for _, seconds in results.values())

@@ -17,9 +17,13 @@ from clipcacg.scripts.data.sources import SPLIT_NAMES
 from clipcacg.scripts.reporting.model_card import write_model_card
 from clipcacg.scripts.reporting.plots import (
     CONFUSION_MATRIX_FILE,
+    COVERAGE_FILE,
     CURVES_FILE,
+    RELIABILITY_FILE,
     plot_confusion_matrix,
+    plot_coverage,
     plot_curves,
+    plot_reliability,
 )
 from clipcacg.scripts.reporting.run_facts import (
     RunFacts,
@@ -58,6 +62,9 @@ def complete_checkpoint(
         if "confusion_matrix" in scores:
             title, file = f"Confusion matrix of the {split} split", folder / CONFUSION_MATRIX_FILE
             plot_confusion_matrix(scores["confusion_matrix"], label_names(posts["train"]), file, title)
+    if results:
+        plot_reliability(results, folder / RELIABILITY_FILE)
+        plot_coverage(results, folder / COVERAGE_FILE)
     plot_curves(state.log_history, folder / CURVES_FILE, ended.get("chosen_epoch"))
     # A pickle of the arguments, which holds paths of this machine, as does the Trainer's state.
     (folder / "training_args.bin").unlink(missing_ok=True)

@@ -35,10 +35,12 @@ from clipcacg.scripts.data.sample import make_tiny_backbones
 from clipcacg.scripts.data.streaming import PostStream
 from clipcacg.scripts.reporting.hub import push_checkpoint
 from clipcacg.scripts.reporting.predictions import checkpoint_config, load_checkpoint, prediction_line, write_line
-from clipcacg.scripts.reporting.tables import results_table
+from clipcacg.scripts.reporting.tables import calibration_tables, results_table
 from clipcacg.scripts.training.arguments import LoadingArguments, ModelArguments, RecipeArguments
 from clipcacg.scripts.training.averaging import KeepBestCheckpoints, best_checkpoints, load_average
+from clipcacg.scripts.training.calibration import check_wanted_accuracy, choose_min_confidence, fit_temperature
 from clipcacg.scripts.training.checks import check_validation
+from clipcacg.scripts.training.evaluation import all_scores
 from clipcacg.scripts.training.metrics import best_threshold, check_metric_name, load_metric, score
 from clipcacg.scripts.training.trainer import EarlyStopping, SentimentTrainer
 
@@ -150,6 +152,7 @@ def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modal
     task, is_chosen = task_of(posts["train"]), "metric_for_best_model" in arguments.given
     if task in BEST_BY and not is_chosen and arguments.metric_for_best_model in (None, "accuracy"):
         arguments.metric_for_best_model, arguments.greater_is_better = BEST_BY[task]
+    check_wanted_accuracy(arguments.wanted_accuracy, task)
     if arguments.metric_for_best_model:
         check_metric_name(arguments.metric_for_best_model, task)
     if "validation" not in posts:
@@ -177,11 +180,12 @@ def build(
     if arguments.model_name_or_path:
         model, processor = load_checkpoint(
             arguments.model_name_or_path,
-            any(getattr(arguments, f"{part}_trust_remote_code") for part in BACKBONES),
+            arguments.trusts_code,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             class_weights=None,
             label_thresholds=None,
+            temperature=1.0,
             **{name: getattr(arguments, name) for name in CHANGEABLE},
             **arguments.head_fields(),
             **labels,
@@ -480,13 +484,15 @@ def evaluate_splits(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> d
     Returns:
         Split name to the metric's scores.
     """
-    names, results = label_names(posts["train"]), {}
-    metric, config = load_metric(task_of(posts["train"])), trainer.model.config
+    names, config, results, chosen = label_names(posts["train"]), trainer.model.config, {}, None
     for split, prefix in (("validation", "eval"), ("test", "test")):
         if split not in posts:
             continue
         output = trainer.predict(posts[split], metric_key_prefix=prefix)
-        results[split] = score(output.predictions, output.label_ids, metric, names, config.label_thresholds)
+        answers, wanted = (output.predictions, output.label_ids), trainer.args.wanted_accuracy
+        if split == "validation" and wanted is not None:
+            chosen = choose_min_confidence(*answers, config, wanted)
+        results[split] = all_scores(*answers, posts[split], config, chosen)
         details = {f"{prefix}_{name}": value for name, value in results[split].items()}
         trainer.save_metrics(prefix, {**output.metrics, **details})
         if trainer.is_world_process_zero():
@@ -494,6 +500,8 @@ def evaluate_splits(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> d
                 for post_id, logits in zip(posts[split]["id"], torch.from_numpy(output.predictions), strict=True):
                     write_line(file, prediction_line(post_id, logits, config))
             logger.info("\n%s, %d posts\n%s\n", split, len(posts[split]), results_table(results[split], names))
+    if tables := calibration_tables(results):
+        logger.info("%s\n", tables)
     return results
 
 
@@ -520,18 +528,22 @@ def choose_combination(trainer: SentimentTrainer, posts: datasets.DatasetDict, a
     logger.info("modality_combination: %s, by the validation %s of %s", config.modality_combination, metric, scores)
 
 
-def choose_thresholds(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> None:
-    """Set `label_thresholds` of a model for several labels per post, by the F1 of each label on the validation split.
+def calibrate(trainer: SentimentTrainer, posts: datasets.DatasetDict) -> None:
+    """Set what turns a trained classifier's logits into answers, by the validation split.
 
-    A label without validation posts keeps 0.5, and so does one whose F1 no threshold improves.
+    That is its `temperature` and, with several labels per post, its `label_thresholds`, by the F1 of each label: one
+    without validation posts keeps 0.5, and so does one whose F1 no threshold improves.
 
-    Source: our choice. At 0.5 a model predicts rare labels hardly ever.
+    Source: the thresholds are our choice. At 0.5 a model predicts rare labels hardly ever.
     """
     config = trainer.model.config
-    config.label_thresholds = None
-    if config.task != "multi_label_classification" or "validation" not in posts:
+    config.temperature, config.label_thresholds = 1.0, None
+    if config.task == "regression" or "validation" not in posts:
         return
     output = trainer.predict(posts["validation"], metric_key_prefix="eval")
+    config.temperature = fit_temperature(output.predictions, output.label_ids, config)
+    if config.task != "multi_label_classification":
+        return
     probabilities = label_scores(torch.from_numpy(output.predictions), config).numpy()
     config.label_thresholds = [
         best_threshold(*label) for label in zip(output.label_ids.T, probabilities.T, strict=True)
@@ -554,7 +566,7 @@ def take_over_push(arguments: RecipeArguments) -> tuple[bool, str | None]:
     return asked, token
 
 
-def push(arguments: RecipeArguments, token: str | None) -> None:
-    """Push the finished run, as `push_to_hub.py` does."""
+def push(arguments: RecipeArguments, token: str | None, trust_remote_code: bool) -> None:
+    """Push the finished run, as `push_to_hub.py` does; see `push_checkpoint`."""
     private, revision = bool(arguments.hub_private_repo), arguments.hub_revision
-    push_checkpoint(arguments.output_dir, arguments.hub_model_id, private, revision, token)
+    push_checkpoint(arguments.output_dir, arguments.hub_model_id, private, revision, token, trust_remote_code)

@@ -69,6 +69,7 @@ def test_the_defaults_fit_the_published_weights() -> None:
         {"clip_config": None, "clip_mode": "none"},
         {"num_labels": 1, "problem_type": "regression"},
         {"num_labels": 2, "class_weights": [0.5, 2.0], "label_smoothing": 0.1, "dtype": "bfloat16"},
+        {"temperature": 1.75},
         {"text_config": RobertaConfig(), "vision_config": TIMM},  # 512 positions where our default has 514
         {"modality": "text"},
     ],
@@ -141,6 +142,8 @@ def test_a_dual_encoder_that_does_not_fit_is_refused(tiny_config: MakeConfig, fa
         ({"class_weights": [1.0, 2.0]}, "3 numbers, not 2"),
         ({"label_thresholds": [0.5]}, "label_thresholds needs .* 3 numbers, not 1"),
         ({"problem_type": "regression"}, "num_labels must be 1, not 3"),
+        ({"temperature": 0.0}, "temperature must be above 0 and finite, not 0.0"),
+        ({"temperature": float("nan")}, "temperature must be above 0 and finite, not nan"),
     ],
     ids=str,
 )

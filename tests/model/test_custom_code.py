@@ -1,4 +1,4 @@
-"""Encoders with code of their own: a checkpoint holds that code, and runs it only where it is trusted."""
+"""Encoders and tokenizers with their own code: a checkpoint holds that code, and runs it only where it is trusted."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, ClipCaCgModel
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts import evaluate_checkpoint, train
+from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.reporting.hub import checkpoint_files
 from clipcacg.scripts.reporting.predictions import load_checkpoint
 
@@ -52,6 +53,13 @@ class WordsModel(PreTrainedModel):
         return BaseModelOutput(3 * self.words(input_ids))
 """,
     "layers_words": "from torch import nn\n\nclass Words(nn.Embedding):\n    pass\n",
+    "tokenization_words": """
+from transformers import PreTrainedTokenizerFast
+
+class WordsTokenizer(PreTrainedTokenizerFast):
+    def __call__(self, text, **kwargs):
+        return super().__call__([one.replace("good", "bad") for one in text], **kwargs)
+""",
     "configuration_pixels": """
 from transformers import PreTrainedConfig
 
@@ -96,6 +104,7 @@ for name, field in ("AutoModel", "fused_embeds"), ("AutoModelForSequenceClassifi
     with torch.no_grad():
         answer[field] = model(**inputs)[field].tolist()
 model.save_pretrained("again")
+processor.save_pretrained("again")
 answer["again"] = sorted(p.name for p in __import__("pathlib").Path("again").glob("*.py"))
 json.dump(answer, open("answer.json", "w"))
 """
@@ -115,6 +124,10 @@ def custom_encoder(part: str, backbones: Path, folder: Path) -> Path:
         "AutoConfig": f"configuration_{module}.{name}Config", "AutoModel": f"modeling_{module}.{name}Model"
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(fields))
+    if part == "text":
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "WordsTokenizer"}
+        tokenizer["auto_map"] = {"AutoTokenizer": [None, "tokenization_words.WordsTokenizer"]}
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     from safetensors.torch import save_file
 
     weights = {"words.weight": torch.randn(vocab_size, 8)}
@@ -188,12 +201,14 @@ def test_training_goes_on_from_it(checkpoint: Path, posts_folder: Path, tmp_path
     load_checkpoint(str(tmp_path / "out"), True)
 
 
-def test_a_push_takes_the_code_of_the_encoders_along(checkpoint: Path) -> None:
-    assert {f"{name}.py" for name in CODE} < set(checkpoint_files(checkpoint))
+def test_a_push_takes_their_code_along(checkpoint: Path) -> None:
+    assert {f"{name}.py" for name in CODE} < set(checkpoint_files(checkpoint, trust_remote_code=True))
+    with pytest.raises(InputError, match="trust_remote_code=True"):
+        checkpoint_files(checkpoint)
     (checkpoint / "layers_words.py").rename(checkpoint / "elsewhere")
     try:
-        with pytest.raises(ValueError, match=r"incomplete: there is no layers_words\.py"):
-            checkpoint_files(checkpoint)
+        with pytest.raises(InputError, match=r"incomplete: there is no layers_words\.py"):
+            checkpoint_files(checkpoint, trust_remote_code=True)
     finally:
         (checkpoint / "elsewhere").rename(checkpoint / "layers_words.py")
 

@@ -21,6 +21,7 @@ from clipcacg.modeling_clipcacg import (
     combine_probabilities,
     known_cross_entropy,
 )
+from clipcacg.processing_clipcacg import label_scores
 from clipcacg.scripts.baselines.concatenation import Concatenation, ConcatenationConfig
 from clipcacg.scripts.data.mvsa import combine_labels
 
@@ -111,6 +112,12 @@ def test_the_average_is_the_prediction_in_evaluation_mode_alone(build: Build, in
     model.config.modality_combination = "classifier"
     classifier = model(**inputs).logits
     assert_close(found.logits.exp(), (classifier.softmax(-1) + rule) / 2)
+    # The temperature acts on the average: no part of it changes, nor does any output of the model.
+    model.config.modality_combination, model.config.temperature = "average", 2.0
+    scaled = model(**inputs)
+    assert torch.equal(scaled.logits, found.logits) and torch.equal(scaled.text_logits, found.text_logits)
+    roots = ((classifier.softmax(-1) + rule) / 2).sqrt()
+    assert_close(label_scores(scaled.logits, model.config), roots / roots.sum(-1, keepdim=True))
     trained = {}
     for combination in ("average", "classifier"):
         model.config.modality_combination = combination

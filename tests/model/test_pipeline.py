@@ -90,6 +90,22 @@ def test_the_likeliest_come_first_and_top_k_cuts(sentiment: ImageTextSentimentPi
             sentiment(post, top_k=top_k)
 
 
+def test_an_uncertain_answer_comes_before_the_probabilities(checkpoint: Path, posts_folder: Path) -> None:
+    model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint, temperature=4.0)
+    sentiment = pipeline(TASK, model=model, processor=ClipCaCgProcessor.from_pretrained(checkpoint))
+    post = posts_of(posts_folder, 1)[0]
+    every = sentiment(post)
+    inputs = sentiment.processor(images=post["image"], text=post["text"], return_tensors="pt")
+    expected = (model(**inputs).logits / 4).softmax(-1).max().item()
+    assert every[0]["score"] == pytest.approx(expected, abs=1e-6)
+    uncertain = {"label": "uncertain", "score": every[0]["score"]}
+    assert sentiment(post, min_confidence=0.99) == [uncertain, *every]
+    assert sentiment([post], min_confidence=0.99, top_k=1) == [[uncertain, every[0]]]
+    assert sentiment(post, min_confidence=0.1) == every
+    with pytest.raises(ValueError, match="min_confidence must be from 0 to 1, not 80"):
+        sentiment(post, min_confidence=80)
+
+
 @pytest.mark.parametrize("part", ["image", "text"])
 def test_one_modality_does_with_its_part(part: str, backbones: Path, posts_folder: Path) -> None:
     names = {"text_model": backbones / "text", "vision_model": backbones / "vision"}

@@ -521,6 +521,33 @@ def test_one_rule_turns_logits_into_answers(
     assert first == answer
 
 
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
+def test_the_temperature_scales_probabilities_and_nothing_else(tiny_config: Callable, problem_type: str) -> None:
+    count = 1 if problem_type == "regression" else 3
+    config = tiny_config(problem_type=problem_type, num_labels=count, id2label=None, temperature=2.0)
+    logits = torch.tensor([[2.0, 1.0, -3.0][:count]])
+    expected = {
+        "single_label_classification": (logits / 2).softmax(-1),
+        "multi_label_classification": (logits / 2).sigmoid(),
+        "regression": logits,
+    }
+    torch.testing.assert_close(label_scores(logits, config), expected[problem_type])
+
+
+def test_an_answer_below_min_confidence_is_uncertain(tiny_config: Callable) -> None:
+    config = tiny_config(id2label={0: "a", 1: "b"})
+    logits = torch.tensor([[2.0, 1.5], [-3.0, -2.0]])  # 0.62 and 0.73 for the likelier one
+    without, found = (ClipCaCgProcessor.post_process(logits, config, least) for least in (None, 0.7))
+    assert [answer["label"] for answer in without] == ["a", "b"]
+    assert [answer["label"] for answer in found] == ["uncertain", "b"]
+    assert [answer["scores"] for answer in found] == [answer["scores"] for answer in without]
+    with pytest.raises(ValueError, match="min_confidence must be from 0 to 1, not 70"):
+        ClipCaCgProcessor.post_process(logits, config, 70)
+    several = tiny_config(id2label={0: "a", 1: "b"}, problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match="min_confidence is for one label per example, .* multi_label_classification"):
+        ClipCaCgProcessor.post_process(logits, several, 0.7)
+
+
 def test_the_collator_makes_batches_of_rows_and_can_be_pickled(checkpoint: Path, posts_folder: Path) -> None:
     processor = ClipCaCgProcessor.from_pretrained(checkpoint)
     images, text = [str(posts_folder / f"data/{number}.jpg") for number in (1, 2)], ["one", "a longer text"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ import torch
 from inputs import ask_page, free_port, upload, wait_for
 from PIL import Image
 
-from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
+from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification, masked_mean
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
+from clipcacg.scripts.data.errors import InputError
+from clipcacg.scripts.data.mvsa import load_mvsa
 
 page_module = pytest.importorskip(
     "clipcacg.scripts.reporting.page", reason='needs the extra "demo"', exc_type=ImportError
@@ -29,6 +32,7 @@ page_module = pytest.importorskip(
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.py"
 TEXT = "Feeling blessed <img src=x onerror=alert(1)> & <b>bold</b> #today"
+SIDES = ("text", "image")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -59,6 +63,21 @@ def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("1", (9000, 6000)).save(folder / "bomb.png")
     Image.fromarray(values).save(folder / "program.eps")
     return folder
+
+
+def test_an_answer_below_min_confidence_is_uncertain(checkpoint: Path, posts: Path) -> None:
+    model, processor = page_module.load_checkpoint(str(checkpoint))
+    with Image.open(posts / "good.jpg") as image:
+        usual, unsure, sure = (
+            page_module.predict(model, processor, image, TEXT, limit) for limit in (None, 0.99, 0.01)
+        )
+    assert usual == sure and "unsure" not in usual
+    assert unsure["label"] == "uncertain" and unsure["unsure"].startswith("No label is as likely as 99%: ")
+    assert all(f"{label} {score:.0%}" in unsure["unsure"] for label, score in usual["label"].items())
+    with pytest.raises(
+        InputError, match="--min_confidence cannot be used: min_confidence must be from 0 to 1, not 1.5"
+    ):
+        page_module.build_demo(str(checkpoint), min_confidence=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -267,8 +286,13 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(params=[(1280, 900), (375, 812)], ids=["desktop", "phone"])
 def page(request: pytest.FixtureRequest, browser: Any, server: str) -> Iterator[Any]:
+    with visit(browser, server, *request.param) as page:
+        yield page
+
+
+@contextmanager
+def visit(browser: Any, server: str, width: int, height: int) -> Iterator[Any]:
     """The demo in a new window, which must not contact other servers or run scripts of a text."""
-    width, height = request.param
     context = browser.new_context(viewport={"width": width, "height": height})
     page, asked, shouted = context.new_page(), [], []
     page.on("request", lambda asked_for: asked.append(asked_for.url))
@@ -348,3 +372,100 @@ def test_bad_files_and_examples(page: Any, posts: Path, tmp_path: Path) -> None:
     page.locator("img[src*='image.webp']").wait_for()
     page.get_by_role("button", name="Analyze").click()
     wait_for_images(page)
+
+
+@pytest.fixture(scope="module")
+def examples(posts_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The posts that the heads of `with_heads` know; their images are larger than the model's input."""
+    folder = tmp_path_factory.mktemp("examples")
+
+    def enlarged(row: dict[str, Any]) -> dict[str, Any]:
+        row["image"].resize((4 * row["image"].width, 4 * row["image"].height)).save(folder / f"{row['id']}.png")
+        return row | {"image": str(folder / f"{row['id']}.png")}
+
+    return [enlarged(row) for row in load_mvsa(posts_folder).select(range(24))]
+
+
+@pytest.fixture(scope="module")
+def with_heads(backbones: Path, examples: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers posts of every kind, and knows the sentiment of each text and image of `examples`."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("heads") / "checkpoint"
+    fields = {"clip_mode": "feature", "use_modality_heads": True, "modality_dropout": 0.1, "hidden_size": 32}
+    model = ClipCaCgForSequenceClassification.from_backbones(backbones / "text", backbones / "vision", **fields).eval()
+    processor = ClipCaCgProcessor.from_backbones(backbones / "text", backbones / "vision")
+    images, texts = ([row[column] for row in examples] for column in ("image", "text"))
+    inputs = processor(images=images, text=texts, return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs, output_hidden_states=True)
+        text = masked_mean(outputs.text_hidden_states[0], inputs["attention_mask"].bool())
+        image = outputs.image_hidden_states[0].mean(dim=1)
+        for head, states, column in (
+            (model.modality_heads.text, text, "text_label"),
+            (model.modality_heads.image, image, "image_label"),
+        ):
+            known = torch.cat([states, torch.ones(len(states), 1)], dim=1).double()
+            wanted = 10 * torch.nn.functional.one_hot(torch.tensor([row[column] for row in examples]), 3).double()
+            solution = torch.linalg.lstsq(known, wanted, driver="gelsd").solution
+            head.weight[:], head.bias[:] = solution[:-1].T, solution[-1]
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(1280, 900), (375, 812)], ids=["desktop", "phone"])
+def test_posts_of_every_kind(
+    browser: Any, with_heads: Path, examples: list, tmp_path: Path, monkeypatch: Any, size: tuple[int, int]
+) -> None:
+    """Complete, without an image, without a text, and in conflict: the panels that each has, and what they say."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    demo = page_module.build_demo(str(with_heads))
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True)
+    known = {(side, row[f"{side}_label"]): row[side] for row in examples for side in SIDES}
+    negative, positive = 0, 2
+    happy, sad = known["text", positive], known["image", negative]
+    kinds = {
+        "complete": (known["image", positive], happy),
+        "no image": (None, happy),
+        "no text": (sad, None),
+        "conflict": (sad, happy),
+    }
+    try:
+        with visit(browser, url.rstrip("/"), *size) as page:
+            for kind, (image, text) in kinds.items():
+                if kind != "conflict":  # it adds a text to the post without, whose hidden panels come back
+                    page.goto(url)
+                page.get_by_label("Text").fill(text or "")
+                if image is not None and kind != "conflict":
+                    page.locator("input[type=file]").set_input_files(image)
+                    page.locator("img[src*='/file=']").wait_for()
+                page.get_by_role("button", name="Analyze").click()
+                maps = {"no image": 0, "no text": 1}.get(kind, 3)
+                overlays = page.get_by_alt_text("The marked image")
+                if text:
+                    page.locator(".textfield").first.wait_for(timeout=60_000)
+                for number in range(maps):
+                    overlays.nth(number).evaluate("element => element.scrollIntoView()", timeout=60_000)
+                    overlays.nth(number).wait_for(timeout=60_000)
+                page.screenshot(path=tmp_path / f"{kind}.png", full_page=True)
+                assert overlays.count() == maps and page.locator(".textfield").count() == bool(text) * (maps or 1)
+                found = page.locator("[data-testid=label-output-value]").all_inner_texts()
+                said = {"complete": ["positive"] * 2, "no image": ["positive"], "no text": ["negative"]}
+                assert found[1:] == said.get(kind, ["positive", "negative"])
+                share = page.get_by_text("Conflict: ")
+                if kind in ("complete", "conflict"):
+                    percent = int(share.inner_text().split()[1].rstrip("%,"))
+                    assert percent > 90 if kind == "conflict" else percent < 10
+                captions = [f"{what} the {side} attends to" for what in ("Words", "Image regions") for side in SIDES]
+                captions += [f"Sentiment of the {side} alone" for side in SIDES]
+                shown = [page.get_by_text(caption).is_visible() for caption in captions]
+                if kind not in ("complete", "conflict"):
+                    assert shown == [False] * 4 + [bool(text), bool(image)] and not share.is_visible()
+                else:
+                    assert all(shown)
+                    drawn = overlays.nth(1).evaluate("element => [element.naturalWidth, element.naturalHeight]")
+                    edge = min(Image.open(image).size)
+                    assert drawn == pytest.approx([64 / 73 * edge] * 2, abs=4)  # the crop, in pixels of the upload
+    finally:
+        demo.close()

@@ -93,6 +93,24 @@ def test_what_was_not_measured_does_not_appear(tmp_path: Path) -> None:
         assert word not in card.text.partition("## Limits")[0], word
 
 
+def test_calibration_appears_if_it_was_measured(tmp_path: Path) -> None:
+    assert "calibration of the probabilities was not measured" in flat(read(tmp_path, facts()))
+    errors = {"ece": 0.2, "ece_adaptive": 0.19, "brier": 0.5, "nll": 1.1, "bins": []}
+    after = {**errors, "ece": 0.05}
+    measured = {**SCORES, "calibration": {"temperature": 1.75, "before": errors, "after": after}}
+    text = flat(read(tmp_path, facts({"temperature": 1.75}, test=measured, validation=measured)))
+    assert (
+        "## Calibration" in text
+        and "divided by 1.75 " in text
+        and "calibration of the probabilities was not" not in text
+    )
+    assert re.search(r"\| test +\| 1 +\| 0.2000 +\| 0.1900", text) and re.search(r"\| test +\| 1.75 +\| 0.0500", text)
+    assert "fitted on the validation posts" in text and ".png" not in text
+    same = {**SCORES, "calibration": {"temperature": 1.0, "before": errors, "after": errors}}
+    text = flat(read(tmp_path, facts(test=same)))
+    assert "the temperature is 1." in text and "fitted on" not in text and len(re.findall(r"\| test +\|", text)) == 1
+
+
 def test_plots_appear_if_they_exist(tmp_path: Path) -> None:
     for name in (CONFUSION_MATRIX_FILE, CURVES_FILE):
         (tmp_path / name).touch()

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from clipcacg.scripts.reporting.plots import plot_confusion_matrix, plot_curves
+from clipcacg.scripts.reporting.plots import plot_confusion_matrix, plot_coverage, plot_curves, plot_reliability
 
 HISTORY = [
     {"loss": 1.1, "epoch": 0.5, "step": 1},
@@ -83,3 +83,45 @@ def test_curves_file(tmp_path: Path) -> None:
     assert_uncut_png(path)
     plot_curves([HISTORY[2], HISTORY[5]], path)
     assert not path.exists(), "a single evaluation is not a curve, and the file of an earlier run must go"
+
+
+def errors(*bins: tuple[float, float, int]) -> dict[str, object]:
+    return {"ece": 0.1, "bins": [dict(zip(("confidence", "accuracy", "count"), one, strict=True)) for one in bins]}
+
+
+SURE = {
+    "calibration": {
+        "temperature": 2.0,
+        "before": errors((0.5, 0.4, 3), (0.9, 0.6, 5)),
+        "after": errors((0.6, 0.5, 8)),
+    },
+    "accuracy_by_coverage": {"coverage": [0.5, 1.0], "accuracy": [0.9, 0.8], "aurc": 0.1},
+    "selective": {"min_confidence": 0.7, "wanted_accuracy": 0.85, "answered": 0.75, "accuracy": 0.82},
+}
+
+
+def test_reliability_before_and_after(drawn: list[Figure], tmp_path: Path) -> None:
+    plot_reliability({"validation": {}, "test": SURE}, tmp_path / "unused.png")
+    before, after, *counts = drawn[0].axes
+    assert [axes.lines[1].get_xydata().tolist() for axes in (before, after)] == [
+        [[0.5, 0.4], [0.9, 0.6]],
+        [[0.6, 0.5]],
+    ]
+    assert [[bar.get_height() for bar in axes.patches] for axes in counts] == [[3, 5], [8]]
+    assert "temperature 2" in after.get_title() and "test" in after.get_title()
+
+
+def test_coverage_of_each_split_with_what_was_chosen(drawn: list[Figure], tmp_path: Path) -> None:
+    less = {"accuracy_by_coverage": SURE["accuracy_by_coverage"]}
+    plot_coverage({"validation": less, "test": SURE}, tmp_path / "unused.png")
+    curves = lines(drawn[0])[0]
+    assert curves["validation"] == curves["test"] == [[0.5, 0.9], [1.0, 0.8]]
+    assert curves["test, min_confidence 0.7"] == [[0.75, 0.82]]
+
+
+def test_files_of_what_was_not_measured_go(tmp_path: Path) -> None:
+    for plot in (plot_reliability, plot_coverage):
+        plot({"test": SURE}, tmp_path / "plot.png")
+        assert_uncut_png(tmp_path / "plot.png")
+        plot({"test": {"mse": 1.0}}, tmp_path / "plot.png")
+        assert not (tmp_path / "plot.png").exists()

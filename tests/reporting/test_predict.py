@@ -283,6 +283,29 @@ def test_bf16_is_close_and_not_mixed_with_float32(
         predict([*flags, "--output", str(tmp_path / "float32"), "--bf16"])
 
 
+def test_uncertain_posts_keep_their_probabilities_and_are_not_mixed_with_others(
+    checkpoint: Path, posts_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = [str(checkpoint), "--input", str(posts_folder), "--max_samples", "9", "--num_workers", "0", "--output"]
+    predict([*flags, str(tmp_path / "all")])
+    sure = sorted(max(line["probabilities"].values()) for line in lines(tmp_path / "all"))
+    limit = str((sure[3] + sure[4]) / 2)
+    predict([*flags, str(tmp_path / "some"), "--min_confidence", limit])
+    found = lines(tmp_path / "some")
+    assert [line["label"] for line in found].count("uncertain") == 4
+    for line, other in zip(found, lines(tmp_path / "all"), strict=True):
+        assert line["probabilities"] == other["probabilities"] and line["label"] in ("uncertain", other["label"])
+    for more in ([], ["--min_confidence", "0.9"]):
+        with pytest.raises(SystemExit, match="does not belong to this model"):
+            predict([*flags, str(tmp_path / "some"), *more])
+    capsys.readouterr()
+    post = ["--image", str(posts_folder / "data/1.jpg"), "--text", "so happy", "--min_confidence"]
+    predict([str(checkpoint), *post, "1"])
+    assert json.loads(capsys.readouterr().out)["label"] == "uncertain"
+    with pytest.raises(SystemExit, match="--min_confidence cannot be used: min_confidence must be from 0 to 1, not 7"):
+        predict([str(checkpoint), *post, "7"])
+
+
 def test_several_labels_get_the_same_probabilities_everywhere(
     checkpoint: Path, posts_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

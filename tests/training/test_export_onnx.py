@@ -26,15 +26,8 @@ CLIP = ["clip_input_ids", "clip_attention_mask", "clip_pixel_values"]
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
-        pytest.param(
-            {"use_modality_heads": True, "modality_combination": "average"},
-            BOTH + CLIP,
-            id="encoder",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param({"use_modality_heads": True, "modality_combination": "average"}, BOTH + CLIP, id="encoder"),
         pytest.param({"clip_mode": "feature", "modality_dropout": 0.1}, [*BOTH, "has_image"], id="feature"),
-        pytest.param({"clip_mode": "none"}, BOTH, id="none"),
-        pytest.param({"modality": "image"}, BOTH[2:], id="image"),
     ],
 )
 def test_the_file_gives_the_models_logits(

@@ -50,6 +50,7 @@ def test_a_run_leaves_scores_predictions_plots_and_a_complete_checkpoint(trained
     names = {path.name for path in trained.iterdir()}
     assert CODE | {"model.safetensors", "config.json", "processor_config.json", "README.md"} <= names
     assert {"confusion_matrix.png", "training_curves.png", "clip_tokenizer"} <= names
+    assert {"reliability.png", "coverage.png"} <= names
     assert not any(name.endswith((".bin", ".pt", ".pth")) for name in names)
     state = json.loads((trained / "trainer_state.json").read_text())
     assert state["log_history"] and (trained / state["best_model_checkpoint"]).is_dir()
@@ -185,7 +186,9 @@ def test_a_run_with_modality_dropout(posts_folder: Path, backbones: Path, tmp_pa
         } == predicted
 
 
-def test_training_on_a_table_with_empty_cells(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+def test_training_on_a_table_with_empty_cells(
+    posts_folder: Path, backbones: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Posts without an image are bad rows, unless the model learns to do without one."""
     rows = [f"{posts_folder}/data/{n}.jpg,so good,{n % 2}" for n in range(1, 41)]
     rows[3], rows[4] = ",so good,1", f"{posts_folder}/data/5.jpg,,0"
@@ -196,6 +199,17 @@ def test_training_on_a_table_with_empty_cells(posts_folder: Path, backbones: Pat
         train.main(command(tmp_path / "refused", *few))
     train.main(command(tmp_path / "model", *few, "--modality_dropout", "0.1"))
     assert results(tmp_path / "model")["test_loss"] > 0
+    check = [str(tmp_path / "model"), "--dataset_name", str(tmp_path / "posts.csv"), "--output"]
+    evaluate_checkpoint.main([*check, str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    kinds = found["by_kind"]
+    assert {kind: scores["posts"] for kind, scores in kinds.items()} == {
+        "complete": 38, "image only": 1, "text only": 1
+    }  # fmt: skip
+    right = sum(scores["posts"] * scores["accuracy"] for scores in kinds.values())
+    assert right == pytest.approx(40 * found["accuracy"])
+    printed = capsys.readouterr().out
+    assert re.search(r"\| Kind +\| Posts +\| Accuracy", printed) and re.search(r"\| image only +\| 1 ", printed)
     rows[3] = ",,1"
     (tmp_path / "posts.csv").write_text("\n".join(["image,text,label", *rows]))
     with pytest.raises(SystemExit, match="row 4 of .*posts.csv: it has no image"):
@@ -327,6 +341,9 @@ def test_without_a_validation_split_the_last_epoch_is_kept(
     scores = results(tmp_path / "model")
     assert "test_accuracy" in scores and "eval_accuracy" not in scores
     assert json.loads((tmp_path / "model/config.json").read_text())["modality"] == "image"
+    assert scores["test_calibration"]["temperature"] == 1
+    with pytest.raises(SystemExit, match="--wanted_accuracy needs a validation split"):
+        train.main(flags(posts_folder, backbones, tmp_path / "other", *more, "--wanted_accuracy", "0.8"))
 
 
 def test_training_starts_from_a_checkpoint(trained: Path, posts_folder: Path, tmp_path: Path) -> None:
