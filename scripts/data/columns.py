@@ -194,4 +194,4 @@ def as_image(value: Any, folders: Sequence[Path | str]) -> dict[str, Any] | None
             return {"path": None, "bytes": base64.b64decode(value.partition(",")[2] or value)}
         except binascii.Error:
             return {"path": value, "bytes": None}  # whoever opens it reports it
-    return {"path": locate_image(value, folders), "bytes": None}
+    return {"path": locate_image(value.strip(), folders), "bytes": None}

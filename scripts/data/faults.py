@@ -57,7 +57,7 @@ class Faults:
         if self.on_error == "raise":
             too_many = len(bad) > ALLOWED_SHARE * len(dataset)
             raise InputError(
-                report(bad, advice(map(kind_of, bad.values())) if too_many else "--on_error skip leaves them out")
+                report(bad, advice(map(kind_of, bad.values())) if too_many else "--on_error skip leaves bad rows out")
             )
         logger.warning(report(bad, "left out"))
         self.left_out |= bad

@@ -28,6 +28,7 @@ MOST_CLASSES = 30  # of whole numbers; more of them are values. Source: our choi
 KINDS = {str: "word", float: "number", list: "list"}
 # An item of a list in a cell of a table, as JSON, Python or NumPy writes it: 'a', "b" or c.
 ITEM = re.compile(r"""'([^']*)'|"([^"]*)"|([^\s,'"]+)""")
+DECIMAL_COMMA = re.compile(r"^(\s*[+-]?\d+),(\d+\s*)$")
 NAMED = 10  # classes that a message lists
 
 
@@ -210,8 +211,8 @@ def _parsed(values: dict[str, list[Any]], task: str) -> dict[str, list[Any]]:
 
     With `task="classification"` numbers become words.
     """
-    scalars: set[Any] = {value for part in values.values() for value in part if isinstance(value, (str, float))}
-    words = {value for value in scalars if isinstance(value, str)}
+    scalars = Counter(value for part in values.values() for value in part if isinstance(value, (str, float)))
+    words = {value: count for value, count in scalars.items() if isinstance(value, str)}
     read: dict[Any, Any] = {}
     if words and all(word.strip()[0] + word.strip()[-1] == "[]" for word in words):
         read = {word: _items(word.strip()) for word in words}
@@ -221,7 +222,7 @@ def _parsed(values: dict[str, list[Any]], task: str) -> dict[str, list[Any]]:
         read = {value: _as_name(value) for value in scalars}
     else:
         numbers = {word: number for word in words if (number := _number(word)) is not None}
-        if task == "regression" or len(numbers) > len(words) / 2:
+        if task == "regression" or sum(words[word] for word in numbers) > sum(words.values()) / 2:
             read = numbers
     return {
         split: [value if isinstance(value, list | dict) else read.get(value, value) for value in part]
@@ -247,9 +248,10 @@ def _as_flag(item: Any) -> str:
     return {"True": "1", "False": "0"}.get(word, _plain(word))
 
 
-def _number(word: str) -> float | None:
+def _number(word: str | float) -> float | None:
+    """The number that a word spells, perhaps with a decimal comma."""
     try:
-        number = float(word)
+        number = float(DECIMAL_COMMA.sub(r"\1.\2", str(word)))
     except ValueError:
         return None
     return number if math.isfinite(number) else None

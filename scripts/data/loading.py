@@ -268,15 +268,15 @@ def read_rows(
     folder = path if path.is_dir() else path.parent
     for split, dataset in posts.items():
         prefix, used = f"{split}-" if len(posts) > 1 else "", columns
-        if arguments.streaming and not (labels and isinstance(arguments, DataArguments)):
-            posts[split] = stream_posts(dataset, columns, present, folder, prefix)
-            continue
-        if arguments.streaming:
+        if arguments.streaming and labels and isinstance(arguments, DataArguments):
             limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
             dataset = dataset if limit is None else dataset.take(limit)
             used = Columns(labels=labels) if split == "train" else columns
             with reading(name):
                 dataset, malformed[split] = in_memory(dataset, used)
+        elif arguments.streaming:
+            posts[split] = stream_posts(dataset, columns, present, folder, prefix)
+            continue
         posts[split] = as_posts(dataset, used, folder, prefix, name)
     return posts, malformed
 

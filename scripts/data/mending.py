@@ -17,7 +17,7 @@ from clipcacg.scripts.data.errors import InputError
 
 MENDED = Path(HF_HOME) / "clipcacg" / "mended"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-DELIMITERS = ",;\t"
+DELIMITERS = ",;\t|"
 
 Reasons = dict[str, dict[int, str]]  # by split, what is wrong with a row, by its index
 Row = dict[str, Any]
@@ -113,23 +113,36 @@ def _json_rows(file: TextIO) -> Iterator[tuple[Row, str | None]]:
 def _cells(file: TextIO, delimiter: str) -> Iterator[tuple[Row, str | None]]:
     """The rows below the header of a table.
 
-    Strictly: an unclosed quote would otherwise swallow the rows below it.
+    Strictly: an unclosed quote would otherwise swallow the rows below it. Behind such a line reading starts anew.
     """
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    lines, taken, number = iter(file), list[str](), 0
+
+    def take() -> Iterator[str]:
+        for line in lines:
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(take(), delimiter=delimiter, strict=True)
     header = next(reader, [])
     while True:
+        number += len(taken)
+        taken.clear()
         try:
             cells = next(reader)
-            while len(cells) > len(header) and not cells[-1]:  # a delimiter at the end of the line
-                cells.pop()
-            if len(cells) > len(header):
-                raise csv.Error(f"it has {len(cells)} cells, the header {len(header)}")
         except StopIteration:
             return
         except csv.Error as error:
-            yield dict.fromkeys(header, ""), f"line {reader.line_num}: {error}"
-        else:
-            # pandas skips empty lines, and in a table of several columns lines of spaces.
-            if cells and (len(header) == 1 or len(cells) > 1 or cells[0].strip()):
-                yield dict(zip_longest(header, cells, fillvalue="")), None
+            yield dict.fromkeys(header, ""), f"line {number + 1}: {error}"
+            lines = chain(taken[1:], lines)
+            del taken[1:]
+            reader = csv.reader(take(), delimiter=delimiter, strict=True)
+            continue
+        while len(cells) > len(header) and not cells[-1]:  # a delimiter at the end of the line
+            cells.pop()
+        if len(cells) > len(header):
+            fault = f"line {number + 1}: it has {len(cells)} cells, the header {len(header)}"
+            yield dict.fromkeys(header, ""), fault
+        # pandas skips empty lines, and in a table of several columns lines of spaces.
+        elif cells and (len(header) == 1 or len(cells) > 1 or cells[0].strip()):
+            yield dict(zip_longest(header, cells, fillvalue="")), None

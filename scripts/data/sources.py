@@ -290,7 +290,10 @@ def _pieces(
             # pandas would judge the type of a column anew for every 10,000 rows, and fail where the judgments differ.
             options["converters"] = dict.fromkeys((column for head in heads for column in head), str)
         data_files = {split: list(map(str, tables))}
-        rows = datasets.load_dataset(builder, data_files=data_files, split=split, streaming=streaming, **options)
+        try:
+            rows = datasets.load_dataset(builder, data_files=data_files, split=split, streaming=streaming, **options)
+        except StopIteration as error:  # which may not leave a generator
+            raise ValueError("it is empty") from error
         if builder == "csv" and INDEX in (rows.column_names or ()):
             raise ValueError("a row has more cells than the header")
         yield own, rows.rename_column("file_name", "image") if paths[0].name == METADATA else rows

@@ -35,13 +35,12 @@ from clipcacg.processing_clipcacg import (
 )
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.features import FEATURES
-from clipcacg.scripts.reporting.overlays import BLUE, RED, HeatMap, light_up, seen_parts, tint
+from clipcacg.scripts.reporting.overlays import BLUE, GOLD, RED, HeatMap, gild, seen_parts, tint
 
 N_STEPS = 32  # points on the path of integrated gradients
 STEPS_AT_ONCE = 8  # keeps the memory of base-size models below a few GB
 MAX_BARS = 20
 ENCODERS = {"pixel_values": "the vision encoder", "clip_pixel_values": "CLIP"}
-GOLD = (0.72, 0.53, 0.04)
 
 
 @dataclass
@@ -396,14 +395,14 @@ def build_columns(explanation: Explanation) -> list[tuple[Panel, Panel]]:
         heading, shares, weights = f"ATTENTION of the {side}", attention.shares, attention.regions.weights
         peak, others = weights.max() / weights.mean(), 1 - shares["image"] - shares["words"]
         title = f"{heading} to image regions\n{shares['image']:.0%} of it; strongest: {peak:.1f} x the average"
-        regions = partial(show, image=light_up(attention.regions), title=title)
+        regions = partial(show, image=gild(attention.regions), title=title)
         title = f"{heading} to words\n{shares['words']:.0%} of it; other tokens: {others:.0%}"
         columns.append((regions, partial(bars, weights=attention.words, colours=(GOLD, GOLD), title=title)))
     found = explanation.attribution
     heading = f"ATTRIBUTION to {readable(explanation.predicted)!r}\nby integrated gradients\n"
     maps = []
     for encoder, regions in found.regions.items():
-        title = f"{heading}image regions, through {encoder}: {regions.weights.sum():+.2f}"
+        title = f"{heading}regions, through {encoder}: {regions.weights.sum():+.2f}"
         maps.append(partial(show, image=tint(regions, strongest(found)), title=title))
     words: Panel = None
     if found.words is not None:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 LONGEST_EDGE = 1024  # pixels of a drawing
-RED, BLUE = (0.84, 0.15, 0.16), (0.12, 0.35, 0.75)
+RED, BLUE, GOLD = (0.84, 0.15, 0.16), (0.12, 0.35, 0.75), (0.88, 0.63, 0.0)
 
 
 @dataclass
@@ -70,15 +70,15 @@ def upsample(heat_map: HeatMap) -> np.ndarray:
     return np.asarray(weights.resize((width, height), Image.Resampling.BICUBIC))[..., None]
 
 
-def light_up(heat_map: HeatMap) -> np.ndarray:
-    """The image (height, width, 3), bright where the weights are high and dark where they are low.
+def gild(heat_map: HeatMap) -> np.ndarray:
+    """The image (height, width, 3) in grey, golden where the weights are high.
 
-    Full brightness is the strongest weight or twice the average, whichever is more: uniform attention gives a uniform
+    The strongest weight or twice the average, whichever is more, gets full color: uniform attention gives a uniform
     image.
     """
     weights = heat_map.weights
-    strength = upsample(heat_map) / max(weights.max(), 2 * weights.mean())
-    return heat_map.view * (0.1 + 0.9 * strength.clip(0, 1))
+    full = max(weights.max(), 2 * weights.mean())
+    return blend(heat_map, upsample(heat_map).clip(0) / full, np.array(GOLD))
 
 
 def tint(heat_map: HeatMap, limit: float) -> np.ndarray:
@@ -86,8 +86,13 @@ def tint(heat_map: HeatMap, limit: float) -> np.ndarray:
 
     Args:
         heat_map: What to show.
-        limit: The weight that gets full colour.
+        limit: The weight that gets full color.
     """
-    weights = upsample(heat_map).clip(-limit, limit) / (limit or 1)
-    strength = 0.75 * np.abs(weights)  # below 1, so that the image stays visible
-    return heat_map.view.mean(axis=-1, keepdims=True) * (1 - strength) + np.where(weights > 0, RED, BLUE) * strength
+    weights = upsample(heat_map) / (limit or 1)
+    return blend(heat_map, np.abs(weights), np.where(weights > 0, RED, BLUE))
+
+
+def blend(heat_map: HeatMap, strength: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """The image in grey (height, width, 3), with so much of the color; full strength, 1, leaves the image visible."""
+    share = 0.75 * strength.clip(0, 1)
+    return heat_map.view.mean(axis=-1, keepdims=True) * (1 - share) + color * share

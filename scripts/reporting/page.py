@@ -28,7 +28,7 @@ from clipcacg.processing_clipcacg import UNCERTAIN, ClipCaCgProcessor, check_min
 from clipcacg.scripts.data.drawing import draw_image, write_tweet
 from clipcacg.scripts.data.errors import InputError, as_input_error
 from clipcacg.scripts.reporting.explanation import Explanation, explain, prepare, strongest
-from clipcacg.scripts.reporting.overlays import light_up, tint
+from clipcacg.scripts.reporting.overlays import gild, tint
 from clipcacg.scripts.reporting.predictions import load_checkpoint
 
 MAX_BYTES = 10 * 2**20  # of an uploaded file
@@ -43,7 +43,7 @@ NOT_NEEDED = ("/proxy=", "/process_recording", "/deep_link", "/vibe-")
 INTRODUCTION = """# Sentiment of a post
 Add {post}. The page shows the predicted sentiment, what moved the score, and what the model attends to.
 Uploads are deleted after ten minutes."""
-ATTENTION = "## What the model attends to (attention)\nBright image regions get more attention."
+ATTENTION = "## What the model attends to (attention)\nGolden image regions get more attention."
 CONFLICT = "**Conflict: {:.0%}**, the probability that text and image are opposite: one positive, the other negative."
 POSTS = {"image": "an image", "text": "a text", "both": "an image and its text"}
 
@@ -175,7 +175,7 @@ def signed_words(words: list[str], weights: np.ndarray) -> list[tuple[str, float
 
 
 def graded_words(words: list[str], weights: np.ndarray) -> list[tuple[str, str]]:
-    """Words with a grade of `GRADES`, by thirds of the weight that `light_up` shows at full brightness."""
+    """Words with a grade of `GRADES`, by thirds of the weight that `gild` shows at full color."""
     full = max(weights.max(initial=0), 2 * weights.mean()) if words else 1
     grades = np.ceil(3 * weights / full).clip(1, 3).astype(int) - 1
     return [(word, list(GRADES)[grade]) for word, grade in zip(words, grades, strict=True)]
@@ -201,7 +201,7 @@ def panels(explanation: Explanation) -> dict[str, Any]:
         shown["attention"] = ATTENTION
     for side, attention in explanation.attention.items():
         shown[f"{side} to words"] = graded_words(explanation.words, attention.words)
-        shown[f"{side} to regions"] = as_image(light_up(attention.regions))
+        shown[f"{side} to regions"] = as_image(gild(attention.regions))
     return shown
 
 

@@ -352,8 +352,14 @@ def test_an_unclosed_quote_is_reported(folder: Path, collator: PostCollator) -> 
     """It would swallow the rows below it, which a model that reads only texts would not notice."""
     (folder / "posts.csv").write_text('id,text,image\n1,fine,7.jpg\n2,"so good\n3,so bad\n4,lost\n')
     posts = load_to_predict(ColumnArguments(on_error="skip"), str(folder / "posts.csv"), "test", collator.config)
-    assert posts["text"][0] == "fine" and len(posts) == 2 and "unexpected end of data" in posts["error"][1]
-    with pytest.raises(InputError, match="posts.csv, line 5: unexpected end of data"):
+    assert posts["text"][:] == ["fine", "", "so bad", "lost"]
+    assert [error and "line 3: unexpected end of data" in error for error in posts["error"]] == [
+        None,
+        True,
+        None,
+        None,
+    ]
+    with pytest.raises(InputError, match="posts.csv, line 3: unexpected end of data"):
         load_to_predict(ColumnArguments(), str(folder / "posts.csv"), "test", collator.config)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def read(path: str, **more: Any) -> datasets.Dataset:
         ("csv", [0.5, 1, 2], "regression", None, [0.5, 1, 2]),
         ("jsonl", [1, 2.0, 0.5], "regression", None, [1, 2, 0.5]),
         ("jsonl", ["0.5", "-1.5"], "regression", None, [0.5, -1.5]),
+        ("csv", ["0,5", "-1,5"], "regression", None, [0.5, -1.5]),
         ("csv", list(range(40)), "regression", None, list(range(40))),
         # Words are classes, however they are written. Each spelling was a class before.
         ("csv", ["sad", "happy"], "classes", ["happy", "sad"], [1, 0]),
@@ -92,6 +94,28 @@ def test_labels_are_read_from_their_values(
     assert (task_of(posts), label_names(posts), posts["label"][:]) == (TASKS[task], names, read_as)
 
 
+README = (Path(__file__).parents[2] / "scripts/README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(
+    r"^\| (`.*`) \| (.*) \|$", README.partition("| cells of the column |")[2].partition("\n\n")[0], re.M
+)
+
+
+@pytest.mark.parametrize(("cells", "read_as"), EXAMPLES)
+def test_the_examples_of_the_readme(cells: str, read_as: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "posts.csv", re.findall("`([^`]*)`", cells))
+    try:
+        posts = read(path)
+        kinds = {
+            "regression": "values",
+            "single_label_classification": "classes",
+            "multi_label_classification": "several of",
+        }
+        found = " ".join([kinds[task_of(posts)], ", ".join(label_names(posts) or [])]).strip()
+    except InputError as error:
+        found = str(error).splitlines()[-1].strip().replace(f" of {path}", "")
+    assert found == read_as
+
+
 @pytest.mark.parametrize(
     ("kind", "labels", "row", "reason"),
     # Before, these were a regression or a class of their own, or ended in a traceback or in "the loss is nan".
@@ -113,6 +137,7 @@ def test_labels_are_read_from_their_values(
         ("jsonl", [1.5, INF, 2.5], 2, "its label is inf"),
         ("jsonl", ["bad", "good", 1], 3, "its label 1 is a number, and most labels are words"),
         ("jsonl", [1, 2, "bad"], 3, "its label 'bad' is a word, and most labels are numbers"),
+        ("csv", [0, 0, 0, "?"], 4, r"its label '\?' is a word, and most labels are numbers"),
         ("csv", ["0.5", "1.5", "?"], 3, r"its label '\?' is a word, and most labels are numbers"),
         ("jsonl", [1, 2, True], 3, "its label 'True' is a word, and most labels are numbers"),
         ("jsonl", ["bad", {"is": "good"}, "good"], 2, "its label {'is': 'good'} is a dict, and most labels are words"),

@@ -259,6 +259,7 @@ def test_a_data_set_of_several_configs_lists_them(rows: Rows, tmp_path: Path) ->
         ("posts.xls", b"", "is not a table that can be read. Allowed: .csv, .tsv"),
         ("posts.csv", b"", "cannot be read as a data set"),
         ("posts.csv", "text,label\na,b\n".encode("utf-16"), "is encoded in UTF-16: save it in UTF-8"),
+        ("posts.jsonl", b"", "cannot be read as a data set: it is empty"),
         ("posts.csv", b"id,text\n", "cannot be read as a data set"),
         ("posts.parquet", b"PAR1", "cannot be read as a data set"),
         ("posts.jsonl", b"[1]\n", "has no column label, image; it has text"),
@@ -290,6 +291,7 @@ BAD_ROWS = {
     "no JSON": ("jsonl", b'{"text": "a", "image"', "line 3: "),
     "a number": ("jsonl", b"7", "line 3: it is no JSON object"),
     "half a character": ("jsonl", b'{"text": "\\ud800", "image": "photos/1.png", "label": "bad"}', "line 3: "),
+    "unclosed quote": ("csv", b'2,"a,photos/1.png,good', "line 4: unexpected end of data"),
     "too many cells": ("csv", b"2,a,photos/1.png,good,more", "line 4: it has 5 cells, the header 4"),
 }
 
@@ -372,6 +374,7 @@ def test_columns_whose_type_changes_far_down(
     [
         "text;label\n1,5 km;a\nso;b\n",
         "text\tlabel\n1,5 km\ta\nso\tb\n",
+        "text|label\n1,5 km|a\nso|b\n",
         '"text";"label"\n"1,5 km";a\n"so";b\n',
         'text,label,\n"1,5 km",a,\nso,b,\n',
         'text,label\n"1,5 km",a,\nso,b,\n',

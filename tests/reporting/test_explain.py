@@ -282,7 +282,7 @@ def test_on_the_command_line(make: Callable, image: Image.Image, tmp_path: Path)
     image.save(tmp_path / "post.png")
     arguments = [str(tmp_path / "checkpoint"), "--text", TEXT, "--image"]
     done = commands.run([SCRIPT, *arguments, "post.png", "-o", "out.png"], tmp_path)
-    assert done.stdout.strip() == summary(explain(model, processor, image, TEXT))
+    assert done.stdout == f"{summary(explain(model, processor, image, TEXT))}\nThe image is in out.png.\n"
     assert Image.open(tmp_path / "out.png").width > 1500
     with pytest.raises(SystemExit, match="There is no image 'nothing.png'."):
         main([*arguments, "nothing.png"])

@@ -8,7 +8,7 @@ from PIL import ExifTags, Image
 from transformers import BitImageProcessor, CLIPImageProcessor, ConvNextImageProcessor, SiglipImageProcessor
 
 from clipcacg.processing_clipcacg import ClipCaCgProcessor, rgb_array
-from clipcacg.scripts.reporting.overlays import LONGEST_EDGE, HeatMap, light_up, seen_parts, tint, upsample
+from clipcacg.scripts.reporting.overlays import GOLD, LONGEST_EDGE, HeatMap, gild, seen_parts, tint, upsample
 
 CROPPED = {"size": {"shortest_edge": 72}, "crop_size": {"height": 56, "width": 56}}
 
@@ -87,9 +87,10 @@ def test_colours() -> None:
     view = np.full((40, 40, 3), 0.5)
     corner, even = np.zeros((4, 4)), np.full((4, 4), 0.25)
     corner[0, 3] = 1
-    lit = light_up(HeatMap(view, corner))
-    assert lit[0, 39].min() == 0.5 and lit[39, 0].max() == pytest.approx(0.05)
-    assert light_up(HeatMap(view, even)) == pytest.approx(np.full((40, 40, 3), 0.275))
+    gilded = gild(HeatMap(view, corner))
+    assert gilded[0, 39] == pytest.approx(0.125 + 0.75 * np.array(GOLD)) and gilded[39, 0].tolist() == [0.5] * 3
+    uniform = 0.5 * 0.625 + 0.375 * np.array(GOLD)
+    assert gild(HeatMap(view, even)) == pytest.approx(np.broadcast_to(uniform, (40, 40, 3)))
     for weights, channel in ((corner, 0), (-corner, 2)):
         tinted = tint(HeatMap(view, weights), limit=1)
         assert tinted[0, 39].argmax() == channel and tinted[39, 0].tolist() == [0.5] * 3
