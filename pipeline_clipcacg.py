@@ -35,8 +35,7 @@ class ImageTextSentimentPipeline(Pipeline):
 
         # A model with modality heads:
         sentiment({"image": "storm.jpg", "text": "What a lovely morning!"}, return_modalities=True)
-        # {'post': [{'label': 'positive', 'score': 0.64}, ...], 'text': [{'label': 'positive', 'score': 0.98}, ...],
-        #  'image': [{'label': 'negative', 'score': 0.90}, ...], 'conflict': 0.88}
+        # {'post': [{'label': ..., 'score': ...}, ...], 'text': [...], 'image': [...], 'conflict': ...}
         ```
 
     Source:
