@@ -192,12 +192,13 @@ def _stream_tables(name: str, files: Mapping[str, list[Path]], on_error: str) ->
     """Open local tables as streams."""
     streams = {}
     for split, part in files.items():
+        named = datasets.NamedSplit(split)
         if READERS[table_suffix(part[0])] in TEXT:
             given = {"name": name, "split": split, "paths": tuple(part), "on_error": on_error}
-            streams[split] = datasets.IterableDataset.from_generator(_rows, gen_kwargs=given)
+            streams[split] = datasets.IterableDataset.from_generator(_rows, gen_kwargs=given, split=named)
         else:
-            pieces = _pieces(split, part, {}, streaming=True)
-            streams[split] = datasets.concatenate_datasets([_with_folder(rows, own) for own, rows in pieces])
+            pieces = [_with_folder(rows, own) for own, rows in _pieces(split, part, {}, streaming=True)]
+            streams[split] = datasets.concatenate_datasets(pieces, split=named)
     return datasets.IterableDatasetDict(streams)
 
 
@@ -253,7 +254,7 @@ def _load(
         if own != folder:
             rows = rows.add_column(FOLDER, [str(own)] * len(rows))
         pieces.append(rows)
-    return datasets.concatenate_datasets(pieces)
+    return datasets.concatenate_datasets(pieces, split=datasets.NamedSplit(split))
 
 
 def _pieces(

@@ -169,7 +169,7 @@ def test_a_run_with_modality_dropout(posts_folder: Path, backbones: Path, tmp_pa
     with pytest.raises(SystemExit, match="1 of 4 posts could not be read"):
         predict.main([data[0], "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "out.jsonl")])
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert "needs image and text" in lines.pop(2)["error"]
+    assert "no image and no text" in lines.pop(2)["error"]
     for line, row in zip(lines, [*rows[:2], rows[3]], strict=True):
         scores = {entry["label"]: entry["score"] for entry in sentiment(row)}
         assert line["probabilities"] == pytest.approx(scores, abs=1e-5)
