@@ -270,10 +270,7 @@ def predict_file(
     if path.exists() and output.exists() and output.samefile(path):
         raise InputError(f"{source} is both input and output: give another --output.")
     posts = load_to_predict(columns, source, split, model.config)
-    settings = {"bf16": bf16, "min_confidence": min_confidence, "temperature": model.config.temperature}
-    usual = {"bf16": False, "min_confidence": None, "temperature": 1.0}  # as in notes of earlier versions
-    told = origin(model, source, columns) | {"split": split}
-    told |= {name: value for name, value in settings.items() if value != usual[name]}
+    told = origin(model, source, columns) | {"split": split, "bf16": bf16, "min_confidence": min_confidence}
     with as_input_error(f"{output} cannot be written", OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
@@ -319,6 +316,8 @@ def origin(model: ClipCaCgForSequenceClassification, source: str, columns: Colum
     return {
         "input": str(path.resolve()) if path.exists() else source,
         "model": hashlib.sha256(weights).hexdigest(),
+        "temperature": model.config.temperature,
+        "modalities": model.config.use_modality_heads,  # whose keys each line then has
         "columns": [columns.text_column, columns.image_column],
         "config": columns.dataset_config,
         "splits": columns.own_splits(),
