@@ -115,3 +115,12 @@ def test_a_wheel_holds_what_the_folder_holds(tmp_path: Path) -> None:
     names = {f"clipcacg/{path.relative_to(ROOT).as_posix()}" for path in expected}
     carried = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert carried == names
+
+
+def test_the_tests_run_in_a_clone_of_any_name(tmp_path: Path) -> None:
+    """README's name, clip-ca-cg, is no name of a package, but pytest imports packages around a test."""
+    clone = tmp_path / "clip-ca-cg"
+    for name in ("pyproject.toml", "__init__.py", "tests/conftest.py", "tests/inputs.py", "tests/data/test_errors.py"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, clone / name)
+    subprocess.run([sys.executable, "-m", "pytest", "-p", "no:xdist"], cwd=clone, check=True, capture_output=True)
