@@ -94,7 +94,13 @@ def test_how_the_data_was_split(tmp_path: Path, posts_folder: Path) -> None:
         (tmp_path / folder).mkdir()
         for number, split in enumerate(splits):
             datasets.Dataset.from_list(rows[number::3]).to_csv(tmp_path / folder / f"{split}.csv")
-    assert name(dataset_name=str(tmp_path / "all")) == "those of the data set"
+    (tmp_path / "parquet").mkdir()
+    for split in ("train", "dev", "test"):
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "parquet" / f"{split}.parquet")
+    for folder in ("all", "parquet"):
+        for streaming in (False, True):
+            found = name(dataset_name=str(tmp_path / folder), streaming=streaming)
+            assert found == "those of the data set", (folder, streaming)
     carved = "those of the data set, with a random ninth of its training posts for validation (seed 3)"
     assert name(dataset_name=str(tmp_path / "two"), split_seed=3) == carved
     assert name(dataset_name=str(tmp_path / "one")) == "random 8:1:1 (seed 42)"
