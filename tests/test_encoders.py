@@ -491,9 +491,9 @@ def test_the_demo(model_and_processor: Any, tmp_path: Path, monkeypatch: pytest.
     answer = next(function.fn for function in demo.fns.values() if function.api_name == "explain")
     *_, shown = answer({"path": str(tmp_path / "post.png"), "orig_name": "post.png"}, "so happy today")
     values = {getattr(component, "label", None): value for component, value in shown.items()}
-    assert len(shown) == 9 and set(values["Sentiment"]) == {"negative", "neutral", "positive"}
+    assert set(values["Sentiment"]) == {"negative", "neutral", "positive"}
     for encoder in ("the vision encoder", "CLIP"):
-        assert np.ptp(np.asarray(values[f"Image regions, through {encoder}"])) > 0
+        assert np.ptp(np.asarray(values[f"Image regions that moved the score, through {encoder}"])) > 0
     assert [word for word, _ in values["Words that moved the score"]] == ["so", "happy", "today"]
 
 
