@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from clipcacg.scripts.bench.alternatives import alternatives
+from clipcacg.scripts.bench.comparison import alternatives
 from clipcacg.scripts.bench.data import cache, images, prediction
 from clipcacg.scripts.bench.model import fusion, memory, padding, sharing
 from clipcacg.scripts.bench.setting import Figure, Setting

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clipcacg.scripts import benchmark
-from clipcacg.scripts.bench import SECTIONS, alternatives
+from clipcacg.scripts.bench import SECTIONS, comparison
 from clipcacg.scripts.bench.setting import (
     Figure,
     Setting,
@@ -96,9 +96,9 @@ def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.slow
 def test_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {name: alternatives.OURS[name] for name in ("eager", "bf16", "onnx")}
-    monkeypatch.setattr(alternatives, "OURS", few)
-    monkeypatch.setattr(alternatives, "OTHERS", {name: alternatives.OTHERS[name] for name in ("dual_encoder", "itin")})
+    few = {name: comparison.OURS[name] for name in ("eager", "bf16", "onnx")}
+    monkeypatch.setattr(comparison, "OURS", few)
+    monkeypatch.setattr(comparison, "OTHERS", {name: comparison.OTHERS[name] for name in ("dual_encoder", "itin")})
     figures = run(tmp_path / "bench.json", "memory", "alternatives")
     assert figures["peak_memory_ratio"] > 0
     for name in ("eager", "bf16", "dual_encoder", "itin"):
@@ -110,6 +110,6 @@ def test_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_alternative_takes_the_same_posts(tmp_path: Path) -> None:
     setting = Setting(tmp_path, "tiny", repeats=1, batch_size=2, num_posts=2)
     inputs = make_inputs(setting, text_lengths(2))
-    for name, build in (alternatives.OURS | alternatives.OTHERS).items():
+    for name, build in (comparison.OURS | comparison.OTHERS).items():
         if name not in ("onnx", "int8", "compiled"):  # seconds each
             build(setting, inputs)()
