@@ -11,6 +11,9 @@ alone, and conflict, the probability that the two are opposite. With `--min_conf
 where the highest probability is below 0.8; the probabilities stay. A post that cannot be read gets a line with its id
 and an error; more than a tenth of such posts end in an error. An interrupted run continues where it stopped when
 called again with the same output.
+
+On a CPU `--onnx model.onnx` is the fastest: it gives equal answers in ONNX Runtime, from the file that
+`export_onnx.py CHECKPOINT -o model.onnx` makes.
 """
 
 import sys
@@ -33,6 +36,7 @@ from clipcacg.scripts.data.errors import (
 )
 from clipcacg.scripts.data.loading import ColumnArguments
 from clipcacg.scripts.reporting.predictions import load_checkpoint, predict_file, predict_rows, prepare, write_line
+from clipcacg.scripts.training.onnx_export import OnnxModel
 
 
 @dataclass
@@ -56,6 +60,10 @@ class PredictionArguments(ColumnArguments):
     min_confidence: float | None = field(
         default=None, metadata={"help": 'Where no label is as likely as this, the label is "uncertain".'}
     )
+    onnx: str | None = field(
+        default=None,
+        metadata={"help": "Compute in ONNX Runtime with the checkpoint's file of export_onnx.py: faster on CPUs."},
+    )
     num_workers: int = field(default=1, metadata={"help": "Processes that prepare posts; 0: only this process."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that the checkpoint holds."})
 
@@ -65,6 +73,8 @@ class PredictionArguments(ColumnArguments):
             value = getattr(self, flag)
             if value is not None and value < least:
                 raise InputError(f"--{flag} must be at least {least}, got {value}.")
+        if self.onnx and self.bf16:
+            raise InputError("--onnx computes in float32: leave out --bf16.")
         if (self.input is None) == (self.image is None and self.text is None):
             raise InputError("Give one post with --image and --text, or many with --input.")
 
@@ -81,8 +91,11 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.min_confidence is not None:
             with as_input_error("--min_confidence cannot be used", ValueError):
                 check_min_confidence(arguments.min_confidence, model.config)
-        # Convolutions are faster with the channels last.
-        model.to(PartialState().device, memory_format=torch.channels_last)
+        if arguments.onnx:
+            model = OnnxModel(model, Path(arguments.onnx))
+        else:
+            # Convolutions are faster with the channels last.
+            model.to(PartialState().device, memory_format=torch.channels_last)
         if arguments.input:
             names = ("split", "max_samples", "batch_size", "num_workers", "bf16", "min_confidence", "overwrite")
             options = {name: getattr(arguments, name) for name in names}
