@@ -36,6 +36,7 @@ from clipcacg.scripts.data.errors import (
 )
 from clipcacg.scripts.data.loading import ColumnArguments
 from clipcacg.scripts.reporting.predictions import load_checkpoint, predict_file, predict_rows, prepare, write_line
+from clipcacg.scripts.training.checks import warn_of_slow_bf16
 from clipcacg.scripts.training.onnx_export import OnnxModel
 
 
@@ -56,7 +57,7 @@ class PredictionArguments(ColumnArguments):
     overwrite: bool = field(default=False, metadata={"help": "Start again instead of continuing the output."})
     max_samples: int | None = field(default=None, metadata={"help": "Predict only the first posts."})
     batch_size: int = field(default=32, metadata={"help": "Posts per forward pass."})
-    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 where autocast allows it: faster."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 where autocast allows: faster on GPUs."})
     min_confidence: float | None = field(
         default=None, metadata={"help": 'Where no label is as likely as this, the label is "uncertain".'}
     )
@@ -96,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             # Convolutions are faster with the channels last.
             model.to(PartialState().device, memory_format=torch.channels_last)
+            if arguments.bf16:
+                warn_of_slow_bf16(model.device.type)
         if arguments.input:
             names = ("split", "max_samples", "batch_size", "num_workers", "bf16", "min_confidence", "overwrite")
             options = {name: getattr(arguments, name) for name in names}

@@ -1,6 +1,7 @@
 """Flags that cannot be used, found before posts and model are loaded."""
 
 import copy
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,8 @@ from clipcacg.scripts.reporting.hub import check_repo_id
 from clipcacg.scripts.training.arguments import ModelArguments, RecipeArguments
 from clipcacg.scripts.training.calibration import check_wanted_accuracy
 from clipcacg.scripts.training.metrics import check_metric_name
+
+logger = logging.getLogger(__name__)
 
 # Flag to the lowest value that it takes.
 AT_LEAST = {
@@ -52,6 +55,8 @@ def check_flags(model: ModelArguments, recipe: RecipeArguments) -> None:
         value = getattr(model, flag, None) if hasattr(model, flag) else getattr(recipe, flag)
         if value is not None and not value >= least:
             raise InputError(f"--{flag} must be at least {least}, got {value}.")
+    if recipe.bf16:
+        warn_of_slow_bf16("cpu" if recipe.use_cpu or not torch.accelerator.is_available() else "accelerator")
     for flag, (only, reason) in MUST_STAY.items():
         if getattr(recipe, flag) != only:
             raise InputError(f"--{flag} {getattr(recipe, flag)} cannot be used: {reason}. Leave it out.")
@@ -86,6 +91,13 @@ def check_flags(model: ModelArguments, recipe: RecipeArguments) -> None:
     check_optimizer(recipe)
     if recipe.torch_compile:
         check_compiler(recipe)
+
+
+def warn_of_slow_bf16(device: str) -> None:
+    """Warn if the device is a CPU on which PyTorch computes in bfloat16 far more slowly than in float32."""
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # it needs AVX-512
+            logger.warning("--bf16 is slow here: this CPU computes faster in float32. Leave it out.")
 
 
 def check_push(recipe: RecipeArguments) -> None:
