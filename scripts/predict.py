@@ -16,6 +16,9 @@ called again with the same output.
 If the output is a folder, each table or tar file of the input gets a file of its own there, which appears when it is
 whole, and several processes share the work. Call the command again after a fault, with any number of processes: it
 computes the files that are missing. The last process writes `manifest.json`.
+
+On a CPU `--onnx model.onnx` is the fastest: it gives equal answers in ONNX Runtime, from the file that
+`export_onnx.py CHECKPOINT -o model.onnx` makes.
 """
 
 import sys
@@ -45,6 +48,7 @@ from clipcacg.scripts.reporting.predictions import (
     prepare,
     write_line,
 )
+from clipcacg.scripts.training.onnx_export import OnnxModel
 
 
 @dataclass
@@ -70,6 +74,10 @@ class PredictionArguments(ColumnArguments):
     min_confidence: float | None = field(
         default=None, metadata={"help": 'Where no label is as likely as this, the label is "uncertain".'}
     )
+    onnx: str | None = field(
+        default=None,
+        metadata={"help": "Compute in ONNX Runtime with the checkpoint's file of export_onnx.py: faster on CPUs."},
+    )
     num_workers: int = field(default=1, metadata={"help": "Processes that prepare posts; 0: only this process."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that the checkpoint holds."})
 
@@ -79,6 +87,8 @@ class PredictionArguments(ColumnArguments):
             value = getattr(self, flag)
             if value is not None and value < least:
                 raise InputError(f"--{flag} must be at least {least}, got {value}.")
+        if self.onnx and self.bf16:
+            raise InputError("--onnx computes in float32: leave out --bf16.")
         if (self.input is None) == (self.image is None and self.text is None):
             raise InputError("Give one post with --image and --text, or many with --input.")
 
@@ -120,8 +130,11 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.min_confidence is not None:
             with as_input_error("--min_confidence cannot be used", ValueError):
                 check_min_confidence(arguments.min_confidence, model.config)
-        # Convolutions are faster with the channels last.
-        model.to(state.device, memory_format=torch.channels_last)
+        if arguments.onnx:
+            model = OnnxModel(model, Path(arguments.onnx))
+        else:
+            # Convolutions are faster with the channels last.
+            model.to(state.device, memory_format=torch.channels_last)
         names = ("split", "batch_size", "num_workers", "bf16", "min_confidence")
         options = {name: getattr(arguments, name) for name in names}
         if folder:

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "training": {"data", "reporting"},
     "baselines": {"data"},
     "tables": {"data", "reporting", "training", "baselines"},
-    "bench": {"data", "reporting", "training"},
+    "bench": {"data", "reporting", "training", "baselines"},
 }
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from functools import partial
 
+from clipcacg.scripts.bench.comparison import alternatives
 from clipcacg.scripts.bench.data import cache, images, prediction
-from clipcacg.scripts.bench.model import fusion, memory, modes, onnx, padding, sharing
+from clipcacg.scripts.bench.model import fusion, memory, padding, sharing
 from clipcacg.scripts.bench.setting import Figure, Setting
 
 SECTIONS: dict[str, Callable[[Setting], dict[str, Figure]]] = {
@@ -16,6 +17,5 @@ SECTIONS: dict[str, Callable[[Setting], dict[str, Figure]]] = {
     "cache": cache,
     "images": images,
     "prediction": prediction,
-    "modes": modes,
-    "onnx": onnx,
+    "alternatives": alternatives,
 }

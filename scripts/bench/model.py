@@ -1,12 +1,7 @@
-"""What the model costs beyond its backbones, and what makes it faster."""
+"""What the model costs beyond its backbones, and what texts of like lengths save."""
 
-import multiprocessing
-import resource
-import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +14,16 @@ from clipcacg.scripts.bench.setting import (
     LONGEST,
     Figure,
     Setting,
+    in_new_process,
     in_turn,
     make_config,
     make_inputs,
     make_model,
-    make_processor,
     make_texts,
     precision,
     rate,
     ratio,
+    resident_peak,
     spread,
     text_lengths,
 )
@@ -157,12 +153,6 @@ def memory(setting: Setting) -> dict[str, Figure]:
     return figures
 
 
-def in_new_process(run: Callable[..., float], *arguments: Any) -> float:
-    """Call a function in a new process, whose peak memory is that of the call alone. A killed process is an error."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run, *arguments).result()
-
-
 def peak_memory(which: str, setting: Setting, numbers: str) -> float:
     """Peak memory of two training steps in MiB: what PyTorch allocated on the GPU, or else the process's own."""
     torch.manual_seed(0)
@@ -175,15 +165,6 @@ def peak_memory(which: str, setting: Setting, numbers: str) -> float:
         with precision(setting, numbers):
             train_step(model, optimizer, inputs)
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident_peak() - before
-
-
-def resident_peak() -> float:
-    """Peak resident memory of this process in MiB."""
-    if sys.platform == "darwin":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    # On Linux, `getrusage` of a new process starts from its parent's peak.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
 
 
 def padding(setting: Setting) -> dict[str, Figure]:
@@ -222,65 +203,4 @@ def padding(setting: Setting) -> dict[str, Figure]:
         "padding_speedup": ratio(times["longest"], times["grouped"], what.format(f"MVSA's longest text ({LONGEST})")),
         "grouping_speedup": ratio(times["ungrouped"], times["grouped"], what.format("the longest of random batches")),
         "padding_difference": Figure(difference, "largest difference of F_T with and without that padding"),
-    }
-
-
-def modes(setting: Setting) -> dict[str, Figure]:
-    """A forward pass in inference mode against the same pass done differently; above 1 is faster."""
-    model, inputs = make_model(setting), make_inputs(setting, text_lengths(setting.batch_size))
-    encoder = model.backbones()["vision"]
-    last = {**inputs, "pixel_values": inputs["pixel_values"].to(memory_format=torch.channels_last)}
-    compiled = torch.compile(model)
-    plain, channels_last = partial(model, **inputs), partial(model, **last)
-
-    def bf16() -> Tensor:
-        with precision(setting, "bf16"):
-            return model(**inputs).logits
-
-    figures = {}
-    with torch.no_grad():
-        no_grad = in_turn(setting.repeats, plain=plain, inference=torch.inference_mode()(plain))
-    figures["inference_mode_speedup"] = ratio(no_grad["plain"], no_grad["inference"], "no_grad / inference_mode")
-    with torch.inference_mode():
-        times = in_turn(setting.repeats, plain=plain, bf16=bf16, compiled=partial(compiled, **inputs))
-        figures["bf16_speedup"] = ratio(times["plain"], times["bf16"], "float32 / bf16 autocast")
-        figures["compile_speedup"] = ratio(times["plain"], times["compiled"], "eager / torch.compile, once compiled")
-        change = (bf16() - plain().logits).abs().max().item()
-        figures["bf16_difference"] = Figure(change, "largest change of a logit by bf16 autocast")
-        times = {"plain": [], "last": []}
-        for _ in range(setting.repeats):  # the weights have one memory format at a time
-            encoder.to(memory_format=torch.contiguous_format)
-            times["plain"] += in_turn(1, plain=plain)["plain"]
-            encoder.to(memory_format=torch.channels_last)
-            times["last"] += in_turn(1, last=channels_last)["last"]
-    figures["channels_last_speedup"] = ratio(times["plain"], times["last"], "contiguous / channels_last ResNet")
-    return figures
-
-
-def onnx(setting: Setting) -> dict[str, Figure]:
-    """PyTorch against ONNX Runtime, both on the CPU; needs the extra `onnx`."""
-    try:
-        import onnxruntime
-
-        from clipcacg.scripts.training.onnx_export import example, export
-    except ImportError as error:
-        print(f"left out: {error.name} is not installed")
-        return {}
-    model, file = make_model(setting).cpu(), setting.folder / "model.onnx"
-    inputs = {name: value.cpu() for name, value in make_inputs(setting, text_lengths(setting.batch_size)).items()}
-    traced = example(model, make_processor(setting), ["What a lovely morning!", "no"])
-    export(model, traced, file)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    feed = {name: inputs[name].numpy() for name in traced}
-    with torch.inference_mode():
-        times = in_turn(setting.repeats, torch=lambda: model(**inputs), onnx=lambda: session.run(["logits"], feed))
-        (logits,) = session.run(["logits"], feed)
-        difference = (torch.from_numpy(logits) - model(**inputs).logits).abs().max().item()
-    return {
-        "onnx_speedup": ratio(
-            times["torch"], times["onnx"], f"PyTorch / ONNX Runtime, {setting.batch_size} posts, CPU"
-        ),
-        "onnx_difference": Figure(difference, "largest difference of a logit"),
     }

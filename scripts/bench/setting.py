@@ -1,6 +1,10 @@
 """What every section of the benchmark shares: figures, timing, the model, and random posts."""
 
+import multiprocessing
+import resource
+import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import ceil
@@ -112,6 +116,21 @@ def rate(times: list[float], count: int, what: str) -> Figure:
 
 def spread(values: list[float], what: str) -> Figure:
     return Figure(median(values), what, min(values), max(values))
+
+
+def in_new_process(run: Callable[..., float], *arguments: Any) -> float:
+    """Call a function in a new process, whose peak memory is that of the call alone. A killed process is an error."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, *arguments).result()
+
+
+def resident_peak() -> float:
+    """Peak resident memory of this process in MiB."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # On Linux, `getrusage` of a new process starts from its parent's peak.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
 
 
 def precision(setting: Setting, name: str) -> AbstractContextManager[Any]:

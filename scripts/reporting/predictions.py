@@ -264,7 +264,7 @@ def predict_file(
     """Predict every post of a source, line by line into a file, and continue an interrupted run.
 
     Args:
-        model: Model in evaluation mode, on the device to compute on.
+        model: Model in evaluation mode, on the device to compute on, or an `OnnxModel`.
         processor: Its processor.
         source: See `load_to_predict`.
         output: File of JSON lines; see `prediction_line`. A post that cannot be read gets {id, error}.
@@ -439,16 +439,21 @@ def faults_of(line: dict[str, Any]) -> list[str]:
 def origin(model: ClipCaCgForSequenceClassification, source: str, columns: ColumnArguments) -> dict[str, Any]:
     """What tells the predictions of this model for this source from others."""
     path = Path(source).expanduser()
-    weights = model.classifier.weight.detach().float().cpu().numpy().tobytes()
     return {
         "input": str(path.resolve()) if path.exists() else source,
-        "model": hashlib.sha256(weights).hexdigest(),
+        "model": fingerprint(model),
         "temperature": model.config.temperature,
         "modalities": model.config.use_modality_heads,  # whose keys each line then has
         "columns": [columns.text_column, columns.image_column],
         "config": columns.dataset_config,
         "splits": columns.own_splits(),
     }
+
+
+def fingerprint(model: ClipCaCgForSequenceClassification) -> str:
+    """A digest of the model's last layer and of what its config does to the logits."""
+    weights = model.classifier.weight.detach().float().cpu().numpy().tobytes()
+    return hashlib.sha256(weights + model.config.modality_combination.encode()).hexdigest()
 
 
 def remaining(posts: Any, done: int, limit: int | None) -> tuple[Any, int | None]:

@@ -1,4 +1,4 @@
-"""A model as an ONNX file, and the largest difference between the two.
+"""A model as an ONNX file, its forward pass in ONNX Runtime, and the largest difference between the two.
 
 transformers' own `OnnxExporter` (5.24) does not replace this module. It unrolls `nn.GRU`, so its file takes texts of
 the traced length only. It names dynamic axes s41 and the like, offers every output beside the logits, and tracing a
@@ -7,16 +7,19 @@ tiny model with `dynamic=True` took minutes.
 
 import warnings
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
+from clipcacg.configuration_clipcacg import ClipCaCgConfig
+from clipcacg.modeling_clipcacg import ClipCaCgClassifierOutput, ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.collator import PostCollator
-from clipcacg.scripts.data.errors import as_input_error
+from clipcacg.scripts.data.errors import InputError, as_input_error
+from clipcacg.scripts.reporting.predictions import fingerprint
 
 AXES = {
     "input_ids": {0: "batch", 1: "text_len"},
@@ -28,17 +31,24 @@ AXES = {
     "clip_pixel_values": {0: "batch"},
 }
 INSTALL = "Install the extra: pip install 'clipcacg[onnx]'"
+MADE_OF = "clipcacg_model"  # key of the file's metadata
 
 
-class Logits(nn.Module):
-    """A model that takes its inputs in the order of their names, and returns the logits alone."""
+def output_names(config: ClipCaCgConfig) -> list[str]:
+    """The outputs of a model's file: its logits, and those of its modality heads."""
+    return ["logits", "text_logits", "image_logits"] if config.use_modality_heads else ["logits"]
+
+
+class Scores(nn.Module):
+    """A model that takes its inputs in the order of their names, and returns the outputs of its file."""
 
     def __init__(self, model: ClipCaCgForSequenceClassification, names: list[str]) -> None:
         super().__init__()
         self.model, self.names = model, names
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.model(**dict(zip(self.names, inputs, strict=True)))
+        return tuple(outputs[name] for name in output_names(self.model.config))
 
 
 def onnx_gru(gru: nn.GRU, states: Tensor) -> tuple[Tensor, None]:
@@ -100,28 +110,63 @@ def export(model: ClipCaCgForSequenceClassification, inputs: dict[str, Tensor], 
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", message="# The axis name")  # several inputs share one
-        torch.onnx.export(
-            Logits(model, list(inputs)).eval(),
+        program: Any = torch.onnx.export(
+            Scores(model, list(inputs)).eval(),
             tuple(inputs.values()),
-            output,
             dynamo=True,
             input_names=list(inputs),
-            output_names=["logits"],
+            output_names=output_names(model.config),
             dynamic_shapes=(tuple(AXES[name] for name in inputs),),
-            external_data=model.num_parameters() > 2**28,  # one file cannot hold more than 2 GB
             verbose=False,
         )
+        program.model.metadata_props[MADE_OF] = fingerprint(model)
+        program.save(output, external_data=model.num_parameters() > 2**28)  # one file cannot hold more than 2 GB
+
+
+class OnnxModel:
+    """The forward pass of a model in ONNX Runtime, on the CPU, with the model's inputs and outputs.
+
+    Args:
+        model: The model that the file was made of.
+        file: What `export` wrote.
+
+    Raises:
+        InputError: If the extra `onnx` is not installed, or the file is none of this model.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: ClipCaCgForSequenceClassification, file: Path) -> None:
+        with as_input_error(INSTALL, ImportError):
+            import onnxruntime
+        remake = "make one with export_onnx.py"
+        if not file.is_file():
+            raise InputError(f"There is no file {file}: {remake}.")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        with as_input_error(f"{file} is no ONNX file that can be read: {remake}", Exception):  # it has no base class
+            self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        if self.session.get_modelmeta().custom_metadata_map.get(MADE_OF) != fingerprint(model):
+            raise InputError(f"{file} was not made of this checkpoint: {remake}.")
+        self.config, self.classifier = model.config, model.classifier
+        self.reads = [given.name for given in self.session.get_inputs()]
+
+    def __call__(self, **inputs: Tensor) -> ClipCaCgClassifierOutput:
+        """Return the scores of a batch, and with `modality_dropout` which posts have an image and a text."""
+        names = output_names(self.config)
+        found = self.session.run(names, {name: inputs[name].numpy() for name in self.reads})
+        outputs = dict(zip(names, map(torch.from_numpy, found), strict=True))
+        if self.config.modality_dropout:
+            outputs |= {"has_image": inputs["has_image"].bool(), "has_text": inputs["attention_mask"].any(dim=1)}
+        return ClipCaCgClassifierOutput(**outputs)
 
 
 @torch.inference_mode()
 def largest_difference(model: ClipCaCgForSequenceClassification, inputs: dict[str, Tensor], file: Path) -> float:
-    """The largest absolute difference between the logits of the model and of the file in ONNX Runtime.
+    """The largest absolute difference between the scores of the model and of its file.
 
     Raises:
-        InputError: If the extra `onnx` is not installed.
+        InputError: As `OnnxModel`.
     """
-    with as_input_error(INSTALL, ImportError):
-        import onnxruntime
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
-    return (torch.from_numpy(logits) - model(**inputs).logits).abs().max().item()
+    theirs, ours = OnnxModel(model, file)(**inputs), model(**inputs)
+    return max((theirs[name] - ours[name]).abs().max().item() for name in output_names(model.config))

@@ -8,8 +8,17 @@ import pytest
 import torch
 
 from clipcacg.scripts import benchmark
-from clipcacg.scripts.bench import SECTIONS
-from clipcacg.scripts.bench.setting import Figure, Setting, in_turn, make_posts, make_processor, ratio, text_lengths
+from clipcacg.scripts.bench import SECTIONS, comparison
+from clipcacg.scripts.bench.setting import (
+    Figure,
+    Setting,
+    in_turn,
+    make_inputs,
+    make_posts,
+    make_processor,
+    ratio,
+    text_lengths,
+)
 
 KEYS = {
     "fusion_overhead_forward",
@@ -72,9 +81,9 @@ def test_a_section_that_fails_spoils_no_other(
     def broken(setting: Setting) -> dict[str, Figure]:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setitem(SECTIONS, "modes", broken)
-    with pytest.raises(SystemExit, match="Sections that failed: modes"):
-        run(tmp_path / "bench.json", "modes", "fusion")
+    monkeypatch.setitem(SECTIONS, "sharing", broken)
+    with pytest.raises(SystemExit, match="Sections that failed: sharing"):
+        run(tmp_path / "bench.json", "sharing", "fusion")
     assert json.loads((tmp_path / "bench.json").read_text())["fusion_overhead_forward"] > 0
     assert "RuntimeError: out of memory" in capsys.readouterr().err
 
@@ -86,6 +95,21 @@ def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.slow
-def test_the_other_sections(tmp_path: Path) -> None:
-    figures = run(tmp_path / "bench.json", "memory", "onnx")
-    assert figures["peak_memory_ratio"] > 0 and figures.get("onnx_difference", 0) < 1e-4
+def test_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: comparison.OURS[name] for name in ("eager", "bf16", "onnx")}
+    monkeypatch.setattr(comparison, "OURS", few)
+    monkeypatch.setattr(comparison, "OTHERS", {name: comparison.OTHERS[name] for name in ("dual_encoder", "itin")})
+    figures = run(tmp_path / "bench.json", "memory", "alternatives")
+    assert figures["peak_memory_ratio"] > 0
+    for name in ("eager", "bf16", "dual_encoder", "itin"):
+        assert min(figures[f"{name}_{key}"] for key in ("posts_per_second", "speedup", "peak_memory_mib")) > 0
+    assert figures["eager_largest_change"] == 0 < figures["bf16_largest_change"] < 0.1
+    assert figures.get("onnx_largest_change", 0) < 1e-4
+
+
+def test_every_alternative_takes_the_same_posts(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, "tiny", repeats=1, batch_size=2, num_posts=2)
+    inputs = make_inputs(setting, text_lengths(2))
+    for name, build in (comparison.OURS | comparison.OTHERS).items():
+        if name not in ("onnx", "int8", "compiled"):  # seconds each
+            build(setting, inputs)()

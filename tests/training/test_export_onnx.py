@@ -1,5 +1,6 @@
-"""The ONNX file gives the model's logits for any number of posts and tokens."""
+"""The ONNX file gives the model's logits for any number of posts and tokens, and predict.py its answers."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
-from clipcacg.scripts import export_onnx  # noqa: E402
+from clipcacg.processing_clipcacg import ClipCaCgProcessor, modality_scores  # noqa: E402
+from clipcacg.scripts import export_onnx, predict  # noqa: E402
+from clipcacg.scripts.training.onnx_export import OnnxModel  # noqa: E402
 
 pytestmark = pytest.mark.slow  # an export takes ten seconds
 
@@ -27,7 +30,11 @@ CLIP = ["clip_input_ids", "clip_attention_mask", "clip_pixel_values"]
     ("fields", "names"),
     [
         pytest.param({"use_modality_heads": True, "modality_combination": "average"}, BOTH + CLIP, id="encoder"),
-        pytest.param({"clip_mode": "feature", "modality_dropout": 0.1}, [*BOTH, "has_image"], id="feature"),
+        pytest.param(
+            {"clip_mode": "feature", "modality_dropout": 0.1, "use_modality_heads": True},
+            [*BOTH, "has_image"],
+            id="feature",
+        ),
     ],
 )
 def test_the_file_gives_the_models_logits(
@@ -53,6 +60,10 @@ def assert_same_logits(model: ClipCaCgForSequenceClassification, names: list[str
         inputs |= {"has_image": torch.arange(len(lengths)) % 2}
         inputs = {name: inputs[name] for name in names}
         assert export_onnx.largest_difference(model, inputs, file) < export_onnx.TOLERANCE
+        if model.config.use_modality_heads:
+            ours, theirs = (modality_scores(run(**inputs), model.config) for run in (model, OnnxModel(model, file)))
+            for our, their in zip(ours, theirs, strict=True):
+                assert [our[side] is None for side in our] == [their[side] is None for side in their]
 
 
 def test_an_exported_gru_is_one_operator_and_the_model_stays_as_it_was(
@@ -72,9 +83,13 @@ def test_an_exported_gru_is_one_operator_and_the_model_stays_as_it_was(
 
 
 def test_the_script(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    posts_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It writes the file, and ends with an error if the file gives other logits."""
+    """It writes the file, ends with an error if the file gives other logits, and predict.py answers from the file."""
     monkeypatch.setattr(export_onnx, "TOLERANCE", -1.0)  # no difference is as small
     with pytest.raises(SystemExit, match="is not the model"):
         export_onnx.main([str(checkpoint), "-o", str(tmp_path / "new/model.onnx")])
@@ -82,3 +97,28 @@ def test_the_script(
     monkeypatch.setattr(sys, "argv", ["export_onnx.py"])
     with pytest.raises(SystemExit, match="export_onnx.py: "):
         export_onnx.main([str(tmp_path / "nothing")])
+
+    file, found = tmp_path / "new/model.onnx", {}
+    for name, flags in (("torch", []), ("onnx", ["--onnx", str(file)])):
+        output = tmp_path / f"{name}.jsonl"
+        predict.main([str(checkpoint), "--input", str(posts_folder), "--output", str(output), *flags])
+        found[name] = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(found["torch"]) == len(found["onnx"]) > 10
+    for ours, theirs in zip(found["torch"], found["onnx"], strict=True):
+        assert ours["id"] == theirs["id"] and ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
+    assert any(ours["probabilities"] != found["torch"][0]["probabilities"] for ours in found["torch"])
+
+    model = ClipCaCgForSequenceClassification.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.classifier.weight.add_(1)
+    model.save_pretrained(tmp_path / "other")
+    ClipCaCgProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "other")
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    for folder, flags, reason in (
+        (tmp_path / "other", ["--onnx", str(file)], "was not made of this checkpoint"),
+        (checkpoint, ["--onnx", str(tmp_path / "none.onnx")], "There is no file"),
+        (checkpoint, ["--onnx", str(tmp_path / "broken.onnx")], "no ONNX file that can be read"),
+        (checkpoint, ["--onnx", str(file), "--bf16"], "leave out --bf16"),
+    ):
+        with pytest.raises(SystemExit, match=reason):
+            predict.main([str(folder), "--input", str(posts_folder), "--output", str(tmp_path / "no.jsonl"), *flags])
