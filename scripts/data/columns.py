@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import datasets
+from pyarrow.compute import struct_field
 
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.images import locate_image
@@ -60,7 +62,7 @@ def as_posts(
     """
     rows = list(range(1, len(dataset) + 1))
     kept = dict(columns.labels)
-    if columns.image and is_image(dataset.features[columns.image]):
+    if columns.image and (is_image(dataset.features[columns.image]) or _has_all_bytes(dataset, columns.image)):
         kept[columns.image] = "image"  # such a column stays on disk
     if kept:
         posts = dataset.select_columns(list(kept)).rename_columns(kept).add_column("row", rows)
@@ -72,10 +74,12 @@ def as_posts(
     if columns.text:
         parts = [check_texts(dataset, column, name)[column][:] for column in columns.text]
         texts = [join_texts(part) for part in zip(*parts, strict=True)]
+        if lossy := sum("\ufffd" in (text or "") for text in texts):
+            logger.warning("%d texts of %s have characters that are not in UTF-8: save it in UTF-8", lossy, name)
         posts = posts.add_column("text", texts, feature=datasets.Value("string"))
     if columns.image and "image" not in kept.values():
         values = check_images(dataset, columns.image, name)[columns.image][:]
-        own = dataset[FOLDER][:] if FOLDER in dataset.column_names else [folder] * len(dataset)
+        own = dataset[FOLDER][:] if FOLDER in dataset.column_names else [None] * len(dataset)
         images = [as_image(value, _folders(first, folder)) for value, first in zip(values, own, strict=True)]
         posts = posts.add_column("image", images, feature=IMAGE)
         if several := sum(isinstance(value, list) and len(value) > 1 for value in values):
@@ -125,19 +129,26 @@ def _as_post(row: Mapping[str, Any], index: int, columns: Columns, folder: Path 
     if columns.text:
         post["text"] = join_texts(row.get(column) for column in columns.text)
     if columns.image:
-        post["image"] = as_image(row.get(columns.image), _folders(row.get(FOLDER, folder), folder))
+        post["image"] = as_image(row.get(columns.image), _folders(row.get(FOLDER), folder))
     return post | {"error": row.get(REASON)}
 
 
-def _folders(own: Path | str, folder: Path | str) -> list[Path | str]:
-    return [own] if str(own) == str(folder) else [own, folder]
+def _folders(own: str | None, folder: Path | str) -> list[Path | str]:
+    return [folder] if own in (None, str(folder)) else [own, folder]
 
 
 def is_image(feature: Any) -> bool:
     """Whether a column can be cast to `datasets.Image` as it is."""
-    if isinstance(feature, dict):
-        return feature.keys() == {"bytes", "path"}
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in BYTES
+
+
+def _has_all_bytes(dataset: datasets.Dataset, column: str) -> bool:
+    """Whether a column holds {"bytes", "path"}, and so no path that starts from the folder of its table."""
+    feature = dataset.features[column]
+    if not isinstance(feature, dict) or feature.keys() != {"bytes", "path"} or not is_image(feature["bytes"]):
+        return False
+    chunks = dataset.data.column(column).chunks
+    return all(struct_field(chunk, "bytes").null_count == chunk.null_count for chunk in chunks)
 
 
 def check_texts(dataset: datasets.Dataset, column: str, name: str) -> datasets.Dataset:
@@ -161,15 +172,17 @@ def check_images(dataset: datasets.Dataset, column: str, name: str) -> datasets.
     feature = dataset.features[column]
     is_list = isinstance(feature, (datasets.List, datasets.LargeList))
     inner = feature.feature if is_list else feature
-    if not (is_image(inner) or isinstance(inner, datasets.Json) or getattr(inner, "dtype", "") in (*STRINGS, "null")):
+    has_parts = isinstance(inner, dict) and bool({"bytes", "path"} & set(inner))
+    is_text = isinstance(inner, datasets.Json) or getattr(inner, "dtype", "") in (*STRINGS, "null")
+    if not (is_image(inner) or has_parts or is_text):
         raise InputError(f"The column {column} of {name} holds no images, but {feature}: name another --image_column.")
     dataset = dataset.select_columns([column])
     return dataset.cast_column(column, type(feature)(IMAGE)) if is_list and is_image(inner) else dataset
 
 
 def join_texts(values: Iterable[Any]) -> str | None:
-    """Join texts, without empty ones, by a space. None if all of them are missing; numbers become texts, not NaN."""
-    texts = [str(value) for value in values if value is not None and value == value]
+    """Join texts, without empty ones, by a space; None if there are none. Numbers become texts, NaN and lists not."""
+    texts = [str(value) for value in values if value == value and not isinstance(value, (bytes, dict, list, NoneType))]
     return " ".join(text for text in texts if text) if texts else None
 
 
@@ -184,7 +197,9 @@ def as_image(value: Any, folders: Sequence[Path | str]) -> dict[str, Any] | None
     if isinstance(value, list):
         value = value[0] if value else None
     if isinstance(value, dict):
-        return value if value.get("bytes") is not None else as_image(value.get("path"), folders)
+        content = value.get("bytes")
+        found = as_image(value.get("path") if content is None else content, folders)
+        return found and found | {"path": found["path"] or value.get("path")}
     if isinstance(value, bytes):
         return {"path": None, "bytes": value}
     if not isinstance(value, str) or not value.strip():

@@ -5,16 +5,26 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
+from urllib.request import url2pathname
 
 from clipcacg.scripts.data.errors import InputError
 
 
 def locate_image(name: str, folders: Sequence[Path | str]) -> str:
-    """Return the path of an image that a table names, in the first of the folders that has it; a URL stays a URL."""
+    """Return the path of an image that a table names, in the first of the folders that has it; a URL stays a URL.
+
+    If none has it, the folders are searched for what the name would be if the table or the images came from another
+    system: with slashes in place of backslashes, and with accents as characters of their own or not.
+    """
+    if name.startswith("file://"):
+        name = url2pathname(name.removeprefix("file://"))
     if "://" in name:
         return name
-    paths = [str(Path(folder) / name) for folder in folders]
-    return paths[0] if len(paths) == 1 else next(filter(os.path.isfile, paths), paths[0])
+    slashed = name.replace("\\", "/")
+    names = dict.fromkeys([name, slashed, normalize("NFC", slashed), normalize("NFD", slashed)])
+    paths = [str(Path(folder) / name) for name in names for folder in folders]
+    return next(filter(os.path.isfile, paths), paths[0])
 
 
 def image_source(value: Any) -> Any:

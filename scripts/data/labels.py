@@ -28,6 +28,7 @@ MOST_CLASSES = 30  # of whole numbers; more of them are values. Source: our choi
 KINDS = {str: "word", float: "number", list: "list"}
 # An item of a list in a cell of a table, as JSON, Python or NumPy writes it: 'a', "b" or c.
 ITEM = re.compile(r"""'([^']*)'|"([^"]*)"|([^\s,'"]+)""")
+INVISIBLE = re.compile("[\u200b\u2060\ufe0e\ufe0f\ufeff]")  # spaces of no width, and variants of an emoji
 DECIMAL_COMMA = re.compile(r"^(\s*[+-]?\d+),(\d+\s*)$")
 NAMED = 10  # classes that a message lists
 
@@ -367,7 +368,7 @@ def _tidy(name: str) -> str:
 
 def _key(name: str) -> str:
     """A name without the differences that do not matter, those in case among them."""
-    return _tidy(name).casefold()
+    return INVISIBLE.sub("", _tidy(name)).casefold()
 
 
 def _as_name(label: Any) -> str:

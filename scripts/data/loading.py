@@ -1,7 +1,8 @@
 """Load posts from any source in one form."""
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,8 @@ from clipcacg.scripts.data.mvsa import load_mvsa, read_folder
 from clipcacg.scripts.data.sources import column_names, read_source, reading, shard_names
 from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
 from clipcacg.scripts.data.streaming import PostStream
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_FOLDER = Path(HF_HOME) / "clipcacg" / "sample"
 SHARD_POSTS = 1000  # in one shard of a folder of images and texts
@@ -244,19 +247,25 @@ def read_rows(
     Raises:
         InputError: If a column is missing.
     """
-    posts, malformed, columns, present, folder = _open(arguments, name, modality, remembered, labels)
+    posts, malformed, columns, names, folder = _open(arguments, name, modality, remembered, labels)
     for split, dataset in posts.items():
         prefix, used = f"{split}-" if len(posts) > 1 else "", columns
+        if split == "test" and len(posts) > 1:  # which benchmarks publish without labels
+            used = replace(used, labels={column: labels[column] for column in labels if column in names[split]})
+        _check_columns(used, names[split], _source(name, split, posts))
         if arguments.streaming and labels and isinstance(arguments, DataArguments):
             limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
             dataset = dataset if limit is None else dataset.take(limit)
-            used = Columns(labels=labels) if split == "train" else columns
+            used = Columns(labels=labels) if split == "train" else used
             with reading(name):
                 dataset, malformed[split] = in_memory(dataset, used)
         elif arguments.streaming:
-            posts[split] = stream_posts(dataset, columns, present, folder, prefix)
+            posts[split] = stream_posts(dataset, columns, names[split], folder, prefix)
             continue
-        posts[split] = as_posts(dataset, used, folder, prefix, name)
+        dataset = as_posts(dataset, used, folder, prefix, name)
+        for label in sorted(set(labels.values()) - set(dataset.column_names)):
+            dataset = dataset.add_column(label, [None] * len(dataset))
+        posts[split] = dataset
     return posts, malformed
 
 
@@ -266,7 +275,7 @@ class _Source(NamedTuple):
     posts: Any
     malformed: Reasons
     columns: Columns
-    present: Sequence[str]  # names of all columns
+    names: Mapping[str, Sequence[str]]  # of all columns of each split
     folder: Path  # that paths of images start from
 
 
@@ -288,7 +297,8 @@ def _open(
         on_error=arguments.on_error,
         streaming=arguments.streaming,
     )
-    present = column_names(next(iter(posts.values())), name)
+    names = {split: column_names(dataset, name) for split, dataset in posts.items()}
+    present = next(iter(names.values()))
     if modality != "image":
         arguments.text_column = next(c for c in texts if c and (c in texts[::2] or set(c) <= set(present)))
     if modality != "text":
@@ -298,13 +308,12 @@ def _open(
         arguments.image_column if modality != "text" else None,
         labels,
     )
-    _check_columns(columns, present, name)
     path = Path(name).expanduser()
-    return _Source(posts, malformed, columns, present, path if path.is_dir() else path.parent)
+    return _Source(posts, malformed, columns, names, path if path.is_dir() else path.parent)
 
 
 def _check_columns(columns: Columns, present: Sequence[str], name: str) -> None:
-    """Raise an InputError that lists the columns of a source, if one of those to read is missing."""
+    """Raise an InputError that lists the columns of a source, if one of those to read is missing; warn of doubles."""
     if missing := [column for column in columns.names if column not in present]:
         kinds = ["image", "text", *(["label", "text_label", "image_label"] if columns.labels else [])]
         flags = [f"--{kind}_column" for kind in kinds]
@@ -312,6 +321,8 @@ def _check_columns(columns: Columns, present: Sequence[str], name: str) -> None:
             f"{name} has no column {', '.join(missing)}; it has {', '.join(present)}. Name the right ones with "
             f"{', '.join(flags[:-1])} and {flags[-1]}."
         )
+    if twice := [column for column in columns.names if f"{column}.1" in present]:
+        logger.warning("%s has several columns %s: the first counts", name, ", ".join(twice))
 
 
 def training_stream(
@@ -346,8 +357,8 @@ def load_to_predict(arguments: ColumnArguments, name: str, split: str, config: C
     Raises:
         InputError: If the source or the split is not there.
     """
-    if (posts := _posts_of_folder(name, config)) is not None:
-        return posts
+    if (whole := _posts_of_folder(name, config)) is not None:
+        return whole
     posts, malformed = read_rows(arguments, name, config.modality, config, {})
     split = _choose_split(posts, split, name)
     if arguments.streaming:
@@ -379,14 +390,13 @@ def load_shards(
     arguments.streaming = True
     source = _open(arguments, name, config.modality, config, {})
     split = _choose_split(source.posts, split, name)
-    stream = source.posts[split]
+    stream, present = source.posts[split], source.names[split]
+    _check_columns(source.columns, present, _source(name, split, source.posts))
     if isinstance(stream, datasets.Dataset):  # of save_to_disk
         stream = stream.to_iterable_dataset(num_shards=-(-len(stream) // SHARD_POSTS))
     names = shard_names(name, arguments.own_splits(), split, stream.num_shards)
     return {
-        shard: stream_posts(
-            stream.shard(len(names), index), source.columns, source.present, source.folder, f"{shard}-"
-        )
+        shard: stream_posts(stream.shard(len(names), index), source.columns, present, source.folder, f"{shard}-")
         for index, shard in enumerate(names)
     }
 

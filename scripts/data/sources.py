@@ -1,8 +1,11 @@
 """Read a table, a folder or a Hub data set with the readers of the datasets library."""
 
+import glob
 import logging
+import os
 import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +16,13 @@ from typing import Any
 import datasets
 import pandas
 import pyarrow
+import pyarrow.parquet as pq
 from datasets.packaged_modules.csv.csv import CsvConfig
+from huggingface_hub import HfFileSystem, hf_hub_download
 
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.lines import is_output
-from clipcacg.scripts.data.mending import Reasons, delimiter_of, mend, parse, table_suffix
+from clipcacg.scripts.data.mending import Reasons, form_of, head_of, mend, parse, table_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +31,17 @@ READERS = {
     ".arrow": "arrow", ".tar": "webdataset",
 }  # fmt: skip
 FAULTS = (
-    datasets.exceptions.DatasetGenerationError, OSError, StopIteration, ValueError, pyarrow.ArrowException,
-    tarfile.TarError,
+    datasets.exceptions.DatasetGenerationError, EOFError, OSError, StopIteration, ValueError, pyarrow.ArrowException,
+    tarfile.TarError, zlib.error,
 )  # fmt: skip
-METADATA = "metadata.csv"  # of an imagefolder, with the column file_name
+METADATA = ("metadata.csv", "metadata.jsonl")  # of an imagefolder, with the column file_name
 SPLITS = ("train", "validation", "test")
 # Names of files and of splits, to ours.
 SPLIT_NAMES = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
+EMPTY = "it is empty"
 SEEN = 100  # rows of a stream that tell its columns
 TEXT = ("csv", "json")  # readers of lines
 INDEX = "__index_level_0__"  # what pandas calls the cells of a row beyond the header
@@ -85,7 +91,7 @@ def read_source(
             found = datasets.load_from_disk(str(path))
             found = found if isinstance(found, datasets.DatasetDict) else datasets.DatasetDict(train=found)
         else:
-            found = _from_hub(str(path) if path.exists() else name, config, as_written, streaming)
+            return _from_hub(str(path) if path.exists() else name, config, splits, as_written, on_error, streaming)
         return _ours(found, name, splits), {}
 
 
@@ -96,7 +102,9 @@ def column_names(dataset: datasets.Dataset | datasets.IterableDataset, name: str
         with reading(name):
             first = list(dataset.take(SEEN))
         if not first:
-            raise InputError(f"{name} cannot be read as a data set: it is empty")
+            raise InputError(f"{name} cannot be read as a data set: {EMPTY}")
+        if all(row.get(REASON) for row in first):
+            raise unparsable(name, first[0][REASON])
         names = (column for row in first for column in row)
     return [column for column in dict.fromkeys(names) if column not in (FOLDER, REASON)]
 
@@ -109,7 +117,11 @@ def reading(name: str) -> Iterator[None]:
     except InputError:
         raise
     except FAULTS as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0] or "it is empty"
+        reason = str(error.__cause__ or error).strip()
+        # A worker process sends its whole traceback as the message; its end is the original message.
+        reason = reason.rpartition("\n")[2] if reason.startswith("Caught ") else reason.partition("\n")[0] or EMPTY
+        if isinstance(error, pandas.errors.ParserError):  # of a stream from the Hub; other files are read by line
+            reason += ". Without --streaming the row is named, and --on_error skip leaves it out"
         raise InputError(f"{name} cannot be read as a data set: {reason}") from error
 
 
@@ -141,7 +153,7 @@ def _tables(path: Path, splits: Mapping[str, str], streaming: bool) -> dict[str,
     """
     if path.is_dir():
         files = _tables_of_folder(path, splits)
-        is_imagefolder = any(file.name == METADATA for part in files.values() for file in part)
+        is_imagefolder = any(file.name in METADATA for part in files.values() for file in part)
         return {} if is_imagefolder and streaming else files
     if path.exists() and table_suffix(path) not in READERS:
         raise InputError(f"{path} is not a table that can be read. Allowed: {', '.join(READERS)}.")
@@ -156,12 +168,12 @@ def _tables(path: Path, splits: Mapping[str, str], streaming: bool) -> dict[str,
 
 def _tables_of_folder(folder: Path, splits: Mapping[str, str]) -> dict[str, list[Path]]:
     """The tables of a folder by the split that their names or folders tell, those of the commonest format."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    files = _files_below(folder)
     metadata = {path.name for path in files if path.stem == "metadata"}
     own_rules = {"README.md", "dataset_dict.json", "state.json"}  # of the Hub, and of save_to_disk
-    if any(path.name in own_rules for path in files) or metadata - {METADATA}:
+    if any(path.name in own_rules for path in files) or metadata - set(METADATA):
         return {}
-    tables = [path for path in files if path.name == METADATA or (not metadata and is_table(path))]
+    tables = [path for path in files if path.name in METADATA or (not metadata and is_table(path))]
     formats = Counter(table_suffix(path) for path in tables)
     others = [path for path in tables if table_suffix(path) != max(formats, key=formats.__getitem__)]
     if any(_split_of(path.relative_to(folder), splits) for path in others):
@@ -185,6 +197,21 @@ def _tables_of_folder(folder: Path, splits: Mapping[str, str]) -> dict[str, list
     return {split: found[split] for split in SPLITS if split in found}
 
 
+def _files_below(folder: Path) -> list[Path]:
+    """The files of a folder and of those in it, links to folders among them, without what other programs leave."""
+    seen, found = {folder.resolve()}, list[Path]()
+    for root, inside, names in os.walk(folder, followlinks=True):
+        visible = {Path(root, name): Path(root, name).resolve() for name in inside if not _is_left_over(name)}
+        inside[:] = [path.name for path, real in visible.items() if real not in seen]
+        seen |= set(visible.values())
+        found += [Path(root, name) for name in names if not _is_left_over(name)]
+    return sorted(path for path in found if path.is_file())
+
+
+def _is_left_over(name: str) -> bool:
+    return name.startswith((".", "~$", "__MACOSX"))
+
+
 def _read_tables(
     name: str, files: Mapping[str, list[Path]], folder: Path, on_error: str
 ) -> tuple[datasets.DatasetDict, Reasons]:
@@ -192,16 +219,20 @@ def _read_tables(
     # Together the splits would get the types and the class names of the first.
     try:
         return datasets.DatasetDict({split: _load(split, part, folder) for split, part in files.items()}), {}
+    except InputError:
+        raise
     except FAULTS:
         if READERS[table_suffix(next(iter(files.values()))[0])] not in TEXT:
             raise
     copies, bad = dict[Path, Path](), Reasons()
     for split, part in files.items():
-        mended, bad[split] = mend(part)
+        mended, bad[split], count = mend(part)
         copies |= mended
-    reasons = [reason for found in bad.values() for reason in found.values()]
-    if reasons and on_error == "raise":
-        raise unparsable(name, reasons[0])
+        if not count:
+            raise ValueError(f"{EMPTY} ({', '.join(path.name for path in part)})")
+        if bad[split] and (on_error == "raise" or len(bad[split]) == count):
+            raise unparsable(name, next(iter(bad[split].values())))
+    reasons = any(bad.values())
     # Types are those of the first part of a file, unless a later part differs: then the file is read in one part.
     found = {split: _load(split, part, folder, copies, in_one=not reasons) for split, part in files.items()}
     return datasets.DatasetDict(found), bad
@@ -218,6 +249,8 @@ def _stream_tables(name: str, files: Mapping[str, list[Path]], on_error: str) ->
             streams[split] = datasets.IterableDataset.from_generator(_rows, gen_kwargs=given, split=named)
         else:
             pieces = [_with_folder(rows, own) for own, rows in _pieces(split, part, {}, streaming=True)]
+            if not pieces:
+                raise ValueError(EMPTY)
             streams[split] = datasets.concatenate_datasets(pieces, split=named)
     return datasets.IterableDatasetDict(streams)
 
@@ -225,8 +258,7 @@ def _stream_tables(name: str, files: Mapping[str, list[Path]], on_error: str) ->
 def _with_folder(rows: datasets.IterableDataset, folder: Path) -> datasets.IterableDataset:
     """Add the column `FOLDER` to rows that may hold paths of images, in place of images."""
     kinds = [getattr(feature, "dtype", "dict") for feature in rows.features.values()]
-    images = [feature for feature in rows.features.values() if isinstance(feature, datasets.Image)]
-    if images or any("dict" in kind or "binary" in kind for kind in kinds):
+    if any(word in kind for kind in kinds for word in ("dict", "binary", "Image")):  # which adding would decode
         return rows
     features = datasets.Features(rows.features | {FOLDER: datasets.Value("string")})
     return rows.map(_add, fn_kwargs={"new": {FOLDER: str(folder)}}, features=features)
@@ -247,7 +279,9 @@ def _rows(name: str, split: str, paths: Sequence[Path], on_error: str) -> Iterat
                 yield row | {REASON: None, FOLDER: str(own)}
                 done += 1
         return
-    except FAULTS as error:
+    except InputError:
+        raise
+    except (*FAULTS, TypeError) as error:  # a TypeError is about a list whose items are not all rows
         logger.debug("%s is read line by line: %s", name, error)
     with reading(name):
         parsed = ((path, *found) for path in paths for found in parse(path))
@@ -275,19 +309,35 @@ def _load(
         if own != folder:
             rows = rows.add_column(FOLDER, [str(own)] * len(rows))
         pieces.append(rows)
+    if not pieces:
+        raise ValueError(EMPTY)
     return datasets.concatenate_datasets(pieces, split=datasets.NamedSplit(split))
+
+
+def _columns_of(path: Path, in_one: bool) -> Any:
+    """What tables that are read together have in common besides their folder; None for a table without rows."""
+    builder = READERS[table_suffix(path)]
+    if builder == "csv":
+        return form_of(path)
+    if builder == "json":
+        head_of(path)
+        return path if in_one else ""
+    if builder == "parquet":
+        metadata = pq.read_metadata(path)
+        return sorted(metadata.schema.to_arrow_schema().names) if metadata.num_rows else None
+    return ""
 
 
 def _pieces(
     split: str, paths: Sequence[Path], copies: Mapping[Path, Path], in_one: bool = False, streaming: bool = False
 ) -> Iterator[tuple[Path, Any]]:
-    """Read the tables of one split that lie in one folder and have one delimiter.
+    """Read the tables of one split that lie in one folder and have the same columns.
 
     Args:
         split: Name of the split.
         paths: The tables, of one format.
         copies: What to read in place of a table.
-        in_one: Read each JSON file as a whole.
+        in_one: Read each JSON file as a whole, and by itself.
         streaming: Read rows when they are asked for.
 
     Yields:
@@ -297,28 +347,32 @@ def _pieces(
         ValueError: If the first row has more cells than the header: pandas would take the first of them for an index.
     """
     builder = READERS[table_suffix(paths[0])]
-    for (own, delimiter), group in groupby(
-        paths, key=lambda path: (path.parent, builder == "csv" and delimiter_of(path))
-    ):
+    for (own, form), group in groupby(paths, key=lambda path: (path.parent, _columns_of(path, in_one))):
+        if form is None:
+            continue
         tables = [copies.get(path, path) for path in group]
         options: dict[str, Any] = {}
+        names: dict[str, str] = {"file_name": "image"} if paths[0].name in METADATA else {}
         if builder in TEXT:
             options = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
         if in_one and builder == "json":
             options["chunksize"] = max(path.stat().st_size for path in tables) + 1
         if builder == "csv":
-            options |= {"sep": "," if copies else delimiter, "keep_default_na": False}
-            heads = [pandas.read_csv(path, nrows=0, **options).columns for path in tables]
+            options |= {"keep_default_na": False}
+            if not copies:
+                options |= {"sep": form.delimiter, "skipinitialspace": form.has_spaces, "skiprows": form.skipped}
+            head = pandas.read_csv(tables[0], nrows=0, **options).columns
             # pandas would judge the type of a column anew for every 10,000 rows, and fail where the judgments differ.
-            options["converters"] = dict.fromkeys((column for head in heads for column in head), str)
-        data_files = {split: list(map(str, tables))}
+            options["converters"] = dict.fromkeys(head, str)
+            names |= {old: new for old, new in zip(head, form.header, strict=False) if old != new}
+        data_files = {split: [glob.escape(str(path)) for path in tables]}
         try:
             rows = datasets.load_dataset(builder, data_files=data_files, split=split, streaming=streaming, **options)
         except StopIteration as error:  # which may not leave a generator
-            raise ValueError("it is empty") from error
+            raise ValueError(EMPTY) from error
         if builder == "csv" and INDEX in (rows.column_names or ()):
             raise ValueError("a row has more cells than the header")
-        yield own, rows.rename_column("file_name", "image") if paths[0].name == METADATA else _named(rows)
+        yield own, _named(rows.rename_columns(names) if names else rows)
 
 
 def _named(rows: Any) -> Any:
@@ -344,15 +398,44 @@ def _split_of(path: Path, splits: Mapping[str, str]) -> str | None:
     return None
 
 
-def _from_hub(name: str, config: str | None, as_written: Sequence[str], streaming: bool) -> Any:
-    """Read what the `datasets` library knows how to read by itself: a Hub data set, or a folder with such a layout."""
+def _from_hub(
+    name: str,
+    config: str | None,
+    splits: Mapping[str, str],
+    as_written: Sequence[str],
+    on_error: str,
+    streaming: bool,
+) -> tuple[Any, Reasons]:
+    """Read what the `datasets` library knows how to read by itself: a Hub data set, or a folder with such a layout.
+
+    Tables of text in which that fails are read like local ones.
+    """
     try:
-        is_csv = isinstance(datasets.load_dataset_builder(name, config).config, CsvConfig)
+        builder = datasets.load_dataset_builder(name, config).config
     except ValueError:
         _check_config(name, config)
         raise
+    is_csv = isinstance(builder, CsvConfig)
     cells = {"converters": dict.fromkeys(as_written, str), "keep_default_na": False} if is_csv else {}
-    return datasets.load_dataset(name, config, streaming=streaming, **cells)
+    try:
+        found = _ours(datasets.load_dataset(name, config, streaming=streaming, **cells), name, splits)
+        return type(found)({split: _named(rows) for split, rows in found.items()}), {}
+    except InputError:
+        raise
+    except FAULTS:
+        tables = [Path(url) for urls in builder.data_files.values() for url in urls]
+        if not all(READERS.get(table_suffix(path)) in TEXT and is_table(path) for path in tables):
+            raise
+    files = {split: [_on_disk(url) for url in urls] for split, urls in builder.data_files.items()}
+    return _read_tables(name, _ours(files, name, splits), Path(name), on_error)
+
+
+def _on_disk(url: str) -> Path:
+    """The local copy of a file of the Hub."""
+    if "://" not in url:
+        return Path(url)
+    file = HfFileSystem().resolve_path(url)
+    return Path(hf_hub_download(file.repo_id, file.path_in_repo, repo_type=file.repo_type, revision=file.revision))
 
 
 def _check_config(name: str, config: str | None) -> None:
@@ -387,4 +470,4 @@ def _ours(found: Any, name: str, splits: Mapping[str, str]) -> Any:
             f"{name} has the splits {', '.join(found)}: name those to use with --train_split, --validation_split and "
             "--test_split."
         )
-    return type(found)({split: _named(kept[split]) for split in SPLITS if split in kept})
+    return type(found)({split: kept[split] for split in SPLITS if split in kept})

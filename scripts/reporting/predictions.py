@@ -61,9 +61,10 @@ def check_folder(checkpoint: str) -> None:
         inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
         hint = f" Its folders {', '.join(inside)} are checkpoints." if inside else ""
         raise InputError(f"{checkpoint} is no checkpoint: it has no config.json.{hint}")
-    if name.count("/") != 1 or name.startswith((".", "~")) or folder.parent.is_dir():
-        beside = [path.name for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
-        raise InputError(f"There is no checkpoint {checkpoint}.{did_you_mean(folder.name, beside)}")
+    beside = [path.name for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
+    hint = did_you_mean(folder.name, beside)
+    if name.count("/") != 1 or name.startswith((".", "~", "/")) or hint:
+        raise InputError(f"There is no checkpoint {checkpoint}.{hint}")
 
 
 def check_model_type(config: dict[str, Any]) -> None:

@@ -69,6 +69,8 @@ def read(path: str, **more: Any) -> datasets.Dataset:
         ("jsonl", ["very  good", "very good", "bad"], "classes", ["bad", "very good"], [1, 1, 0]),
         ("jsonl", ["caf\u00e9", "cafe\u0301", "bar"], "classes", ["bar", "caf\u00e9"], [1, 1, 0]),
         ("jsonl", ["STRASSE", "stra\u00dfe", "Weg"], "classes", ["Weg", "stra\u00dfe"], [1, 1, 0]),
+        ("jsonl", ["\u2639\ufe0f", "\U0001f600", "\u2639"], "classes", ["\u2639", "\U0001f600"], [0, 1, 0]),
+        ("jsonl", ["bad\u200b", "good", "\ufeffbad"], "classes", ["bad\u200b", "good"], [0, 1, 0]),
         ("jsonl", ["none", "some"], "classes", ["none", "some"], [0, 1]),
         ("jsonl", ["1 star", "2 stars"], "classes", ["1 star", "2 stars"], [0, 1]),
         ("jsonl", ["infinity", "beyond"], "classes", ["beyond", "infinity"], [1, 0]),

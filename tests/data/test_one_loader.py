@@ -115,6 +115,13 @@ def test_a_post_that_fails_when_it_is_decoded_is_left_out_and_counted(trained: P
     assert config.text_columns == ["title", "tweet"] and config.image_column == "photo"
 
 
+def use_for_data(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
+    """Let the datasets library load from the server."""
+    patch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    patch.setattr(datasets.config, "HUB_DATASETS_URL", hub.url + "/datasets/{repo_id}/resolve/{revision}/{path}")
+    patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "hub"])
 def test_the_three_commands_give_the_same_scores(
     kind: str, sources: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -123,11 +130,7 @@ def test_the_three_commands_give_the_same_scores(
         files = {f"data/{path.name}": hub.store(path.read_bytes()) for path in (sources / "parquet").iterdir()}
         hub.repos["datasets", "user/posts"] = repo = Repo(private=False)
         repo.commit("main", files, "posts")
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            datasets.config, "HUB_DATASETS_URL", hub.url + "/datasets/{repo_id}/resolve/{revision}/{path}"
-        )
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        use_for_data(hub, monkeypatch)
         source = "user/posts" if kind == "hub" else str(sources / kind)
         scores = tmp_path / "scores.json"
         evaluate_checkpoint.main(
@@ -156,6 +159,33 @@ def test_the_three_commands_give_the_same_scores(
     evaluated = json.loads(scores.read_text())
     assert evaluated["posts"] == 7 and evaluated["skipped_posts"] == 1
     assert evaluated["accuracy"] == results(trained)["test_accuracy"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_line_of_the_hub_that_cannot_be_parsed_is_named_or_left_out(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    posts = [("text,label" if row == 0 else f"t{row},{'ab'[row % 2]}") for row in range(21)]
+    if kind == "jsonl":
+        posts = [json.dumps({"text": f"t{row}", "label": "ab"[row % 2]}) for row in range(1, 21)]
+    bad = [*posts[:9], {"csv": "t,a,more", "jsonl": "t"}[kind], *posts[9:]]
+    with HubServer(tmp_path / "hub", {}) as hub, hub.used_here():
+        found = {"train": bad, "test": posts}
+        files = {f"{split}.{kind}": hub.store("\n".join(part).encode()) for split, part in found.items()}
+        hub.repos["datasets", "user/posts"] = repo = Repo(private=False)
+        repo.commit("main", files, "posts")
+        use_for_data(hub, monkeypatch)
+        arguments = DataArguments(dataset_name="user/posts", splits=None)
+        with pytest.raises(InputError, match=f"user/posts cannot be read: train.{kind}, line 10: "):
+            load_posts(arguments, "text")
+        arguments.on_error, faults = "skip", Faults("skip")
+        load_posts(arguments, "text", faults=faults)
+        row = 9 + (kind == "jsonl")
+        assert list(faults.left_out) == [f"row {row} of the split train of user/posts"] and faults.num_rows == 41
+        if kind == "csv":
+            arguments.streaming = True
+            with pytest.raises(InputError, match="in line 10, saw 3. Without --streaming the row is named"):
+                load_posts(arguments, "text")
 
 
 def test_the_tables_of_reproduce_are_of_the_same_posts(sources: Path) -> None:

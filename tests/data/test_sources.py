@@ -4,6 +4,8 @@ import base64
 import gzip
 import io
 import json
+import unicodedata
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,40 @@ def to_arrow(rows: Rows, path: Path) -> None:
     next(path.with_suffix("").glob("*.arrow")).rename(path)
 
 
+def to_csv(rows: Rows, path: Path, first: str = "", between: str = ",", around: str = "") -> None:
+    """Write cells that are all quoted, as other programs do.
+
+    Args:
+        rows: Posts.
+        path: The file, whose folder is made.
+        first: Lines above the header.
+        between: What separates the cells.
+        around: Spaces around the names of the columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    quoted = ['"{}"'.format(cell.replace('"', '""')) for row in rows for cell in row.values()]
+    lines = [between.join(f"{around}{name}{around}" for name in rows[0])]
+    lines += [between.join(quoted[start : start + len(rows[0])]) for start in range(0, len(quoted), len(rows[0]))]
+    path.write_text(first + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def in_two(rows: Rows, folder: Path, write: Callable[[Rows, Path], Any]) -> None:
+    """Write the last six rows with a column more, into a second table."""
+    folder.mkdir()
+    write(rows[:8], folder / "a")
+    write([{"more": "x", **row} for row in rows[8:]], folder / "b")
+
+
+def with_left_overs(rows: Rows, folder: Path) -> None:
+    """A table in a folder, one in a folder inside, which is a link, and what editors, macOS and Excel leave."""
+    to_csv(rows[:8], folder / "posts.csv")
+    to_csv(rows[8:], folder.parent / "elsewhere/more.csv")
+    (folder / "rest").symlink_to(folder.parent / "elsewhere")
+    (folder / "self").symlink_to(folder)
+    for name in (".ipynb_checkpoints/posts.csv", "__MACOSX/._posts.csv", ".git/x.csv", "~$posts.csv", ".hidden.csv"):
+        to_csv([{"x": "1"}], folder / name)
+
+
 def up(rows: Rows) -> Rows:
     """The same rows for a folder beside the images."""
     return [row | {"image": f"../{row['image']}"} for row in rows]
@@ -112,6 +148,17 @@ WHOLE: dict[str, Callable[[Rows, Path], Any]] = {
     "posts.arrow": to_arrow,
     "bytes.parquet": lambda rows, path: table(with_bytes(rows, path.parent)).to_parquet(path),
     "saved": lambda rows, path: table(with_bytes(rows, path.parent)).save_to_disk(path),
+    "spaces.csv": lambda rows, path: to_csv(rows, path, between=", "),
+    "names.csv": lambda rows, path: to_csv(rows, path, around=" "),
+    "excel.csv": lambda rows, path: to_csv(rows, path, first="sep=;\n", between=";"),
+    "bars.csv": lambda rows, path: to_csv(rows, path, first="\n  \n", between="|"),
+    "a [1]*{x}.csv": lambda rows, path: to_csv(rows, path),
+    "columns of csv": lambda rows, path: in_two(up(rows), path, lambda part, to: to_csv(part, Path(f"{to}.csv"))),
+    "columns of jsonl": lambda rows, path: in_two(up(rows), path, lambda part, to: table(part).to_json(f"{to}.jsonl")),
+    "columns of parquet": lambda rows, path: in_two(
+        up(rows), path, lambda part, to: table(part).to_parquet(f"{to}.parquet")
+    ),
+    "left over": lambda rows, path: with_left_overs(up(rows), path),
 }
 SPLIT: dict[str, Callable[[Rows, Path], Any]] = {
     "csv": lambda rows, path: by_split(up(rows), path, lambda part, to: table(part).to_csv(f"{to}.csv")),
@@ -154,6 +201,19 @@ def test_a_folder_of_any_format_has_its_splits(name: str, rows: Rows, tmp_path: 
     assert contents(found) == expected[8:11]
 
 
+def accent(folder: Path) -> str:
+    """An image whose name is in another form of Unicode than in the table."""
+    (folder / unicodedata.normalize("NFD", "photos/\u00e9.png")).write_bytes(png(1))
+    return "photos/\u00e9.png"
+
+
+def zipped() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("xl/workbook.xml", "<workbook/>")
+    return file.getvalue()
+
+
 URL = "https://example.org/1.png"
 IMAGES: dict[str, tuple[Callable[[Path], Any], Any]] = {
     "relative path": (lambda folder: "photos/1.png", png(1)),
@@ -166,6 +226,14 @@ IMAGES: dict[str, tuple[Callable[[Path], Any], Any]] = {
     "list of paths": (lambda folder: ["photos/1.png", "photos/2.png"], png(1)),
     "list of bytes": (lambda folder: [png(1)], png(1)),
     "PIL image": (lambda folder: Image.open(folder / "photos/1.png"), png(1)),
+    "path of Windows": (lambda folder: ".\\photos\\1.png", png(1)),
+    "file URL": (lambda folder: (folder / "photos/1.png").as_uri(), png(1)),
+    "accent of macOS": (lambda folder: accent(folder), png(1)),
+    "path among parts": (lambda folder: {"path": "photos/1.png", "bytes": None}, png(1)),
+    "path as a part": (lambda folder: {"path": "photos/1.png"}, png(1)),
+    "bytes as a part": (lambda folder: {"bytes": png(1)}, png(1)),
+    "base64 among parts": (lambda folder: {"path": None, "bytes": base64.b64encode(png(1)).decode()}, png(1)),
+    "more parts": (lambda folder: {"path": None, "bytes": png(1), "width": 8}, png(1)),
 }  # fmt: skip
 
 
@@ -178,6 +246,9 @@ def test_an_image_column_of_any_kind(kind: str, rows: Rows, tmp_path: Path, capl
         assert {image["path"] for image in found} == {URL}
     else:
         assert {Image.open(io.BytesIO(image_bytes(image))).getpixel((0, 0)) for image in found} == {(1, 0, 0)}
+        arguments = ColumnArguments(streaming=True)
+        stream = load_to_predict(arguments, str(tmp_path / "posts.parquet"), "test", ClipCaCgConfig())
+        assert {image_bytes(post["image"]) for post in stream} == {image_bytes(image) for image in found}
     assert ("14 rows of" in caplog.text and "several images" in caplog.text) == (kind == "list of paths")
 
 
@@ -267,6 +338,17 @@ def test_a_data_set_of_several_configs_lists_them(rows: Rows, tmp_path: Path) ->
         ("posts.csv", b"text,label\na,b\n", "has no column image; it has text, label"),
         ("posts.jsonl", b'{"image": 1, "text": "a", "label": 1}\n', "column image of .* holds no images, but Value"),
         ("posts.jsonl", b'{"image": "x", "text": ["a"], "label": 1}\n', "column text of .* holds no texts, but List"),
+        ("posts.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is encoded in UTF-16: save it in UTF-8"),
+        ("posts.csv", "text,label\na,b\n".encode("utf-16-le"), "is compressed, encoded in UTF-16 or not a text"),
+        ("posts.csv", gzip.compress(b"text,label\na,b\n"), "is compressed, encoded in UTF-16 or not a text"),
+        ("posts.csv", zipped(), "is compressed, encoded in UTF-16 or not a text"),
+        ("posts.csv.gz", gzip.compress(b"text,label\na,b\n")[:-9], "cannot be read .*: Compressed file ended"),
+        ("posts.csv", b"text,label\n", "cannot be read as a data set: it is empty .posts.csv."),
+        ("posts.json", b"[]", "cannot be read as a data set: it is empty .posts.json."),
+        ("posts.json", b'[{"text": "a"},\n{"text":', "posts.json cannot be read: .*: line 2 .*one list: mend it"),
+        ("posts.jsonl", b'{"text": "a"},\n' * 9, "posts.jsonl, line 1: Extra data"),
+        ("posts.jsonl", b"{'text': 'a'}\n" * 9, "posts.jsonl, line 1: Expecting property name"),
+        ("posts.csv", b'"te"xt,label\na,b,c\n', "posts.csv cannot be read: its header: ',' expected"),
     ],
 )  # fmt: skip
 def test_a_source_that_cannot_be_read_is_one_sentence(
@@ -274,9 +356,10 @@ def test_a_source_that_cannot_be_read_is_one_sentence(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
-        load_posts(DataArguments(dataset_name=str(tmp_path / name)))
-    assert name in str(error.value) and "\n" not in str(error.value)
+    for on_error in ("raise", "skip"):
+        with pytest.raises(InputError, match=message) as error:
+            load_posts(DataArguments(dataset_name=str(tmp_path / name), on_error=on_error))
+        assert name in str(error.value) and "\n" not in str(error.value)
 
 
 BAD_ROWS = {
@@ -285,6 +368,8 @@ BAD_ROWS = {
     "a page": ("csv", {"image": "page.png"}, "broken image: .*page.png: UnidentifiedImageError"),
     "half an image": ("csv", {"image": "half.png"}, "broken image: .*half.png"),
     "a folder": ("csv", {"image": "photos"}, "missing image: .*photos"),
+    "an empty file": ("csv", {"image": "empty.png"}, "broken image: .*empty.png"),
+    "a link to nothing": ("csv", {"image": "link.png"}, "missing image: .*link.png"),
     "null": ("jsonl", {"image": None}, "it has no image"),
     "broken bytes": ("parquet", {"image": b"no image"}, "broken image: image: UnidentifiedImageError"),
     "no bytes": ("parquet", {"image": None}, "it has no image"),
@@ -303,6 +388,8 @@ def test_a_bad_row_is_named_or_left_out(
     suffix, bad, reason = BAD_ROWS[kind]
     (tmp_path / "page.png").write_text("<html>404</html>")
     (tmp_path / "half.png").write_bytes(png(1)[:40])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nothing")
     path = tmp_path / f"posts.{suffix}"
     rows = [row | {"text": "a"} for row in rows]
     rows = with_bytes(rows, tmp_path) if suffix == "parquet" else rows
@@ -388,6 +475,54 @@ def test_a_csv_file_with_other_delimiters_or_one_too_many_at_the_end_of_a_line(c
         assert found["label"][:] == [0, 1] and label_names(found) == ["a", "b"]
         if not streaming:
             assert found["text"][:] == ["1,5 km", "so"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_item_of_a_list_that_is_no_row_is_named_or_left_out(streaming: bool, tmp_path: Path) -> None:
+    items = [{"text": f"t{number}", "label": number % 2} for number in range(20)]
+    (tmp_path / "posts.json").write_text(json.dumps([*items[:9], 7, *items[9:]]))
+    arguments = DataArguments(dataset_name=str(tmp_path / "posts.json"), splits=None, streaming=streaming)
+    with pytest.raises(InputError, match="posts.json cannot be read: posts.json, item 10: it is no JSON object"):
+        load_posts(arguments, "text")
+    arguments.on_error = "skip"
+    (found,) = load_posts(arguments, "text").values()
+    assert found["row"][:] == [*range(1, 10), *range(11, 22)] if streaming else len(found) == 20
+
+
+def test_a_second_column_of_the_same_name_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With a line that cannot be parsed, the last one was read in place of the first."""
+    rows = [f"a{number},{'ab'[number % 2]},wrong" for number in range(12)]
+    arguments = DataArguments(dataset_name=str(tmp_path / "posts.csv"), splits=None, on_error="skip")
+    for more in ([], ["a,b,c,d,e"]):
+        (tmp_path / "posts.csv").write_text("\n".join(["text,label,text", *rows, *more]))
+        assert load_posts(arguments, "text")["test"]["text"][:] == [f"a{number}" for number in range(12)]
+        assert "has several columns text: the first counts" in caplog.text
+
+
+def test_texts_that_are_not_in_utf_8_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "posts.csv").write_text("text,label\ncaf\u00e9,a\nb,b\n", encoding="cp1252")
+    load_posts(DataArguments(dataset_name=str(tmp_path / "posts.csv"), splits=None), "text")
+    assert "1 texts of" in caplog.text and "save it in UTF-8" in caplog.text
+
+
+def test_splits_may_have_other_columns(rows: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A test split without the label is one without labels; a split without texts is refused."""
+    (tmp_path / "data").mkdir()
+    rows = up(rows)
+    to_csv([{"more": "x", **row} for row in rows[:8]], tmp_path / "data/train.csv")
+    to_csv(rows[8:11], tmp_path / "data/val.csv")
+    to_csv([{"text": row["text"], "image": row["image"]} for row in rows[11:]], tmp_path / "data/test.csv")
+    for streaming in (False, True):
+        arguments = DataArguments(dataset_name=str(tmp_path / "data"), streaming=streaming)
+        posts = load_posts(arguments)
+        assert {split: len(part) for split, part in posts.items()} == {"train": 8, "validation": 3}
+        assert "the test split has no labels and is left out" in caplog.text
+        arguments.label_column = "mood"
+        with pytest.raises(InputError, match="the split train of .* has no column mood; it has more, id"):
+            load_posts(arguments)
+    to_csv([{"image": row["image"], "label": row["label"]} for row in rows[8:11]], tmp_path / "data/val.csv")
+    with pytest.raises(InputError, match="the split validation of .* has no column text; it has image, label"):
+        load_posts(DataArguments(dataset_name=str(tmp_path / "data")))
 
 
 def test_a_first_row_with_a_cell_too_many_does_not_shift_the_columns(tmp_path: Path) -> None:

@@ -203,6 +203,15 @@ def test_a_misspelt_checkpoint_is_one_sentence_of_every_command(
             main([*flags, name] if command == "train" else [name, *flags])
 
 
+def test_a_folder_of_a_users_name_does_not_hide_the_users_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user/data").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="The checkpoint user/model cannot be loaded: "):  # the Hub is not reached
+        predict(["user/model", "--text", "a"])
+
+
 @pytest.mark.parametrize("text", [None, "of the folder"])
 def test_a_table_beside_a_folder_of_images_is_read(
     text: str | None, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
