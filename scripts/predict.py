@@ -2,6 +2,7 @@
 
     python scripts/predict.py CHECKPOINT --image photo.jpg --text "What a lovely morning!"
     python scripts/predict.py CHECKPOINT --input posts.csv --output predictions.jsonl
+    accelerate launch scripts/predict.py CHECKPOINT --input shards/ --output predictions/
 
 The input is what `train.py --dataset_name` takes, a table, a folder or a Hub data set, or a folder in the layout of
 MVSA. It needs no labels. Its columns are those that the checkpoint was trained on, and perhaps an id. The output has
@@ -11,6 +12,10 @@ alone, and conflict, the probability that the two are opposite. With `--min_conf
 where the highest probability is below 0.8; the probabilities stay. A post that cannot be read gets a line with its id
 and an error; more than a tenth of such posts end in an error. An interrupted run continues where it stopped when
 called again with the same output.
+
+If the output is a folder, each table or tar file of the input gets a file of its own there, which appears when it is
+whole, and several processes share the work. Call the command again after a fault, with any number of processes: it
+computes the files that are missing. The last process writes `manifest.json`.
 
 On a CPU `--onnx model.onnx` is the fastest: it gives equal answers in ONNX Runtime, from the file that
 `export_onnx.py CHECKPOINT -o model.onnx` makes.
@@ -35,7 +40,14 @@ from clipcacg.scripts.data.errors import (
     set_up_logging,
 )
 from clipcacg.scripts.data.loading import ColumnArguments
-from clipcacg.scripts.reporting.predictions import load_checkpoint, predict_file, predict_rows, prepare, write_line
+from clipcacg.scripts.reporting.predictions import (
+    load_checkpoint,
+    predict_file,
+    predict_rows,
+    predict_shards,
+    prepare,
+    write_line,
+)
 from clipcacg.scripts.training.onnx_export import OnnxModel
 
 
@@ -52,7 +64,9 @@ class PredictionArguments(ColumnArguments):
         },
     )
     split: str = field(default="test", metadata={"help": "train, validation or test, of an input that has several."})
-    output: str = field(default="predictions.jsonl", metadata={"help": "File of JSON lines, for --input."})
+    output: str = field(
+        default="predictions.jsonl", metadata={"help": "For --input: file of JSON lines, or folder/ of them."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Start again instead of continuing the output."})
     max_samples: int | None = field(default=None, metadata={"help": "Predict only the first posts."})
     batch_size: int = field(default=32, metadata={"help": "Posts per forward pass."})
@@ -78,15 +92,40 @@ class PredictionArguments(ColumnArguments):
         if (self.input is None) == (self.image is None and self.text is None):
             raise InputError("Give one post with --image and --text, or many with --input.")
 
+    def folder(self, several: bool) -> Path | None:
+        """The folder of predictions, if `output` is one: it exists, ends in a slash, or is not a file's name.
+
+        Args:
+            several: Whether several processes predict. They cannot write one file; one process takes any new name for
+                that of a file.
+
+        Raises:
+            InputError: If several would write a file, or a flag is for files alone.
+        """
+        path = Path(self.output)
+        if not (path.is_dir() or self.output.endswith("/") or (several and not path.suffix and not path.exists())):
+            if several:
+                raise InputError(f"Several processes cannot write one file, {path}: give --output a folder/.")
+            return None
+        for flag in ("overwrite", "max_samples"):
+            if getattr(self, flag):
+                raise InputError(
+                    f"--{flag} is for an --output of one file: leave it out, or give {path} another name."
+                )
+        return path
+
 
 def main(argv: list[str] | None = None) -> None:
-    set_up_logging()
     with one_sentence(argv):
         parser = HfArgumentParser(PredictionArguments, description=__doc__.split("\n")[0])
         parser.add_argument("checkpoint", help="Folder or Hub name of a trained model.")
         parser.set_defaults(on_error="skip")
         add_debug_flag(parser)
         arguments, rest = parse_flags(parser, argv)
+        # Without cpu=True every one of several processes on CPUs would take itself for the only one.
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        set_up_logging(state.is_main_process)
+        folder = arguments.folder(state.num_processes > 1) if arguments.input else None
         model, processor = load_checkpoint(rest.checkpoint, arguments.trust_remote_code)
         if arguments.min_confidence is not None:
             with as_input_error("--min_confidence cannot be used", ValueError):
@@ -95,10 +134,14 @@ def main(argv: list[str] | None = None) -> None:
             model = OnnxModel(model, Path(arguments.onnx))
         else:
             # Convolutions are faster with the channels last.
-            model.to(PartialState().device, memory_format=torch.channels_last)
+            model.to(state.device, memory_format=torch.channels_last)
+        names = ("split", "batch_size", "num_workers", "bf16", "min_confidence")
+        options = {name: getattr(arguments, name) for name in names}
+        if folder:
+            predict_shards(model, processor, arguments.input, folder, columns=arguments, **options)
+            return
         if arguments.input:
-            names = ("split", "max_samples", "batch_size", "num_workers", "bf16", "min_confidence", "overwrite")
-            options = {name: getattr(arguments, name) for name in names}
+            options |= {"max_samples": arguments.max_samples, "overwrite": arguments.overwrite}
             predict_file(model, processor, arguments.input, Path(arguments.output), columns=arguments, **options)
             return
         row = {"id": arguments.image or "text", "text": arguments.text, "image": arguments.image}

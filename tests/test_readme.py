@@ -61,7 +61,12 @@ def place(posts_folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pyt
     ]
     table = datasets.Dataset.from_list(rows)
     table.to_csv(tmp_path / "posts.csv")
-    table.rename_columns({"photo": "image", "tweet": "text"}).to_json(tmp_path / "posts.jsonl")
+    table = table.rename_columns({"photo": "image", "tweet": "text"})
+    table.to_json(tmp_path / "posts.jsonl")
+    (tmp_path / "shards").mkdir()
+    for index in range(2):
+        table.shard(2, index).to_parquet(tmp_path / f"shards/{index}.parquet")
+    (tmp_path / "shards/images").symlink_to(posts_folder / "data")
     Image.new("RGB", (80, 60), "orange").save(tmp_path / "post.jpg")
     monkeypatch.setattr("clipcacg.scripts.data.features.CACHE_FOLDER", tmp_path / "features")
     monkeypatch.chdir(tmp_path)
@@ -134,6 +139,7 @@ def test_commands_that_read_a_checkpoint_or_data(
     assert "Weighted F1" in shown and '"label"' in shown
     assert (place / "results.json").is_file() and (place / "results.png").is_file()
     assert len((place / "predictions.jsonl").read_text().splitlines()) == 40
+    assert sum(len(path.read_text().splitlines()) for path in (place / "predictions").glob("*.jsonl")) == 40
     assert datasets.load_dataset(str(place / "prepared"))["train"].features["label"].names[0] == "negative"
 
 

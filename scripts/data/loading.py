@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 from huggingface_hub.constants import HF_HOME
@@ -17,13 +17,14 @@ from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import with_labels, with_modality_labels
 from clipcacg.scripts.data.mending import Reasons
 from clipcacg.scripts.data.mvsa import load_mvsa, read_folder
-from clipcacg.scripts.data.sources import column_names, read_source, reading
+from clipcacg.scripts.data.sources import column_names, read_source, reading, shard_names
 from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
 from clipcacg.scripts.data.streaming import BUFFER, PostStream
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_FOLDER = Path(HF_HOME) / "clipcacg" / "sample"
+SHARD_POSTS = 1000  # in one shard of a folder of images and texts
 # Flags that say how to read a data set; MVSA has one form.
 OF_DATA_SETS = (
     "image_column", "text_column", "dataset_config", "train_split", "validation_split", "test_split", "streaming",
@@ -254,6 +255,46 @@ def read_rows(
     Raises:
         InputError: If a column is missing.
     """
+    posts, malformed, columns, names, folder = _open(arguments, name, modality, remembered, labels)
+    for split, dataset in posts.items():
+        prefix, used = f"{split}-" if len(posts) > 1 else "", columns
+        if split == "test" and len(posts) > 1:  # which benchmarks publish without labels
+            used = replace(used, labels={column: labels[column] for column in labels if column in names[split]})
+        _check_columns(used, names[split], _source(name, split, posts))
+        if arguments.streaming and labels and isinstance(arguments, DataArguments):
+            limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
+            dataset = dataset if limit is None else dataset.take(limit)
+            used = Columns(labels=labels) if split == "train" else used
+            with reading(name):
+                dataset, malformed[split] = in_memory(dataset, used)
+        elif arguments.streaming:
+            posts[split] = stream_posts(dataset, columns, names[split], folder, prefix)
+            continue
+        dataset = as_posts(dataset, used, folder, prefix, name)
+        for label in sorted(set(labels.values()) - set(dataset.column_names)):
+            dataset = dataset.add_column(label, [None] * len(dataset))
+        posts[split] = dataset
+    return posts, malformed
+
+
+class _Source(NamedTuple):
+    """The splits of a source as they are, with the faults of `read_source`, and how to read them."""
+
+    posts: Any
+    malformed: Reasons
+    columns: Columns
+    names: Mapping[str, Sequence[str]]  # of all columns of each split
+    folder: Path  # that paths of images start from
+
+
+def _open(
+    arguments: ColumnArguments,
+    name: str,
+    modality: str,
+    remembered: ClipCaCgConfig | None,
+    labels: Mapping[str, str],
+) -> _Source:
+    """Open a source and choose its columns; see `read_rows`."""
     texts = [arguments.text_column, getattr(remembered, "text_columns", None), ["text"]]
     images = [arguments.image_column, getattr(remembered, "image_column", None), "image"]
     posts, malformed = read_source(
@@ -276,26 +317,7 @@ def read_rows(
         labels,
     )
     path = Path(name).expanduser()
-    folder = path if path.is_dir() else path.parent
-    for split, dataset in posts.items():
-        prefix, used = f"{split}-" if len(posts) > 1 else "", columns
-        if split == "test" and len(posts) > 1:  # which benchmarks publish without labels
-            used = replace(used, labels={column: labels[column] for column in labels if column in names[split]})
-        _check_columns(used, names[split], _source(name, split, posts))
-        if arguments.streaming and labels and isinstance(arguments, DataArguments):
-            limit = arguments.max_train_samples if split == "train" else arguments.max_eval_samples
-            dataset = dataset if limit is None else dataset.take(limit)
-            used = Columns(labels=labels) if split == "train" else used
-            with reading(name):
-                dataset, malformed[split] = in_memory(dataset, used)
-        elif arguments.streaming:
-            posts[split] = stream_posts(dataset, columns, names[split], folder, prefix)
-            continue
-        dataset = as_posts(dataset, used, folder, prefix, name)
-        for label in sorted(set(labels.values()) - set(dataset.column_names)):
-            dataset = dataset.add_column(label, [None] * len(dataset))
-        posts[split] = dataset
-    return posts, malformed
+    return _Source(posts, malformed, columns, names, path if path.is_dir() else path.parent)
 
 
 def _check_columns(columns: Columns, present: Sequence[str], name: str) -> None:
@@ -344,19 +366,69 @@ def load_to_predict(arguments: ColumnArguments, name: str, split: str, config: C
     Raises:
         InputError: If the source or the split is not there.
     """
-    folder = Path(name).expanduser()
-    if rows := read_folder(folder, config.modalities):
-        string = datasets.Value("string")
-        features = {"id": string, "text": string, "image": datasets.Image(decode=False), "error": string}
-        return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    if (whole := _posts_of_folder(name, config)) is not None:
+        return whole
     posts, malformed = read_rows(arguments, name, config.modality, config, {})
-    split = next(iter(posts)) if len(posts) == 1 else split
-    if split not in posts:
-        raise InputError(f"{name} has no split {split}: name one with --split. Choices: {', '.join(posts)}.")
+    split = _choose_split(posts, split, name)
     if arguments.streaming:
         return posts[split]
     errors = [malformed.get(split, {}).get(index) for index in range(len(posts[split]))]
     return posts[split].remove_columns("row").add_column("error", errors, feature=datasets.Value("string"))
+
+
+def load_shards(
+    arguments: ColumnArguments, name: str, split: str, config: ClipCaCgConfig
+) -> dict[str, datasets.IterableDataset]:
+    """Load posts without labels as streams of some posts each: one for each table of a folder or file of a data set.
+
+    Args:
+        arguments, name, split, config: As in `load_to_predict`; every source is read with `streaming`.
+
+    Returns:
+        The name of each shard, and its rows as in `load_to_predict`. A post without an ID is called after its shard.
+        The shards do not depend on the number of processes that read them.
+
+    Raises:
+        InputError: If the source or the split is not there.
+    """
+    if (posts := _posts_of_folder(name, config)) is not None:
+        count = -(-len(posts) // SHARD_POSTS)
+        stream = posts.to_iterable_dataset(num_shards=count)
+        names = shard_names(name, {}, split, count)
+        return {shard: stream.shard(count, index) for index, shard in enumerate(names)}
+    arguments.streaming = True
+    source = _open(arguments, name, config.modality, config, {})
+    split = _choose_split(source.posts, split, name)
+    stream, present = source.posts[split], source.names[split]
+    _check_columns(source.columns, present, _source(name, split, source.posts))
+    if isinstance(stream, datasets.Dataset):  # of save_to_disk
+        stream = stream.to_iterable_dataset(num_shards=-(-len(stream) // SHARD_POSTS))
+    names = shard_names(name, arguments.own_splits(), split, stream.num_shards)
+    return {
+        shard: stream_posts(stream.shard(len(names), index), source.columns, present, source.folder, f"{shard}-")
+        for index, shard in enumerate(names)
+    }
+
+
+def _posts_of_folder(name: str, config: ClipCaCgConfig) -> datasets.Dataset | None:
+    """The posts of a folder with <ID>.jpg and <ID>.txt; None of another source."""
+    if not (rows := read_folder(Path(name).expanduser(), config.modalities)):
+        return None
+    string = datasets.Value("string")
+    features = {"id": string, "text": string, "image": datasets.Image(decode=False), "error": string}
+    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+
+
+def _choose_split(posts: Mapping[str, Any], split: str, name: str) -> str:
+    """The one split that there is, or else the one asked for.
+
+    Raises:
+        InputError: If that is not there.
+    """
+    split = next(iter(posts)) if len(posts) == 1 else split
+    if split not in posts:
+        raise InputError(f"{name} has no split {split}: name one with --split. Choices: {', '.join(posts)}.")
+    return split
 
 
 def _cap(posts: datasets.DatasetDict, arguments: DataArguments) -> datasets.DatasetDict:

@@ -4,6 +4,7 @@ import glob
 import logging
 import os
 import re
+import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,18 +21,18 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from huggingface_hub import hf_hub_download
 
 from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.data.lines import origin_note
+from clipcacg.scripts.data.lines import is_output
 from clipcacg.scripts.data.mending import Reasons, form_of, head_of, mend, parse, table_suffix
 
 logger = logging.getLogger(__name__)
 
 READERS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet",
-    ".arrow": "arrow",
+    ".arrow": "arrow", ".tar": "webdataset",
 }  # fmt: skip
 FAULTS = (
     datasets.exceptions.DatasetGenerationError, EOFError, OSError, StopIteration, ValueError, pyarrow.ArrowException,
-    zlib.error,
+    tarfile.TarError, zlib.error,
 )  # fmt: skip
 METADATA = ("metadata.csv", "metadata.jsonl")  # of an imagefolder, with the column file_name
 SPLITS = ("train", "validation", "test")
@@ -127,7 +128,22 @@ def reading(name: str) -> Iterator[None]:
 
 def is_table(path: Path) -> bool:
     """Whether a file is a table that can be read, and not one of predictions that `predict.py` wrote."""
-    return table_suffix(path) in READERS and not origin_note(path).exists()
+    return table_suffix(path) in READERS and not is_output(path)
+
+
+def shard_names(name: str, splits: Mapping[str, str], split: str, count: int) -> list[str]:
+    """Name the shards of one split, in their order: as its local tables without their suffixes, or else by numbers.
+
+    Args:
+        name, splits: As in `read_source`.
+        split: Our name of the split.
+        count: Number of its shards.
+    """
+    path = Path(name).expanduser()
+    tables = _tables(path, splits, streaming=True).get(split, [])
+    inside = [table.relative_to(path) if table != path else Path(table.name) for table in tables]
+    names = ["-".join(table.parts).partition(table_suffix(table))[0] for table in inside]
+    return names if len(set(names)) == count else [f"{index:05d}-of-{count:05d}" for index in range(count)]
 
 
 def _tables(path: Path, splits: Mapping[str, str], streaming: bool) -> dict[str, list[Path]]:
@@ -229,7 +245,8 @@ def _stream_tables(name: str, files: Mapping[str, list[Path]], on_error: str) ->
     for split, part in files.items():
         named = datasets.NamedSplit(split)
         if READERS[table_suffix(part[0])] in TEXT:
-            given = {"name": name, "split": split, "paths": tuple(part), "on_error": on_error}
+            # The items of a list are the shards of the stream.
+            given = {"name": name, "split": split, "paths": list(part), "on_error": on_error}
             streams[split] = datasets.IterableDataset.from_generator(_rows, gen_kwargs=given, split=named)
         else:
             pieces = [_with_folder(rows, own) for own, rows in _pieces(split, part, {}, streaming=True)]
@@ -356,7 +373,19 @@ def _pieces(
             raise ValueError(EMPTY) from error
         if builder == "csv" and INDEX in (rows.column_names or ()):
             raise ValueError("a row has more cells than the header")
-        yield own, rows.rename_columns(names) if names else rows
+        yield own, _named(rows.rename_columns(names) if names else rows)
+
+
+def _named(rows: Any) -> Any:
+    """Call the first image of each entry of a WebDataset image, its text text and its key id."""
+    present = rows.column_names or []
+    if "__key__" not in present:
+        return rows
+    images = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    names = {"__key__": "id", "txt": "text"} | dict.fromkeys(images[:1], "image")
+    for column in images:  # or renaming a column of a stream would decode them and encode them anew
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows.rename_columns({own: ours for own, ours in names.items() if own in present and ours not in present})
 
 
 def _split_of(path: Path, splits: Mapping[str, str]) -> str | None:
@@ -390,7 +419,8 @@ def _from_hub(
     is_csv = isinstance(builder, CsvConfig)
     cells = {"converters": dict.fromkeys(as_written, str), "keep_default_na": False} if is_csv else {}
     try:
-        return _ours(datasets.load_dataset(name, config, streaming=streaming, **cells), name, splits), {}
+        found = _ours(datasets.load_dataset(name, config, streaming=streaming, **cells), name, splits)
+        return type(found)({split: _named(rows) for split, rows in found.items()}), {}
     except InputError:
         raise
     except FAULTS:

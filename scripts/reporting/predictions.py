@@ -1,4 +1,4 @@
-"""Predict posts: one at a time, or a file or folder of them, line by line into a file of predictions."""
+"""Predict posts: one at a time, a source line by line into a file, or its shards by several processes."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import datasets
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
@@ -21,14 +22,16 @@ from clipcacg.configuration_clipcacg import ClipCaCgConfig, did_you_mean
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor, missing_parts, modality_scores
 from clipcacg.scripts.data.collator import PostCollator
-from clipcacg.scripts.data.errors import InputError, as_input_error
+from clipcacg.scripts.data.errors import InputError, as_input_error, set_up_logging
 from clipcacg.scripts.data.faults import ALLOWED_SHARE, advice, kind_of
-from clipcacg.scripts.data.lines import origin_note
-from clipcacg.scripts.data.loading import ColumnArguments, load_to_predict
+from clipcacg.scripts.data.lines import origin_note, remove_parts, whole_file
+from clipcacg.scripts.data.loading import ColumnArguments, load_shards, load_to_predict
 from clipcacg.scripts.data.progress import Progress
 from clipcacg.scripts.data.sources import reading
 
 logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
 
 Row = dict[str, Any]
 Inputs = dict[str, torch.Tensor]
@@ -207,14 +210,10 @@ def lines_done(output: Path, origin: dict[str, Any]) -> tuple[int, Counter[str]]
     Raises:
         InputError: If the file is no output of this model for this input: appending would mix two sets of predictions.
     """
-    note = origin_note(output)
-    if not output.is_file() or not output.stat().st_size:
-        note.write_text(json.dumps(origin), encoding="utf-8")
+    is_new = not output.is_file() or not output.stat().st_size
+    check_origin(output, origin, is_new)
+    if is_new:
         return 0, Counter()
-    if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != origin:
-        raise InputError(
-            f"{output} does not belong to this model and {origin['input']}: give another --output, or --overwrite."
-        )
     done, end, errors = 0, 0, Counter[str]()
     with output.open("r+b") as file:
         for line in file:
@@ -230,6 +229,22 @@ def lines_done(output: Path, origin: dict[str, Any]) -> tuple[int, Counter[str]]
             done, end = done + 1, end + len(line)
         file.truncate(end)
     return done, errors
+
+
+def check_origin(output: Path, origin: dict[str, Any], is_new: bool) -> None:
+    """Record what the predictions of a file or folder are of, or compare that with the record of an earlier run.
+
+    Raises:
+        InputError: If the predictions are not of this origin.
+    """
+    note = origin_note(output)
+    if is_new:
+        with whole_file(note) as file:
+            json.dump(origin, file)
+    elif not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != origin:
+        raise InputError(
+            f"{output} does not belong to this model and {origin['input']}: give another --output, or --overwrite."
+        )
 
 
 def predict_file(
@@ -279,30 +294,142 @@ def predict_file(
         done, errors = lines_done(output, told)
         file = output.open("a", encoding="utf-8", errors="backslashreplace")
     rest, total = remaining(posts, done, max_samples)
+    batches = predict_batches(model, processor, rest, source, columns, batch_size, num_workers, bf16, min_confidence)
+    written = done
+    with file, Progress(total, "predicting", initial=done) as bar:
+        for lines in batches:
+            for line in lines:
+                write_line(file, line)
+                errors.update(faults_of(line))
+            written += len(lines)
+            file.flush()
+            bar.update(len(lines))
+    report_errors(errors, written, output)
+
+
+def predict_batches(
+    model: ClipCaCgForSequenceClassification,
+    processor: ClipCaCgProcessor,
+    posts: Any,
+    source: str,
+    columns: ColumnArguments,
+    batch_size: int,
+    num_workers: int,
+    bf16: bool,
+    min_confidence: float | None,
+) -> Iterator[list[Row]]:
+    """Yield the lines of one batch of posts after another; see `predict_file`."""
     loader: DataLoader[Any] = DataLoader(
-        rest,
+        posts,
         batch_size=batch_size,
         # Several processes would mix the order of a stream.
         num_workers=num_workers if isinstance(posts, datasets.Dataset) else min(num_workers, 1),
         collate_fn=partial(prepare, collator=PostCollator(processor, model.config)),
     )
-    written = done
-    with file, Progress(total, "predicting", initial=done) as bar:
-        for rows, inputs in read_batches(loader, source):
-            for line in predict_rows(model, rows, inputs, bf16, min_confidence):
-                if "error" in line and columns.on_error == "raise":
-                    raise InputError(f"{source}, post {line['id']}: {line['error']}")
-                write_line(file, line)
-                errors.update(faults_of(line))
-                written += 1
-            file.flush()
-            bar.update(len(rows))
+    with reading(source):  # a stream may turn out to be faulty in the middle
+        for rows, inputs in loader:
+            lines = predict_rows(model, rows, inputs, bf16, min_confidence)
+            bad = next((line for line in lines if "error" in line), None)
+            if bad and columns.on_error == "raise":
+                yield lines[: lines.index(bad)]
+                raise InputError(f"{source}, post {bad['id']}: {bad['error']}")
+            yield lines
+
+
+def report_errors(errors: Counter[str], written: int, output: Path) -> None:
+    """Say how many posts were predicted and how many could not be read.
+
+    Raises:
+        InputError: If those are more than a tenth.
+    """
     if errors:
         fault = f"{errors.total()} of {written} posts could not be read; their lines in {output} say why"
         if errors.total() > ALLOWED_SHARE * written:
             raise InputError(f"{fault}. That is more than a tenth: {advice(errors.elements())}.")
         logger.warning(fault)
     logger.info("%d predictions are in %s", written - errors.total(), output)
+
+
+def predict_shards(
+    model: ClipCaCgForSequenceClassification,
+    processor: ClipCaCgProcessor,
+    source: str,
+    folder: Path,
+    *,
+    columns: ColumnArguments,
+    split: str = "test",
+    batch_size: int = 32,
+    num_workers: int = 1,
+    bf16: bool = False,
+    min_confidence: float | None = None,
+) -> None:
+    """Predict this process's share of the shards of a source, each into a file of its own.
+
+    No process waits for another. A file appears when it is whole and is not computed again, so a later call, of any
+    number of processes, continues. The last process writes `manifest.json`: the counts of posts and errors and the
+    SHA-256 of each file, their sums, and what the predictions are of.
+
+    Args:
+        folder: Folder of files of JSON lines, each with the name of its shard.
+        model, processor, source, columns, split, batch_size, num_workers, bf16, min_confidence: As in `predict_file`.
+
+    Raises:
+        InputError: If the input or the output cannot be used, or more than a tenth of the posts could not be read.
+    """
+    state, path = PartialState(), Path(source).expanduser()
+    if path.exists() and folder.resolve() == (path if path.is_dir() else path.parent).resolve():
+        raise InputError(f"{folder} is both input and output: give another --output.")
+    shards = load_shards(columns, source, split, model.config)
+    told = origin(model, source, columns) | {"split": split, "bf16": bf16, "min_confidence": min_confidence}
+    outputs = {folder / f"{name}.jsonl": posts for name, posts in shards.items()}
+    with as_input_error(f"{folder} cannot be written", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        found = set(folder.glob("*.jsonl"))
+        check_origin(folder, told, is_new=not found and not origin_note(folder).exists())
+    if others := found - outputs.keys():
+        raise InputError(f"{min(others)} is of no shard of {source}: remove it, or give another --output.")
+    if found < outputs.keys():
+        (folder / MANIFEST).unlink(missing_ok=True)
+    logger.info("%d of %d shards are done", len(found), len(outputs))
+    if len(outputs) < state.num_processes:
+        logger.warning("%s has %d shards: the other processes have nothing to do", source, len(outputs))
+    with Progress(None, "predicting", disable=not state.is_main_process) as bar:
+        for output, posts in list(outputs.items())[state.process_index :: state.num_processes]:
+            if output.exists():
+                continue
+            batches = predict_batches(
+                model, processor, posts, source, columns, batch_size, num_workers, bf16, min_confidence
+            )
+            with whole_file(output) as file:
+                for lines in batches:
+                    for line in lines:
+                        write_line(file, line)
+                    bar.update(len(lines))
+    if all(output.exists() for output in outputs):
+        set_up_logging()  # the last process reports, whichever it is
+        write_manifest(folder, list(outputs), told)
+
+
+def write_manifest(folder: Path, outputs: list[Path], origin: dict[str, Any]) -> None:
+    """Count the lines of all files and write `manifest.json`; see `predict_shards`."""
+    shards, errors = {}, Counter[str]()
+    for output in outputs:
+        digest, posts, bad = hashlib.sha256(), 0, Counter[str]()
+        with output.open("rb") as file:
+            for line in file:
+                digest.update(line)
+                posts += 1
+                if b', "error": ' in line:  # within a string the quotes are escaped
+                    bad.update(faults_of(json.loads(line)))
+        shards[output.name] = {"posts": posts, "errors": bad.total(), "sha256": digest.hexdigest()}
+        errors += bad
+    written = sum(shard["posts"] for shard in shards.values())
+    every = "".join(shard["sha256"] for shard in shards.values())
+    sums = {"posts": written, "errors": errors.total(), "sha256": hashlib.sha256(every.encode()).hexdigest()}
+    with whole_file(folder / MANIFEST) as file:
+        json.dump(origin | sums | {"shards": shards}, file, indent=1)
+    remove_parts(folder)
+    report_errors(errors, written, folder)
 
 
 def faults_of(line: dict[str, Any]) -> list[str]:
@@ -343,9 +470,3 @@ def remaining(posts: Any, done: int, limit: int | None) -> tuple[Any, int | None
         return posts.select(range(done, total) if done < total else []), total
     rest = posts.skip(done)
     return rest if limit is None else rest.take(max(limit - done, 0)), limit
-
-
-def read_batches(loader: DataLoader, source: str) -> Iterator[tuple[list[Row], Inputs | None]]:
-    """Yield the batches; a stream may turn out to be faulty in the middle."""
-    with reading(source):
-        yield from loader

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from inputs import SCRIPTS, flags, make_inputs
+from inputs import SCRIPTS, flags, free_port, make_inputs
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
@@ -34,13 +35,15 @@ def load(name: str) -> ClusterConfig:
     [
         ("single_gpu_bf16", DistributedType.NO, 1),
         ("multi_gpu_ddp", DistributedType.MULTI_GPU, 2),
+        ("multi_node_ddp", DistributedType.MULTI_GPU, 16),
         ("fsdp", DistributedType.FSDP, 2),
         ("deepspeed_zero2", DistributedType.DEEPSPEED, 2),
     ],
 )
 def test_what_each_config_asks_for(name: str, kind: DistributedType, processes: int) -> None:
     config = load(name)
-    assert (config.distributed_type, config.num_processes, config.num_machines) == (kind, processes, 1)
+    machines = 2 if name == "multi_node_ddp" else 1
+    assert (config.distributed_type, config.num_processes, config.num_machines) == (kind, processes, machines)
     assert config.mixed_precision == "bf16" and not config.use_cpu
     assert bool(config.fsdp_config) == (name == "fsdp") and bool(config.deepspeed_config) == (
         name == "deepspeed_zero2"
@@ -73,6 +76,25 @@ def test_two_processes_train_with_the_config(posts_folder: Path, backbones: Path
     launcher += ["--main_process_port", "0"]
     arguments = flags(posts_folder, backbones, tmp_path / "model", *more)
     subprocess.run([*launcher, str(SCRIPTS / "train.py"), *arguments], check=True, cwd=tmp_path, capture_output=True)
+    assert json.loads((tmp_path / "model/trainer_state.json").read_text())["global_step"] == 2  # 64 / (2 x 16)
+    assert "test_accuracy" in json.loads((tmp_path / "model/all_results.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_machines_train_with_the_config(posts_folder: Path, backbones: Path, tmp_path: Path) -> None:
+    """Two launchers, as on two machines, which meet at an address that is not localhost's."""
+    config = yaml.safe_load((CONFIGS / "multi_node_ddp.yaml").read_text()) | {"use_cpu": True, "mixed_precision": "no"}
+    config |= {"num_processes": 2, "main_process_ip": "127.0.0.2", "main_process_port": free_port()}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    more = ["--max_train_samples", "64", "--per_device_train_batch_size", "16", "--use_cpu", "--num_train_epochs", "1"]
+    train = [str(SCRIPTS / "train.py"), *flags(posts_folder, backbones, tmp_path / "model", *more)]
+    launchers = []
+    for rank in (0, 1):
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", "config.yaml", "--machine_rank", str(rank)]
+        launchers.append(commands.start([*launcher, *train], tmp_path, errors=tmp_path / f"{rank}.log"))
+    for rank, launcher in enumerate(launchers):
+        launcher.join()
+        assert launcher.exitcode == 0, (tmp_path / f"{rank}.log").read_text()
     assert json.loads((tmp_path / "model/trainer_state.json").read_text())["global_step"] == 2  # 64 / (2 x 16)
     assert "test_accuracy" in json.loads((tmp_path / "model/all_results.json").read_text())
 
