@@ -134,7 +134,7 @@ def _as_post(row: Mapping[str, Any], index: int, columns: Columns, folder: Path 
 
 
 def _folders(own: str | None, folder: Path | str) -> list[Path | str]:
-    return [folder] if own in (None, str(folder)) else [own, folder]
+    return [folder] if own is None or own == str(folder) else [own, folder]
 
 
 def is_image(feature: Any) -> bool:

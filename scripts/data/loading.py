@@ -19,7 +19,7 @@ from clipcacg.scripts.data.mending import Reasons
 from clipcacg.scripts.data.mvsa import load_mvsa, read_folder
 from clipcacg.scripts.data.sources import column_names, read_source, reading, shard_names
 from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
-from clipcacg.scripts.data.streaming import PostStream
+from clipcacg.scripts.data.streaming import BUFFER, PostStream
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,10 @@ class DataArguments(ColumnArguments):
     )
     split_seed: int = field(default=42, metadata={"help": "Seed of the random split."})
     group_duplicates: bool = field(default=False, metadata={"help": "Keep duplicate posts in one split."})
+    shuffle_buffer: int | None = field(
+        default=None,
+        metadata={"help": f"With --streaming: draw the next training post among this many rows; default: {BUFFER}."},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only this many training posts."})
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Use only this many validation posts and this many test posts."}
@@ -111,6 +115,10 @@ class DataArguments(ColumnArguments):
         for flag in OF_DATA_SETS:
             if getattr(self, flag) and not self.dataset_name:
                 raise InputError(f"--{flag} is for --dataset_name alone: leave it out, or name a data set.")
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise InputError("--shuffle_buffer is for --streaming alone: other posts are all shuffled.")
+        if self.shuffle_buffer is not None and self.shuffle_buffer < 0:
+            raise InputError(f"--shuffle_buffer must be at least 0, got {self.shuffle_buffer}.")
         if self.streaming and self.group_duplicates:
             raise InputError("--group_duplicates compares all posts, which --streaming does not keep: choose one.")
         for flag in ("max_train_samples", "max_eval_samples"):
@@ -338,7 +346,8 @@ def training_stream(
         seed: Seed of the order of the posts.
     """
     streams, _ = read_rows(arguments, str(arguments.dataset_name), modality, remembered, {})
-    return PostStream(streams["train"], posts["train"], seed)
+    buffer = BUFFER if arguments.shuffle_buffer is None else arguments.shuffle_buffer
+    return PostStream(streams["train"], posts["train"], seed, buffer)
 
 
 def load_to_predict(arguments: ColumnArguments, name: str, split: str, config: ClipCaCgConfig) -> datasets.Dataset:

@@ -77,8 +77,8 @@ def form_of(path: Path) -> Form:
     rows = csv.reader(io.StringIO(head, newline=""), delimiter=delimiter, skipinitialspace=has_spaces)
     for _ in range(bool(separator)):
         next(rows)
-    names = list[str]()
-    for index, cell in enumerate(next(filter(_is_row, rows), [])):
+    header, names = next((row for row in rows if _is_row(row)), []), list[str]()
+    for index, cell in enumerate(header):
         name = cell.strip() or f"Unnamed: {index}"
         names.append(next(n for n in chain([name], (f"{name}.{again}" for again in count(1))) if n not in names))
     return Form(delimiter, has_spaces, int(bool(separator)), tuple(names))

@@ -18,7 +18,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet as pq
 from datasets.packaged_modules.csv.csv import CsvConfig
-from huggingface_hub import HfFileSystem, hf_hub_download
+from huggingface_hub import hf_hub_download
 
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.lines import is_output
@@ -41,6 +41,7 @@ SPLIT_NAMES = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
+HUB_FILE = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")  # repository, revision and path
 EMPTY = "it is empty"
 SEEN = 100  # rows of a stream that tell its columns
 TEXT = ("csv", "json")  # readers of lines
@@ -431,11 +432,9 @@ def _from_hub(
 
 
 def _on_disk(url: str) -> Path:
-    """The local copy of a file of the Hub."""
-    if "://" not in url:
-        return Path(url)
-    file = HfFileSystem().resolve_path(url)
-    return Path(hf_hub_download(file.repo_id, file.path_in_repo, repo_type=file.repo_type, revision=file.revision))
+    """A file, or the local copy of one of the Hub."""
+    file = HUB_FILE.fullmatch(url)
+    return Path(hf_hub_download(file[1], file[3], repo_type="dataset", revision=file[2]) if file else url)
 
 
 def _check_config(name: str, config: str | None) -> None:

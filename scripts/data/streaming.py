@@ -7,20 +7,25 @@ from typing import Any
 import datasets
 from torch.utils.data import IterableDataset
 
-BUFFER = 1000  # rows among which the next post is drawn
+BUFFER = 1000  # rows
 
 
 class PostStream(IterableDataset):
     """Rows of a stream with the labels that were read before, in an order that follows from the seed and the epoch.
 
+    A run that resumes within an epoch therefore finds the same posts behind those that it skips.
+
     Args:
         rows: Posts with the column row, in the order of their source.
         labels: The columns row and label, and perhaps text_label and image_label, of the rows to use.
         seed: Seed of the order.
+        buffer: Number of rows among which the next post is drawn; 0 keeps the order of the source.
     """
 
-    def __init__(self, rows: datasets.IterableDataset, labels: datasets.Dataset, seed: int) -> None:
-        self.rows, self.seed, self.epoch = rows, seed, 0
+    def __init__(
+        self, rows: datasets.IterableDataset, labels: datasets.Dataset, seed: int, buffer: int = BUFFER
+    ) -> None:
+        self.rows, self.seed, self.buffer, self.epoch = rows, seed, buffer, 0
         self.names = [name for name in labels.column_names if name.endswith("label")]
         values = zip(*(labels[name][:] for name in self.names), strict=True)
         self.labels = dict(zip(labels["row"][:], values, strict=True))
@@ -39,7 +44,7 @@ class PostStream(IterableDataset):
             if labels is None:  # a row that was left out
                 continue
             buffer.append(post | dict(zip(self.names, labels, strict=True)))
-            if len(buffer) > BUFFER:
+            if len(buffer) > self.buffer:
                 position = draw.randrange(len(buffer))
                 buffer[position], buffer[-1] = buffer[-1], buffer[position]
                 yield buffer.pop()

@@ -19,6 +19,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 OF_TABLES = ("tuning", "systems")  # keys of a config that only reproduce.py reads
 LOWER_IS_BETTER = ("loss", "mse", "mae")  # endings of metrics
 
+# Flags that need all posts.
+WITHOUT_STREAM = ("data_dir", "group_duplicates", "augment", "cache_features", "hp_search")
+
 # A flag on the command line beats every default of a YAML file. A setting of the file is switched off if a flag that
 # it would override is set, or if a flag that it needs is off.
 # Setting: (its value when off, flags that it would override, flags that it needs)
@@ -38,7 +41,8 @@ SWITCHED_OFF: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "image_label_column": (None, ("data_dir",), ()),
     **{flag: (None, ("data_dir",), ()) for flag in OF_DATA_SETS if flag != "streaming"},
     "use_conflicting_posts": (False, ("dataset_name",), ("use_modality_heads",)),
-    "streaming": (False, ("data_dir", "group_duplicates", "augment", "cache_features", "hp_search"), ()),
+    "streaming": (False, WITHOUT_STREAM, ()),
+    "shuffle_buffer": (None, WITHOUT_STREAM, ("streaming",)),
     "group_duplicates": (False, ("streaming",), ()),
     "augment": (False, ("streaming",), ()),
     "cache_features": (False, ("streaming",), ()),

@@ -132,8 +132,16 @@ def adapt_to_stream(arguments: RecipeArguments, cache_features: bool) -> None:
     for flag, is_set in need_all.items():
         if is_set:
             raise InputError(f"--{flag} needs all training posts, which --streaming does not keep: choose one.")
+    if arguments.accelerator_config.dispatch_batches:
+        raise InputError("--accelerator_config dispatch_batches cannot be used with --streaming: leave it out.")
+    # Every process reads all rows, and decodes the posts of its own batches alone: together these are the batches of
+    # one process. Accelerate's default, where one process dispatches batches to the others, makes it decode for all,
+    # and fails where batches are not padded to the same length. With `split_dataset_by_node` the processes would have
+    # different numbers of posts, and rows would lose the numbers by which they find their labels.
+    arguments.accelerator_config.dispatch_batches = False
     arguments.train_sampling_strategy = "random"
     arguments.dataloader_num_workers = min(arguments.dataloader_num_workers, 1)  # the order of rows must stay
+    arguments.dataloader_persistent_workers = False  # such a worker would repeat the order of its first epoch
 
 
 def adapt_to_data(arguments: RecipeArguments, posts: datasets.DatasetDict, modality: str) -> None:

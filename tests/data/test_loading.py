@@ -108,6 +108,8 @@ def test_flags_of_labels_that_the_data_cannot_have_are_refused() -> None:
         DataArguments(dataset_name="posts.csv", use_conflicting_posts=True)
     with pytest.raises(InputError, match="are for --dataset_name alone"):
         DataArguments(data_dir="posts", text_label_column="of_text")
+    with pytest.raises(InputError, match="--shuffle_buffer is for --streaming alone"):
+        DataArguments(dataset_name="posts.csv", shuffle_buffer=5)
     for flags in ({"text_column": ["tweet"]}, {"test_split": "dev"}, {"streaming": True}):
         with pytest.raises(InputError, match=f"--{next(iter(flags))} is for --dataset_name alone"):
             DataArguments(data_dir="posts", **flags)

@@ -2,22 +2,31 @@
 
 import io
 import json
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import commands
 import datasets
 import numpy as np
 import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
 from hub_server import HubServer, Repo
 from inputs import SCRIPTS, results
 from PIL import Image
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.scripts import evaluate_checkpoint, predict, train
-from clipcacg.scripts.data import streaming
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.loading import DataArguments, load_posts, load_to_predict, training_stream
+from clipcacg.scripts.data.streaming import PostStream
 from clipcacg.scripts.tables import rows, runs
 
 SPLITS = {"train": 30, "validation": 8, "test": 8}
@@ -75,8 +84,17 @@ def test_training_on_a_stream(kind: str, sources: Path, trained: Path, tmp_path:
     flags = ["--text_column", "tweet", "--image_column", "photo", "--label_column", "mood", "--use_cpu"]
     source = ["--dataset_name", str(sources / kind), "--model_name_or_path", str(trained), "--max_train_samples", "20"]
     output = ["--output_dir", str(tmp_path), "--per_device_train_batch_size", "4", "--num_train_epochs", "2"]
-    train.main([str(SCRIPTS / "configs/sample.yaml"), *source, *flags, *output, "--streaming", "--on_error", "skip"])
-    found = results(tmp_path)
+    often = "--eval_strategy steps --eval_steps 7 --save_strategy steps --save_steps 7 --load_best_model_at_end False"
+    more = f"--streaming --shuffle_buffer 5 --on_error skip --save_total_limit 9 {often}".split()
+    command = [str(SCRIPTS / "configs/sample.yaml"), *source, *flags, *output, *more]
+    train.main(command)
+    found, weights = results(tmp_path), load_file(tmp_path / "model.safetensors")
+    before = load_file(tmp_path / "checkpoint-7/model.safetensors")  # within the second epoch
+    shutil.rmtree(tmp_path / "checkpoint-10")
+    train.main([*command, "--resume_from_checkpoint", "True"])
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert not torch.equal(weights["classifier.weight"], before["classifier.weight"])
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 10 and state["epoch"] == 2
     assert found["skipped_posts"] == 2 and len(lines(tmp_path / "predictions.jsonl")) == 7
@@ -86,12 +104,15 @@ def test_training_on_a_stream(kind: str, sources: Path, trained: Path, tmp_path:
         evaluate_checkpoint.main([str(trained), *source[:2], "--streaming", "--output", str(tmp_path / "scores.json")])
 
 
-def test_a_stream_has_its_labels_and_an_order_of_its_own_in_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "BUFFER", 5)
+def stream_of_nine(buffer: int) -> PostStream:
+    """Every second of twenty rows; the last has no label."""
     table = datasets.Dataset.from_dict({"row": range(1, 21), "text": [f"text {row}" for row in range(1, 21)]})
     labels = datasets.Dataset.from_dict({"row": range(2, 20, 2), "label": [row % 3 for row in range(2, 20, 2)]})
-    posts = streaming.PostStream(table.to_iterable_dataset(), labels, seed=0)
-    orders = []
+    return PostStream(table.to_iterable_dataset(), labels, seed=0, buffer=buffer)
+
+
+def test_a_stream_has_its_labels_and_an_order_of_its_own_in_every_epoch() -> None:
+    posts, orders = stream_of_nine(buffer=5), []
     for epoch in (0, 1, 0):
         posts.set_epoch(epoch)
         found = list(posts)
@@ -99,6 +120,95 @@ def test_a_stream_has_its_labels_and_an_order_of_its_own_in_every_epoch(monkeypa
         assert all(post["label"] == post["row"] % 3 and post["text"] == f"text {post['row']}" for post in found)
         orders.append([post["row"] for post in found])
     assert orders[0] == orders[2] != orders[1]
+    assert [post["row"] for post in stream_of_nine(buffer=0)] == list(range(2, 20, 2))
+    positions = [row // 2 - 1 for row in orders[0]]  # in the source
+    assert all(position <= turn + 5 for turn, position in enumerate(positions))
+
+
+def test_two_processes_see_each_row_of_a_stream_once_in_an_epoch() -> None:
+    """The last of their batches is filled up with posts of the first, so that both have the same number of steps."""
+    for epoch in (0, 1):
+        alone = stream_of_nine(buffer=5)
+        alone.set_epoch(epoch)
+        order, seen = [post["row"] for post in alone], []
+        for process in range(2):
+            loader = DataLoader(stream_of_nine(buffer=5), batch_size=2, collate_fn=list)
+            prepared = prepare_data_loader(
+                loader, num_processes=2, process_index=process, dispatch_batches=False, put_on_device=False
+            )
+            prepared.set_epoch(epoch)
+            seen.append([[post["row"] for post in batch] for batch in prepared])
+        rows = [row for batches in zip(*seen, strict=True) for batch in batches for row in batch]
+        assert rows == [*order, *order[:3]]
+
+
+STREAMED = (
+    "--streaming --on_error skip --text_column tweet --image_column photo --label_column mood --shuffle_buffer 5 "
+    "--num_train_epochs 2 --save_strategy steps --save_steps 3 --eval_strategy steps --eval_steps 3 "
+    "--load_best_model_at_end False --save_total_limit 9 --disable_tqdm True --use_cpu --dataloader_num_workers"
+).split()  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_a_stream_continues_to_the_same_weights(
+    sources: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """The kill comes within the second epoch, whose order is another."""
+    command = {
+        name: [
+            SCRIPTS / "train.py", SCRIPTS / "configs/sample.yaml", "--dataset_name", sources / "jsonl", *STREAMED, "0",
+            "--model_name_or_path", checkpoint, "--output_dir", tmp_path / name, "--per_device_train_batch_size", "4",
+        ]
+        for name in ("whole", "killed")
+    }  # fmt: skip
+    commands.run(command["whole"], tmp_path)
+    process = commands.start(command["killed"], tmp_path)
+    while not (tmp_path / "killed/checkpoint-12/trainer_state.json").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert not (tmp_path / "killed/all_results.json").exists()
+    commands.run([*command["killed"], "--resume_from_checkpoint", "True"], tmp_path)
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert json.loads((tmp_path / "killed/trainer_state.json").read_text())["global_step"] == 16
+    assert results(tmp_path / "whole")["test_loss"] == results(tmp_path / "killed")["test_loss"]
+
+
+NOTING = """
+import os
+from clipcacg.scripts import train
+from clipcacg.scripts.data.collator import PostCollator
+
+def noted(self, rows, collate=PostCollator.__call__):
+    with open(f"rank{os.environ['RANK']}", "a") as file:
+        file.writelines(row["id"] + chr(10) for row in rows)
+    return collate(self, rows)
+
+PostCollator.__call__ = noted
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_a_stream(sources: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Each reads its own posts; their weights are one model's, so both have taken the same steps."""
+    (tmp_path / "noting.py").write_text(NOTING)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "noting.py"]
+    flags = ["--dataset_name", sources / "parquet", *STREAMED, "0", "--model_name_or_path", checkpoint]
+    output = ["--output_dir", tmp_path / "run", "--per_device_train_batch_size", "5"]
+    command = [*torchrun, SCRIPTS / "configs/sample.yaml", *flags, *output]
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = [(tmp_path / f"rank{rank}").read_text().splitlines() for rank in range(2)]
+    trained = [[post_id for post_id in ids if post_id.startswith("train-")] for ids in seen]
+    assert [len(ids) for ids in trained] == [30, 30]  # two epochs of three batches of five
+    for epoch in (slice(0, 15), slice(15, 30)):
+        assert sorted(trained[0][epoch] + trained[1][epoch]) == sorted(f"train-{row}" for row in range(1, 31))
+    assert trained[0][:15] != trained[0][15:]
+    assert json.loads((tmp_path / "run/trainer_state.json").read_text())["global_step"] == 6
+    assert results(tmp_path / "run")["skipped_posts"] == 2
 
 
 def lines(path: Path) -> dict[str, dict[str, Any]]:

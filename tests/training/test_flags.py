@@ -44,6 +44,8 @@ BEATEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"use_conflicting_posts": True}, "--use_modality_heads False", {"use_conflicting_posts": False}),
     ({"streaming": True, "dataset_name": "x"}, "--data_dir y", {"streaming": False}),
     ({"streaming": True, "dataset_name": "x"}, "--group_duplicates", {"streaming": False, "group_duplicates": True}),
+    ({"streaming": True, "dataset_name": "x", "shuffle_buffer": 9}, "--streaming False", {"shuffle_buffer": None}),
+    ({"streaming": True, "dataset_name": "x", "shuffle_buffer": 9}, "--augment", {"shuffle_buffer": None}),
     ({"streaming": True, "dataset_name": "x"}, "--augment", {"streaming": False, "augment": True}),
     ({"streaming": True, "dataset_name": "x"}, "--cache_features", {"streaming": False}),
     ({"streaming": True, "dataset_name": "x"}, "--hp_search 3", {"streaming": False}),
