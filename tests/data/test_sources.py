@@ -324,6 +324,9 @@ def test_a_data_set_of_several_configs_lists_them(rows: Rows, tmp_path: Path) ->
         load_posts(DataArguments(dataset_name=str(tmp_path / "posts.csv"), dataset_config="german"))
 
 
+GZIPPED = gzip.compress(b"text,label\na,b\n", mtime=0)  # a time would change the tests' names
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -340,9 +343,9 @@ def test_a_data_set_of_several_configs_lists_them(rows: Rows, tmp_path: Path) ->
         ("posts.jsonl", b'{"image": "x", "text": ["a"], "label": 1}\n', "column text of .* holds no texts, but List"),
         ("posts.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is encoded in UTF-16: save it in UTF-8"),
         ("posts.csv", "text,label\na,b\n".encode("utf-16-le"), "is compressed, encoded in UTF-16 or not a text"),
-        ("posts.csv", gzip.compress(b"text,label\na,b\n", mtime=0), "is compressed, encoded in UTF-16 or not a text"),
+        ("posts.csv", GZIPPED, "is compressed, encoded in UTF-16 or not a text"),
         ("posts.csv", zipped(), "is compressed, encoded in UTF-16 or not a text"),
-        ("posts.csv.gz", gzip.compress(b"text,label\na,b\n", mtime=0)[:-9], "cannot be read .*: Compressed file ended"),
+        ("posts.csv.gz", GZIPPED[:-9], "cannot be read .*: Compressed file ended"),
         ("posts.csv", b"text,label\n", "cannot be read as a data set: it is empty .posts.csv."),
         ("posts.json", b"[]", "cannot be read as a data set: it is empty .posts.json."),
         ("posts.json", b'[{"text": "a"},\n{"text":', "posts.json cannot be read: .*: line 2 .*one list: mend it"),
