@@ -13,11 +13,11 @@ where the highest probability is below 0.8; the probabilities stay. A post that 
 and an error; more than a tenth of such posts end in an error. An interrupted run continues where it stopped when
 called again with the same output.
 
-If the output is a folder, each table or tar file of the input gets a file of its own there, which appears when it is
-whole, and several processes share the work. Call the command again after a fault, with any number of processes: it
+If the output is a folder, each table or tar file of the input gets a file there, and several processes share the work.
+Each file appears only when it is complete. Call the command again after a fault, with any number of processes: it
 computes the files that are missing. The last process writes `manifest.json`.
 
-On a CPU `--onnx model.onnx` is the fastest: it gives equal answers in ONNX Runtime, from the file that
+On a CPU `--onnx model.onnx` is the fastest: the same answers, up to rounding, from ONNX Runtime and the file that
 `export_onnx.py CHECKPOINT -o model.onnx` makes.
 """
 

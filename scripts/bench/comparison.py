@@ -55,20 +55,19 @@ def compiled(setting: Setting, inputs: Inputs) -> Run:
 
 
 def onnx(setting: Setting, inputs: Inputs) -> Run:
-    """On the CPU."""
-    model, file = make_model(setting).cpu(), setting.folder / "model.onnx"
+    model, file = make_model(setting), setting.folder / "model.onnx"
     if not file.exists():
         export(model, example(model, make_processor(setting), ["What a lovely morning!", "no"]), file)
-    return partial(OnnxModel(model, file), **{name: value.cpu() for name, value in inputs.items()})
+    return partial(OnnxModel(model, file), **inputs)
 
 
 def int8(setting: Setting, inputs: Inputs) -> Run:
-    """The text towers in 8 bits, on the CPU."""
+    """The text towers in 8 bits."""
     folder = setting.folder / "checkpoint"
     if not folder.exists():
         make_model(setting).save_pretrained(folder)
         make_processor(setting).save_pretrained(folder)
-    return partial(quantize(str(folder)), **{name: value.cpu() for name, value in inputs.items()})
+    return partial(quantize(str(folder)), **inputs)
 
 
 def dual_encoder(setting: Setting, inputs: Inputs) -> Run:
@@ -76,7 +75,8 @@ def dual_encoder(setting: Setting, inputs: Inputs) -> Run:
     config = make_config(setting)
     parts = config.clip_config.vision_config, config.text_config
     model = VisionTextDualEncoderModel(VisionTextDualEncoderConfig.from_vision_text_configs(*parts))
-    return partial(model.eval().to(setting.device), *(inputs[name] for name in ("input_ids", "clip_pixel_values")))
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    return partial(model.eval().to(setting.device), pixel_values=inputs["clip_pixel_values"], **given)
 
 
 def system(name: str, setting: Setting, inputs: Inputs) -> Run:
@@ -106,12 +106,15 @@ def alternatives(setting: Setting) -> dict[str, Figure]:
     """A forward pass of each alternative, in turn with the eager float32 model on the same posts.
 
     For each: posts per second, its speed as a multiple of the eager model's, the peak memory of a process that does
-    nothing else, and for our own model the largest change of a probability. `onnx` and `int8` need their extras.
+    nothing else, and for our own model the largest change of a probability. `onnx` and `int8` need their extras and
+    are for CPUs.
     """
     inputs, figures = make_inputs(setting, text_lengths(setting.batch_size)), {}
     ours, size = eager(setting, inputs), setting.batch_size
     with torch.inference_mode():
         for name, build in (OURS | OTHERS).items():
+            if name in ("onnx", "int8") and setting.device != "cpu":
+                continue
             try:
                 other = ours if name == "eager" else build(setting, inputs)
             except InputError as error:  # an extra is not installed

@@ -73,7 +73,7 @@ def origin_note(output: Path) -> Path:
 
 def is_output(path: Path) -> bool:
     """Whether `predict.py` wrote the file, alone or in a folder of its own."""
-    return origin_note(path).exists() or origin_note(path.parent).exists()
+    return origin_note(path).exists() or (path.suffix in (".jsonl", ".json") and origin_note(path.parent).exists())
 
 
 def short_hash(value: Any) -> str:

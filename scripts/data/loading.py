@@ -15,9 +15,10 @@ from clipcacg.scripts.data.columns import Columns, as_posts, in_memory, stream_p
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.labels import with_labels, with_modality_labels
+from clipcacg.scripts.data.lines import short_hash
 from clipcacg.scripts.data.mending import Reasons
 from clipcacg.scripts.data.mvsa import load_mvsa, read_folder
-from clipcacg.scripts.data.sources import column_names, read_source, reading, shard_names
+from clipcacg.scripts.data.sources import column_names, numbered, read_source, reading, shard_names
 from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
 from clipcacg.scripts.data.streaming import BUFFER, PostStream
 
@@ -378,7 +379,7 @@ def load_to_predict(arguments: ColumnArguments, name: str, split: str, config: C
 
 def load_shards(
     arguments: ColumnArguments, name: str, split: str, config: ClipCaCgConfig
-) -> dict[str, datasets.IterableDataset]:
+) -> tuple[dict[str, datasets.IterableDataset], str | None]:
     """Load posts without labels as streams of some posts each: one for each table of a folder or file of a data set.
 
     Args:
@@ -386,28 +387,33 @@ def load_shards(
 
     Returns:
         The name of each shard, and its rows as in `load_to_predict`. A post without an ID is called after its shard.
-        The shards do not depend on the number of processes that read them.
+        The shards do not depend on the number of processes that read them. And what tells the posts from others, of a
+        source that is cut into shards by the number of its posts.
 
     Raises:
         InputError: If the source or the split is not there.
     """
     if (posts := _posts_of_folder(name, config)) is not None:
-        count = -(-len(posts) // SHARD_POSTS)
-        stream = posts.to_iterable_dataset(num_shards=count)
-        names = shard_names(name, {}, split, count)
-        return {shard: stream.shard(count, index) for index, shard in enumerate(names)}
-    arguments.streaming = True
+        names = numbered(-(-len(posts) // SHARD_POSTS))
+        stream = posts.to_iterable_dataset(num_shards=len(names))
+        shards = {shard: stream.shard(len(names), index) for index, shard in enumerate(names)}
+        return shards, short_hash(posts["id"][:])
+    arguments.streaming, content = True, None
     source = _open(arguments, name, config.modality, config, {})
     split = _choose_split(source.posts, split, name)
     stream, present = source.posts[split], source.names[split]
     _check_columns(source.columns, present, _source(name, split, source.posts))
     if isinstance(stream, datasets.Dataset):  # of save_to_disk
+        if not len(stream):
+            raise InputError(f"{name} has no posts.")
+        content = stream._fingerprint
         stream = stream.to_iterable_dataset(num_shards=-(-len(stream) // SHARD_POSTS))
     names = shard_names(name, arguments.own_splits(), split, stream.num_shards)
-    return {
+    shards = {
         shard: stream_posts(stream.shard(len(names), index), source.columns, present, source.folder, f"{shard}-")
         for index, shard in enumerate(names)
     }
+    return shards, content
 
 
 def _posts_of_folder(name: str, config: ClipCaCgConfig) -> datasets.Dataset | None:

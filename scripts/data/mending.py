@@ -33,6 +33,11 @@ def table_suffix(path: Path) -> str:
     return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSED), "")
 
 
+def is_json(path: Path) -> bool:
+    """Whether a table of text is of JSON."""
+    return table_suffix(path) in (".json", ".jsonl", ".ndjson")
+
+
 class Form(NamedTuple):
     """How the cells of a table are written.
 
@@ -98,7 +103,7 @@ def parse(path: Path) -> Iterator[tuple[Row, str | None]]:
         InputError: If the table has no header that can be parsed, or is one JSON list that cannot be.
     """
     with fsspec.open(path, "rt", compression="infer", encoding="utf-8-sig", errors="replace", newline="") as file:
-        rows = _json_rows(file) if ".json" in path.name.lower() else _cells(file, form_of(path))
+        rows = _json_rows(file) if is_json(path) else _cells(file, form_of(path))
         try:
             for row, fault in rows:
                 yield row, fault and f"{path.name}, {fault}"
@@ -117,14 +122,13 @@ def mend(paths: Iterable[Path]) -> tuple[dict[Path, Path], dict[int, str], int]:
     for path in paths:
         stat = path.stat()
         name = hashlib.sha256(f"{path.resolve()} {stat.st_mtime_ns} {stat.st_size}".encode()).hexdigest()[:16]
-        is_json = ".json" in path.name.lower()
-        copies[path] = MENDED / f"{name}{'.jsonl' if is_json else '.csv'}"
+        copies[path] = MENDED / f"{name}{'.jsonl' if is_json(path) else '.csv'}"
         with copies[path].open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file)
-            if not is_json:
+            table = csv.writer(file, quoting=csv.QUOTE_ALL)  # or a cell of spaces alone would be an empty line
+            if not is_json(path):
                 table.writerow(form_of(path).header)
             for row, reason in parse(path):
-                if is_json:
+                if is_json(path):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 else:
                     table.writerow(row.values())
@@ -198,6 +202,5 @@ def _cells(file: TextIO, form: Form) -> Iterator[tuple[Row, str | None]]:
         if len(cells) > len(header):
             fault = f"line {number + 1}: it has {len(cells)} cells, the header {len(header)}"
             yield dict.fromkeys(header, ""), fault
-        # pandas skips empty lines, and in a table of several columns lines of spaces.
-        elif cells and (len(header) == 1 or len(cells) > 1 or cells[0].strip()):
+        elif len(cells) > 1 or "".join(taken).strip():  # pandas skips lines of spaces
             yield dict(zip_longest(header, cells, fillvalue="")), None

@@ -142,8 +142,14 @@ def shard_names(name: str, splits: Mapping[str, str], split: str, count: int) ->
     path = Path(name).expanduser()
     tables = _tables(path, splits, streaming=True).get(split, [])
     inside = [table.relative_to(path) if table != path else Path(table.name) for table in tables]
-    names = ["-".join(table.parts).partition(table_suffix(table))[0] for table in inside]
-    return names if len(set(names)) == count else [f"{index:05d}-of-{count:05d}" for index in range(count)]
+    ends = [table.name.lower().rindex(table_suffix(table)) for table in inside]
+    names = ["-".join([*table.parts[:-1], table.name[:end]]) for table, end in zip(inside, ends, strict=True)]
+    return names if len(set(names)) == count else numbered(count)
+
+
+def numbered(count: int) -> list[str]:
+    """Names of shards that have none of their own."""
+    return [f"{index:05d}-of-{count:05d}" for index in range(count)]
 
 
 def _tables(path: Path, splits: Mapping[str, str], streaming: bool) -> dict[str, list[Path]]:
@@ -258,8 +264,7 @@ def _stream_tables(name: str, files: Mapping[str, list[Path]], on_error: str) ->
 
 def _with_folder(rows: datasets.IterableDataset, folder: Path) -> datasets.IterableDataset:
     """Add the column `FOLDER` to rows that may hold paths of images, in place of images."""
-    kinds = [getattr(feature, "dtype", "dict") for feature in rows.features.values()]
-    if any(word in kind for kind in kinds for word in ("dict", "binary", "Image")):  # which adding would decode
+    if "Image(" in str(rows.features):  # which adding would decode
         return rows
     features = datasets.Features(rows.features | {FOLDER: datasets.Value("string")})
     return rows.map(_add, fn_kwargs={"new": {FOLDER: str(folder)}}, features=features)
@@ -271,14 +276,14 @@ def _add(row: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def _rows(name: str, split: str, paths: Sequence[Path], on_error: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of tables of text. Where their reader fails, go on line by line."""
-    done = 0
+    done, last = 0, dict[str, Any]()
     try:
         for own, rows in _pieces(split, paths, {}, streaming=True):
             for row in rows:
                 if INDEX in row:
                     raise ValueError("a row has more cells than the header")
                 yield row | {REASON: None, FOLDER: str(own)}
-                done += 1
+                done, last = done + 1, row
         return
     except InputError:
         raise
@@ -286,7 +291,13 @@ def _rows(name: str, split: str, paths: Sequence[Path], on_error: str) -> Iterat
         logger.debug("%s is read line by line: %s", name, error)
     with reading(name):
         parsed = ((path, *found) for path in paths for found in parse(path))
-        for path, row, reason in islice(parsed, done, None):
+        for _, row, _ in islice(parsed, max(done - 1, 0), done):
+            # A quoted cell of several lines, with text behind its closing quote, is several rows here and one there.
+            if READERS[table_suffix(paths[0])] == "csv" and any(
+                last.get(name) not in (row[name], None) for name in row
+            ):
+                raise InputError(f"{name} has bad lines behind a cell with a broken quote: mend it.")
+        for path, row, reason in parsed:
             if reason and on_error == "raise":
                 raise unparsable(name, reason)
             yield row | {REASON: reason, FOLDER: str(path.parent)}

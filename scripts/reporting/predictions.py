@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -14,7 +14,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -242,9 +242,8 @@ def check_origin(output: Path, origin: dict[str, Any], is_new: bool) -> None:
         with whole_file(note) as file:
             json.dump(origin, file)
     elif not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != origin:
-        raise InputError(
-            f"{output} does not belong to this model and {origin['input']}: give another --output, or --overwrite."
-        )
+        hint = "" if output.is_dir() else ", or --overwrite"
+        raise InputError(f"{output} does not belong to this model and {origin['input']}: give another --output{hint}.")
 
 
 def predict_file(
@@ -319,21 +318,55 @@ def predict_batches(
     min_confidence: float | None,
 ) -> Iterator[list[Row]]:
     """Yield the lines of one batch of posts after another; see `predict_file`."""
-    loader: DataLoader[Any] = DataLoader(
-        posts,
-        batch_size=batch_size,
-        # Several processes would mix the order of a stream.
-        num_workers=num_workers if isinstance(posts, datasets.Dataset) else min(num_workers, 1),
-        collate_fn=partial(prepare, collator=PostCollator(processor, model.config)),
-    )
-    with reading(source):  # a stream may turn out to be faulty in the middle
-        for rows, inputs in loader:
-            lines = predict_rows(model, rows, inputs, bf16, min_confidence)
-            bad = next((line for line in lines if "error" in line), None)
-            if bad and columns.on_error == "raise":
-                yield lines[: lines.index(bad)]
-                raise InputError(f"{source}, post {bad['id']}: {bad['error']}")
-            yield lines
+    make = partial(prepare, collator=PostCollator(processor, model.config))
+    loader: DataLoader[Any]
+    if isinstance(posts, datasets.Dataset):
+        loader = DataLoader(posts, batch_size=batch_size, num_workers=num_workers, collate_fn=make)
+    else:
+        batches = StreamBatches(posts, batch_size, make)
+        loader = DataLoader(batches, batch_size=None, num_workers=num_workers, collate_fn=unchanged)
+    for rows, inputs in read_batches(loader, source):
+        lines = predict_rows(model, rows, inputs, bf16, min_confidence)
+        bad = next((line for line in lines if "error" in line), None)
+        if bad and columns.on_error == "raise":
+            yield lines[: lines.index(bad)]
+            raise InputError(f"{source}, post {bad['id']}: {bad['error']}")
+        yield lines
+
+
+class StreamBatches(IterableDataset):
+    """The batches of a stream in their order, prepared by several processes.
+
+    Each process reads the whole stream, which is cheap because images stay undecoded, and prepares its share: process
+    k of n the batches k, k + n, ..., which is the order in which a `DataLoader` asks them.
+
+    Args:
+        posts: The stream.
+        batch_size: Posts in a batch.
+        make: Makes a batch of its rows.
+    """
+
+    def __init__(self, posts: datasets.IterableDataset, batch_size: int, make: Callable[[list[Row]], Any]) -> None:
+        self.posts, self.batch_size, self.make = posts, batch_size, make
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        own, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        # Unlike iteration over its rows, `iter` does not share out the stream among the processes by itself.
+        for index, columns in enumerate(self.posts.iter(self.batch_size)):
+            if index % count == own:
+                yield self.make([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+
+
+def unchanged(batch: Any) -> Any:
+    """A batch that is prepared already."""
+    return batch
+
+
+def read_batches(loader: DataLoader, source: str) -> Iterator[tuple[list[Row], Inputs | None]]:
+    """Yield the batches; a stream may turn out to be faulty in the middle."""
+    with reading(source):
+        yield from loader
 
 
 def report_errors(errors: Counter[str], written: int, output: Path) -> None:
@@ -379,8 +412,9 @@ def predict_shards(
     state, path = PartialState(), Path(source).expanduser()
     if path.exists() and folder.resolve() == (path if path.is_dir() else path.parent).resolve():
         raise InputError(f"{folder} is both input and output: give another --output.")
-    shards = load_shards(columns, source, split, model.config)
+    shards, content = load_shards(columns, source, split, model.config)
     told = origin(model, source, columns) | {"split": split, "bf16": bf16, "min_confidence": min_confidence}
+    told["posts"] = content
     outputs = {folder / f"{name}.jsonl": posts for name, posts in shards.items()}
     with as_input_error(f"{folder} cannot be written", OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -452,9 +486,11 @@ def origin(model: ClipCaCgForSequenceClassification, source: str, columns: Colum
 
 
 def fingerprint(model: ClipCaCgForSequenceClassification) -> str:
-    """A digest of the model's last layer and of what its config does to the logits."""
-    weights = model.classifier.weight.detach().float().cpu().numpy().tobytes()
-    return hashlib.sha256(weights + model.config.modality_combination.encode()).hexdigest()
+    """A digest of the model's last layer, labels and quantization, and of how it combines its heads' answers."""
+    config, weights = model.config, model.classifier.weight.detach().float().cpu().numpy().tobytes()
+    quantized = bool(getattr(config, "quantization_config", None))
+    facts = json.dumps([config.label_names, quantized, config.modality_combination])
+    return hashlib.sha256(weights + facts.encode()).hexdigest()
 
 
 def remaining(posts: Any, done: int, limit: int | None) -> tuple[Any, int | None]:

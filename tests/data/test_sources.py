@@ -541,6 +541,7 @@ def test_images_lie_in_the_folder_of_their_table_or_else_in_the_folder_named(row
     """Two tables name another image in the same way."""
     for number, part in enumerate(("one", "two")):
         named = [rows[2 * number] | {"image": "own.png"}, rows[2 * number + 1] | {"image": "../photos/1.png"}]
+        named = [row | {"user": {"name": "of no interest"}} for row in named]
         for kind in ("csv", "parquet"):
             (tmp_path / f"{kind}/{part}").mkdir(parents=True, exist_ok=True)
             (tmp_path / f"{kind}/{part}/own.png").write_bytes(png(100 + number))
@@ -579,6 +580,43 @@ def test_a_line_of_spaces_does_not_shift_the_bad_row(tmp_path: Path) -> None:
     posts = load_posts(arguments, "text", faults=faults)["test"]
     assert posts["text"][:] == ["t1", "t2", *(f"t{number}" for number in range(4, 24))]
     assert list(faults.left_out) == [f"row 3 of {tmp_path / 'posts.csv'}"]
+
+
+def test_a_line_of_spaces_in_a_table_of_one_column_does_not_shift_the_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "posts.csv"
+    path.write_text(
+        "\n".join(["text", "a", "   ", '"  "', "bad,cell", *(f"t{number}" for number in range(20))]) + "\n"
+    )
+    config = ClipCaCgConfig(modality="text", clip_mode="none")
+    for streaming in (False, True):
+        posts = load_to_predict(ColumnArguments(on_error="skip", streaming=streaming), str(path), "test", config)
+        found = [(row["text"], row["error"]) for row in posts]
+        assert [text for text, error in found if not error] == ["a", "  ", *(f"t{number}" for number in range(20))]
+        assert "line 5: it has 2 cells" in found[2][1]
+
+
+def test_bad_lines_of_any_suffix_of_json_are_named(tmp_path: Path) -> None:
+    lines = [*(json.dumps({"text": f"t{number}"}) for number in range(20)), "{bad"]
+    for suffix in (".jsonl", ".ndjson", ".json"):
+        path = tmp_path / f"tweets.csv{suffix}"
+        path.write_text("\n".join(lines) + "\n")
+        config = ClipCaCgConfig(modality="text", clip_mode="none")
+        posts = list(load_to_predict(ColumnArguments(on_error="skip"), str(path), "test", config))
+        assert len(posts) == 21 and "line 21" in posts[20]["error"]
+
+
+def test_a_stream_doubles_no_row_behind_a_broken_quote(tmp_path: Path) -> None:
+    """One row for the reader of tables, two for the reader of lines: the latter would give a row twice."""
+    path = tmp_path / "posts.csv"
+    rows = [f"{number},good" for number in range(1, 10_500)]
+    path.write_text("\n".join(["id,text", '0,"a', 'b"c', *rows, "x,y,z,w"]) + "\n")
+    config, arguments = ClipCaCgConfig(modality="text", clip_mode="none"), ColumnArguments(on_error="skip")
+    arguments.streaming = True
+    seen = []
+    with pytest.raises(InputError, match="behind a cell with a broken quote"):
+        for row in load_to_predict(arguments, str(path), "test", config):
+            seen.append(row["id"])
+    assert len(seen) == len(set(seen)) >= 10_000
 
 
 @pytest.mark.parametrize("may_lack", [False, True])

@@ -295,6 +295,29 @@ def test_bf16_is_close_and_not_mixed_with_float32(
         predict([*flags, "--output", str(tmp_path / "float32"), "--bf16"])
 
 
+def test_an_error_of_the_model_is_none_of_the_data(
+    checkpoint: Path, posts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(ClipCaCgForSequenceClassification, "forward", fail)
+    with pytest.raises(ValueError, match="^a bug$"):
+        predict([str(checkpoint), "--input", str(posts_folder), "--output", str(tmp_path / "out")])
+
+
+def test_other_labels_are_another_model(checkpoint: Path, posts_folder: Path, tmp_path: Path) -> None:
+    flags = ["--input", str(posts_folder), "--max_samples", "2", "--output", str(tmp_path / "out")]
+    predict([str(checkpoint), *flags])
+    shutil.copytree(checkpoint, tmp_path / "renamed", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((tmp_path / "renamed/config.json").read_text())
+    config["id2label"] = {"0": "bad", "1": "neutral", "2": "good"}
+    config["label2id"] = {"bad": 0, "neutral": 1, "good": 2}
+    (tmp_path / "renamed/config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="does not belong to this model"):
+        predict([str(tmp_path / "renamed"), *flags])
+
+
 def test_uncertain_posts_keep_their_probabilities_and_are_not_mixed_with_others(
     checkpoint: Path, posts_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -22,8 +22,11 @@ import datasets
 import pytest
 from hub_server import HubServer, Repo
 from inputs import SCRIPTS, free_port
+from torch.utils.data import DataLoader, get_worker_info
 
+from clipcacg.scripts.data.sources import is_table
 from clipcacg.scripts.predict import main as predict
+from clipcacg.scripts.reporting.predictions import StreamBatches, unchanged
 
 SHARDS = ("2024-01", "2024-02", "2024-03")
 SHARD_COUNT = 40  # of the test of kills
@@ -130,6 +133,42 @@ def test_a_folder_is_of_one_model_one_input_and_one_setting(checkpoint: Path, sh
     (tmp_path / "mine/notes.jsonl").touch()
     with pytest.raises(SystemExit, match="mine does not belong to this model"):
         predict([*flags[:-1], str(tmp_path / "mine")])
+
+
+def test_posts_that_shards_count_may_not_change(
+    checkpoint: Path, posts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more posts the shards would begin elsewhere, and those in between be lost."""
+    monkeypatch.setattr("clipcacg.scripts.data.loading.SHARD_POSTS", 10)
+    source, output = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for number in range(10, 25):
+        for suffix in ("jpg", "txt"):
+            (source / f"{number}.{suffix}").symlink_to(posts_folder / "data" / f"{number}.{suffix}")
+    flags = [str(checkpoint), "--input", str(source), "--num_workers", "0", "--output", f"{output}/"]
+    predict(flags)
+    whole = contents(output)
+    for suffix in ("jpg", "txt"):
+        (source / f"25.{suffix}").symlink_to(posts_folder / "data" / f"25.{suffix}")
+    with pytest.raises(SystemExit, match="does not belong to this model and .*source: give another --output\\."):
+        predict(flags)
+    assert contents(output) == whole
+
+
+def test_tables_beside_predictions_stay_tables(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine.csv").write_text("text\na\n")
+    predict([str(checkpoint), "--input", str(shards), "--num_workers", "0", "--output", str(output)])
+    assert is_table(output / "mine.csv") and not is_table(output / "2024-01.jsonl")
+
+
+def test_several_workers_prepare_the_batches_of_a_stream_in_its_order() -> None:
+    stream = datasets.Dataset.from_dict({"id": list(range(17))}).to_iterable_dataset()
+    batches = StreamBatches(stream, 2, lambda rows: ([row["id"] for row in rows], get_worker_info().id))
+    found = list(DataLoader(batches, batch_size=None, num_workers=3, collate_fn=unchanged))
+    assert [number for ids, _ in found for number in ids] == list(range(17))
+    assert [worker for _, worker in found] == [index % 3 for index in range(9)]
 
 
 def tar_of(rows: list[dict[str, str]], path: Path) -> None:
