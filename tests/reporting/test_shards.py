@@ -163,6 +163,7 @@ def test_tables_beside_predictions_stay_tables(checkpoint: Path, shards: Path, t
     assert is_table(output / "mine.csv") and not is_table(output / "2024-01.jsonl")
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # two cores
 def test_several_workers_prepare_the_batches_of_a_stream_in_its_order() -> None:
     stream = datasets.Dataset.from_dict({"id": list(range(17))}).to_iterable_dataset()
     batches = StreamBatches(stream, 2, lambda rows: ([row["id"] for row in rows], get_worker_info().id))

@@ -21,6 +21,8 @@ OF_DATA_SET = {
     "dataset_name": "x", "image_column": "a", "text_column": ["a", "b"], "dataset_config": "a", "train_split": "a",
     "validation_split": "b", "test_split": "c",
 }  # fmt: skip
+STREAM = {"streaming": True, "dataset_name": "x", "shuffle_buffer": 9}
+NO_STREAM = {"streaming": False, "shuffle_buffer": None}
 # A file's settings, flags, and what holds then.
 BEATEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"adam": True}, "--optim sgd", {"adam": False, "optim": "sgd"}),
@@ -42,13 +44,12 @@ BEATEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     (OF_DATA_SET, "--data_dir y", dict.fromkeys(OF_DATA_SET)),
     ({"use_conflicting_posts": True}, "--dataset_name y", {"use_conflicting_posts": False}),
     ({"use_conflicting_posts": True}, "--use_modality_heads False", {"use_conflicting_posts": False}),
-    ({"streaming": True, "dataset_name": "x"}, "--data_dir y", {"streaming": False}),
-    ({"streaming": True, "dataset_name": "x"}, "--group_duplicates", {"streaming": False, "group_duplicates": True}),
-    ({"streaming": True, "dataset_name": "x", "shuffle_buffer": 9}, "--streaming False", {"shuffle_buffer": None}),
-    ({"streaming": True, "dataset_name": "x", "shuffle_buffer": 9}, "--augment", {"shuffle_buffer": None}),
-    ({"streaming": True, "dataset_name": "x"}, "--augment", {"streaming": False, "augment": True}),
-    ({"streaming": True, "dataset_name": "x"}, "--cache_features", {"streaming": False}),
-    ({"streaming": True, "dataset_name": "x"}, "--hp_search 3", {"streaming": False}),
+    (STREAM, "--data_dir y", NO_STREAM),
+    (STREAM, "--group_duplicates", NO_STREAM | {"group_duplicates": True}),
+    (STREAM, "--streaming False", NO_STREAM),
+    (STREAM, "--augment", NO_STREAM | {"augment": True}),
+    (STREAM, "--cache_features", NO_STREAM),
+    (STREAM, "--hp_search 3", NO_STREAM),
     (VIEWS | {"group_duplicates": True, "dataset_name": "x"}, "--streaming", {
         "streaming": True, "group_duplicates": False, "augment": False, "cache_features": False, "augment_views": 0,
     }),
