@@ -9,7 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +279,7 @@ def _rows(name: str, split: str, paths: Sequence[Path], on_error: str) -> Iterat
     done, last = 0, dict[str, Any]()
     try:
         for own, rows in _pieces(split, paths, {}, streaming=True):
-            for row in rows:
+            for row in chain.from_iterable(batches_of_rows(rows, 100)):
                 if INDEX in row:
                     raise ValueError("a row has more cells than the header")
                 yield row | {REASON: None, FOLDER: str(own)}
@@ -301,6 +301,15 @@ def _rows(name: str, split: str, paths: Sequence[Path], on_error: str) -> Iterat
             if reason and on_error == "raise":
                 raise unparsable(name, reason)
             yield row | {REASON: reason, FOLDER: str(path.parent)}
+
+
+def batches_of_rows(stream: datasets.IterableDataset, size: int) -> Iterator[list[dict[str, Any]]]:
+    """All rows of a stream, some at a time, in every process of a `DataLoader`.
+
+    Iteration over its rows would give each of the processes a share.
+    """
+    for columns in stream.iter(size):
+        yield [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def unparsable(name: str, reason: str) -> InputError:

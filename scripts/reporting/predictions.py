@@ -27,7 +27,7 @@ from clipcacg.scripts.data.faults import ALLOWED_SHARE, advice, kind_of
 from clipcacg.scripts.data.lines import origin_note, remove_parts, whole_file
 from clipcacg.scripts.data.loading import ColumnArguments, load_shards, load_to_predict
 from clipcacg.scripts.data.progress import Progress
-from clipcacg.scripts.data.sources import reading
+from clipcacg.scripts.data.sources import batches_of_rows, reading
 
 logger = logging.getLogger(__name__)
 
@@ -352,10 +352,9 @@ class StreamBatches(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         own, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        # Unlike iteration over its rows, `iter` does not share out the stream among the processes by itself.
-        for index, columns in enumerate(self.posts.iter(self.batch_size)):
+        for index, rows in enumerate(batches_of_rows(self.posts, self.batch_size)):
             if index % count == own:
-                yield self.make([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+                yield self.make(rows)
 
 
 def unchanged(batch: Any) -> Any:

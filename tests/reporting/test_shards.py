@@ -163,6 +163,21 @@ def test_tables_beside_predictions_stay_tables(checkpoint: Path, shards: Path, t
     assert is_table(output / "mine.csv") and not is_table(output / "2024-01.jsonl")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_two_workers_lose_no_row_of_a_stream(
+    suffix: str, checkpoint: Path, rows: list[dict[str, str]], tmp_path: Path
+) -> None:
+    table, source = datasets.Dataset.from_list(rows), tmp_path / f"posts.{suffix}"
+    {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[suffix](source)
+    found = []
+    for workers in (0, 2):
+        output = tmp_path / f"out{workers}"
+        flags = f"--input {source} --batch_size 4 --num_workers {workers} --output {output}/"
+        predict([str(checkpoint), *flags.split()])
+        found.append([(line["id"], line["label"]) for line in lines(output / "posts.jsonl")])
+    assert found[0] == found[1] and [post for post, _ in found[0]] == [row["id"] for row in rows]
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # two cores
 def test_several_workers_prepare_the_batches_of_a_stream_in_its_order() -> None:
     stream = datasets.Dataset.from_dict({"id": list(range(17))}).to_iterable_dataset()
