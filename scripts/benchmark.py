@@ -3,6 +3,7 @@
     python scripts/benchmark.py                                # full-size backbones with random weights
     python scripts/benchmark.py --only fusion fusion_bf16 memory --batch_size 64
     python scripts/benchmark.py --size tiny --only fusion      # a smoke test
+    python scripts/benchmark.py --only alternatives --checkpoint CHECKPOINT --data_dir MVSA_Single
     CUDA_VISIBLE_DEVICES= python scripts/benchmark.py          # the CPU of a machine with a GPU
 
 Random weights do, because speed does not depend on their values. The command runs on the GPU if there is one. It
@@ -21,7 +22,7 @@ from transformers import HfArgumentParser
 
 from clipcacg.scripts.bench import SECTIONS, Setting
 from clipcacg.scripts.bench.output import card, run_sections, table
-from clipcacg.scripts.data.errors import add_debug_flag, one_sentence, parse_flags
+from clipcacg.scripts.data.errors import InputError, add_debug_flag, one_sentence, parse_flags
 
 
 @dataclass
@@ -37,8 +38,8 @@ class BenchmarkArguments:
     repeats: int = field(default=5, metadata={"help": "Rounds, after a warm-up."})
     batch_size: int = field(default=32, metadata={"help": "Posts per forward pass and training step."})
     num_posts: int = field(default=96, metadata={"help": "Posts in the sections that read files."})
-    checkpoint: str | None = field(default=None, metadata={"help": "prediction: this model, not a random one."})
-    data_dir: str | None = field(default=None, metadata={"help": "prediction: the posts of this MVSA folder."})
+    checkpoint: str | None = field(default=None, metadata={"help": "prediction, alternatives: this model, not a random one."})
+    data_dir: str | None = field(default=None, metadata={"help": "The same: the posts of this MVSA folder."})
     output: str | None = field(
         default=None, metadata={"help": "JSON file, `benchmark_<card or cpu>.json` by default."}
     )
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     values = vars(parse_flags(parser, argv)[0])
     names, output = values.pop("only") or list(SECTIONS), Path(values.pop("output") or f"benchmark_{card()}.json")
     with one_sentence(argv), tempfile.TemporaryDirectory() as folder:
+        if (values["checkpoint"] or values["data_dir"]) and not {*names} <= {"prediction", "alternatives"}:
+            raise InputError("--checkpoint and --data_dir need --only prediction or alternatives.")
         setting = Setting(folder=Path(folder), **values)
         figures, failed = run_sections(names, setting, output)
     print(table(figures))

@@ -10,7 +10,8 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -48,6 +49,20 @@ def run(words: Sequence[str | Path], folder: Path) -> subprocess.CompletedProces
         done = subprocess.CompletedProcess(words, process.exitcode, output.read_text(), errors.read_text())
     assert done.returncode == 0, done.stderr
     return done
+
+
+def run_killed(words: Sequence[str | Path], folder: Path, moment: Callable[[], bool]) -> None:
+    """Start a command, and kill it when `moment` returns True.
+
+    Raises:
+        AssertionError: If it ends before.
+    """
+    process = start(words, folder)
+    while not moment():
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
 
 
 def _main(words: list[str], folder: Path, output: Path, errors: Path) -> None:

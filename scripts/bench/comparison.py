@@ -1,7 +1,9 @@
 """The model against what people would run instead, and against itself on other engines and in other numbers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
 from clipcacg.scripts.baselines import SYSTEMS
+from clipcacg.scripts.bench.data import posts_to_predict, without_labels
 from clipcacg.scripts.bench.setting import (
     Figure,
     Setting,
@@ -24,6 +27,7 @@ from clipcacg.scripts.bench.setting import (
     resident_peak,
     text_lengths,
 )
+from clipcacg.scripts.data.collator import PostCollator
 from clipcacg.scripts.data.errors import InputError
 from clipcacg.scripts.training.onnx_export import OnnxModel, example, export
 from clipcacg.scripts.training.quantization import quantize
@@ -63,11 +67,11 @@ def onnx(setting: Setting, inputs: Inputs) -> Run:
 
 def int8(setting: Setting, inputs: Inputs) -> Run:
     """The text towers in 8 bits."""
-    folder = setting.folder / "checkpoint"
-    if not folder.exists():
-        make_model(setting).save_pretrained(folder)
-        make_processor(setting).save_pretrained(folder)
-    return partial(quantize(str(folder)), **inputs)
+    checkpoint = setting.checkpoint or str(setting.folder / "checkpoint")
+    if not Path(checkpoint).exists():
+        make_model(setting).save_pretrained(checkpoint)
+        make_processor(setting).save_pretrained(checkpoint)
+    return partial(quantize(checkpoint), **inputs)
 
 
 def dual_encoder(setting: Setting, inputs: Inputs) -> Run:
@@ -102,17 +106,26 @@ OTHERS: dict[str, Callable[[Setting, Inputs], Run]] = {
 }
 
 
+def one_batch(setting: Setting) -> Inputs:
+    """The first posts of the folder as the checkpoint reads them, or random posts with MVSA's text lengths."""
+    if not setting.checkpoint:
+        return make_inputs(setting, text_lengths(setting.batch_size))
+    posts = posts_to_predict(replace(setting, num_posts=setting.batch_size))
+    batch = PostCollator(make_processor(setting), make_config(setting))(posts)
+    return {name: value.to(setting.device) for name, value in without_labels(batch).items()}
+
+
 def alternatives(setting: Setting) -> dict[str, Figure]:
     """A forward pass of each alternative, in turn with the eager float32 model on the same posts.
 
     For each: posts per second, its speed as a multiple of the eager model's, the peak memory of a process that does
     nothing else, and for our own model the largest change of a probability. `onnx` and `int8` need their extras and
-    are for CPUs.
+    are for CPUs. A checkpoint is compared with itself alone, since the other systems have sizes of their own.
     """
-    inputs, figures = make_inputs(setting, text_lengths(setting.batch_size)), {}
+    inputs, figures = one_batch(setting), {}
     ours, size = eager(setting, inputs), setting.batch_size
     with torch.inference_mode():
-        for name, build in (OURS | OTHERS).items():
+        for name, build in (OURS if setting.checkpoint else OURS | OTHERS).items():
             if name in ("onnx", "int8") and setting.device != "cpu":
                 continue
             try:
@@ -140,7 +153,7 @@ def alternatives(setting: Setting) -> dict[str, Figure]:
 def forward_peak(name: str, setting: Setting) -> float:
     """Peak memory of this process in MiB after two forward passes; on a GPU, of what PyTorch allocated there."""
     with torch.inference_mode():
-        run = (OURS | OTHERS)[name](setting, make_inputs(setting, text_lengths(setting.batch_size)))
+        run = (OURS | OTHERS)[name](setting, one_batch(setting))
         for _ in range(2):
             run()
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident_peak()

@@ -157,18 +157,14 @@ def data_wait(setting: Setting, processor: ClipCaCgProcessor) -> Figure:
 
 def prediction(setting: Setting) -> dict[str, Figure]:
     """`predict.py` from file to file against forward passes alone, at the fastest batch size."""
-    if setting.checkpoint:
-        model = ClipCaCgForSequenceClassification.from_pretrained(setting.checkpoint).to(setting.device).eval()
-        processor = ClipCaCgProcessor.from_pretrained(setting.checkpoint)
-    else:
-        model, processor = make_model(setting), make_processor(setting)
+    model, processor = make_model(setting), make_processor(setting)
     posts = posts_to_predict(setting)
     source = write_posts(setting.folder / "posts.jsonl", posts)
     collator = PostCollator(processor, model.config)
     sizes = [size for size in (8, 16, 32, 64) if size <= len(posts)] or [len(posts)]
 
     def collated(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
-        return [{k: v for k, v in collator(batch).items() if k != "labels"} for batch in batches_of(rows, size)]
+        return [without_labels(collator(batch)) for batch in batches_of(rows, size)]
 
     def forward(batches: list[dict[str, Any]]) -> None:
         for batch in batches:
@@ -188,6 +184,10 @@ def prediction(setting: Setting) -> dict[str, Figure]:
         "predict_efficiency": ratio(times["forward"], times["predict"], f"forward passes alone / predict.py, {how}"),
         "predict_posts_per_second": rate(times["predict"], len(posts), f"posts per second, predict.py, {how}"),
     }
+
+
+def without_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if not name.endswith("labels")}
 
 
 def posts_to_predict(setting: Setting) -> list[dict[str, Any]]:

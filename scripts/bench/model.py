@@ -76,12 +76,15 @@ def fusion(setting: Setting, numbers: str = "float32") -> dict[str, Figure]:
     how = f"batches of {size}, {numbers}"
     parts = {"model": make_model(setting), "backbones": Backbones(setting).to(setting.device).eval()}
     inputs, bi_gru = make_inputs(setting, text_lengths(size)), parts["model"].model.text_branch.bi_gru
+    one = bi_gru.left_to_right
+    one = nn.GRU(one.input_size, one.hidden_size, batch_first=True, bidirectional=True).to(setting.device)
     with torch.inference_mode(), precision(setting, numbers):
         read = inputs_of(bi_gru, lambda: parts["model"](**inputs))
         times = in_turn(
             setting.repeats,
             **{name: partial(part, **inputs) for name, part in parts.items()},
             bi_gru=lambda: bi_gru(*read),
+            one_gru=lambda: one(read[0]),
         )
     figures = {
         f"fusion_overhead_forward{suffix}": ratio(
@@ -89,6 +92,9 @@ def fusion(setting: Setting, numbers: str = "float32") -> dict[str, Figure]:
         ),
         f"forward_posts_per_second{suffix}": rate(times["model"], size, f"posts per second, forward pass, {how}"),
         f"bi_gru_share{suffix}": ratio(times["bi_gru"], times["model"], f"Bi-GRU / forward pass, {how}"),
+        f"bi_gru_over_one_gru{suffix}": ratio(
+            times["bi_gru"], times["one_gru"], f"Bi-GRU / nn.GRU(bidirectional=True), which reads padding, {how}"
+        ),
     }
 
     inputs["labels"] = torch.zeros(size, dtype=torch.long, device=setting.device)

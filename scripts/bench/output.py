@@ -27,6 +27,7 @@ def machine() -> dict[str, str | int | None]:
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

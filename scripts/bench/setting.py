@@ -25,6 +25,7 @@ from clipcacg.configuration_clipcacg import ClipCaCgConfig
 from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.data.sample import make_tiny_backbones
+from clipcacg.scripts.reporting.predictions import checkpoint_config, load_checkpoint
 
 # Quantiles of the text length in MVSA-Single, in BERT tokens.
 TEXT_LENGTHS = {
@@ -150,7 +151,9 @@ def tiny_backbones(setting: Setting) -> Path:
 
 
 def make_config(setting: Setting) -> ClipCaCgConfig:
-    """The default model, or one on the sample's tiny backbones."""
+    """The config of the checkpoint, of the default model, or of one on the sample's tiny backbones."""
+    if setting.checkpoint:
+        return checkpoint_config(setting.checkpoint)
     parts = {part: AutoConfig.from_pretrained(tiny_backbones(setting) / part) for part in ("text", "vision", "clip")}
     if setting.size == "tiny":
         parts = {f"{name}_config": part for name, part in parts.items()}
@@ -161,13 +164,17 @@ def make_config(setting: Setting) -> ClipCaCgConfig:
 
 
 def make_model(setting: Setting) -> ClipCaCgForSequenceClassification:
-    """The model with random weights, in evaluation mode."""
+    """The checkpoint's model or one with random weights, in evaluation mode."""
+    if setting.checkpoint:
+        return load_checkpoint(setting.checkpoint)[0].to(setting.device)
     torch.manual_seed(0)
     return ClipCaCgForSequenceClassification(make_config(setting)).eval().to(setting.device)
 
 
 def make_processor(setting: Setting) -> ClipCaCgProcessor:
-    """The sample's tokenizers and, for the base size, the image processors of ResNet-50 and CLIP ViT-B/32."""
+    """The checkpoint's processor; or the sample's tokenizers, and for the base size the default image processors."""
+    if setting.checkpoint:
+        return load_checkpoint(setting.checkpoint)[1]
     names = [tiny_backbones(setting) / part for part in ("text", "vision", "clip")]
     processor = ClipCaCgProcessor.from_backbones(*names)
     if setting.size == "base":

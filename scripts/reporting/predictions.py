@@ -413,7 +413,7 @@ def predict_shards(
         raise InputError(f"{folder} is both input and output: give another --output.")
     shards, content = load_shards(columns, source, split, model.config)
     told = origin(model, source, columns) | {"split": split, "bf16": bf16, "min_confidence": min_confidence}
-    told["posts"] = content
+    told["content"] = content
     outputs = {folder / f"{name}.jsonl": posts for name, posts in shards.items()}
     with as_input_error(f"{folder} cannot be written", OSError):
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ KEYS = {
     "fusion_overhead_train",
     "train_posts_per_second_bf16",
     "bi_gru_share",
+    "bi_gru_over_one_gru",
     "padding_speedup",
     "cache_epoch_speedup",
     "cache_bytes_per_post",
@@ -105,6 +106,21 @@ def test_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert min(figures[f"{name}_{key}"] for key in ("posts_per_second", "speedup", "peak_memory_mib")) > 0
     assert figures["eager_largest_change"] == 0 < figures["bf16_largest_change"] < 0.1
     assert figures.get("onnx_largest_change", 0) < 1e-4
+
+
+def test_a_checkpoint_is_compared_with_itself_on_its_posts(
+    checkpoint: Path, posts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "OURS", {name: comparison.OURS[name] for name in ("eager", "channels_last")})
+    flags = f"--checkpoint {checkpoint} --data_dir {posts_folder} --repeats 1 --batch_size 4".split()
+    with pytest.raises(SystemExit, match="--checkpoint and --data_dir need --only prediction or alternatives"):
+        benchmark.main(flags)
+    output = tmp_path / "bench.json"
+    benchmark.main([*flags, "--output", str(output), "--only", "alternatives"])
+    figures = json.loads(output.read_text())
+    assert figures["channels_last_largest_change"] < 1e-5 and "itin_speedup" not in figures
+    batch = comparison.one_batch(Setting(tmp_path, "tiny", 1, 4, 8, str(checkpoint), str(posts_folder)))
+    assert len(batch["input_ids"]) == 4 and not {"labels", "text_labels"} & batch.keys()
 
 
 def test_every_alternative_takes_the_same_posts(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ from clipcacg.scripts.data.faults import Faults
 from clipcacg.scripts.data.loading import DataArguments, load_posts, load_to_predict, training_stream
 from clipcacg.scripts.data.streaming import PostStream
 from clipcacg.scripts.tables import rows, runs
+from clipcacg.scripts.training.arguments import RecipeArguments
+from clipcacg.scripts.training.run import adapt_to_stream
 
 SPLITS = {"train": 30, "validation": 8, "test": 8}
 BAD = {"train": 3, "test": 5}  # row with an image that only decoding shows to be broken
@@ -125,6 +126,31 @@ def test_a_stream_has_its_labels_and_an_order_of_its_own_in_every_epoch() -> Non
     assert all(position <= turn + 5 for turn, position in enumerate(positions))
 
 
+def test_the_buffer_of_a_stream_is_the_flags(sources: Path) -> None:
+    columns = {"text_column": ["tweet"], "image_column": "photo", "label_column": "mood", "on_error": "skip"}
+    orders = []
+    for buffer in (0, 5, None):
+        arguments = DataArguments(
+            dataset_name=str(sources / "jsonl"), streaming=True, shuffle_buffer=buffer, **columns
+        )
+        stream = training_stream(arguments, "both", load_posts(arguments, faults=Faults("skip")), None, seed=0)
+        orders.append([post["row"] for post in stream])
+    rows = orders[0]
+    assert rows == sorted(rows) == sorted(orders[1]) == sorted(orders[2])
+    # Five rows in the buffer move none forward by more.
+    assert max(turn - orders[1].index(row) for turn, row in enumerate(rows)) > 0
+    assert all(rows.index(row) <= turn + 5 for turn, row in enumerate(orders[1]))
+    assert any(rows.index(row) > turn + 5 for turn, row in enumerate(orders[2]))
+
+
+def test_workers_of_a_stream_start_anew_in_each_epoch() -> None:
+    """One that persists would repeat the order of the first epoch, and several would not keep an order."""
+    flags = {"dataloader_num_workers": 4, "dataloader_persistent_workers": True, "report_to": "none", "use_cpu": True}
+    arguments = RecipeArguments(output_dir="unused", **flags)
+    adapt_to_stream(arguments, cache_features=False)
+    assert (arguments.dataloader_num_workers, arguments.dataloader_persistent_workers) == (1, False)
+
+
 def test_two_processes_see_each_row_of_a_stream_once_in_an_epoch() -> None:
     """The last of their batches is filled up with posts of the first, so that both have the same number of steps."""
     for epoch in (0, 1):
@@ -162,12 +188,7 @@ def test_a_killed_run_on_a_stream_continues_to_the_same_weights(
         for name in ("whole", "killed")
     }  # fmt: skip
     commands.run(command["whole"], tmp_path)
-    process = commands.start(command["killed"], tmp_path)
-    while not (tmp_path / "killed/checkpoint-12/trainer_state.json").exists():
-        assert process.is_alive()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
+    commands.run_killed(command["killed"], tmp_path, (tmp_path / "killed/checkpoint-12/trainer_state.json").exists)
     assert not (tmp_path / "killed/all_results.json").exists()
     commands.run([*command["killed"], "--resume_from_checkpoint", "True"], tmp_path)
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))

@@ -595,6 +595,17 @@ def test_a_line_of_spaces_in_a_table_of_one_column_does_not_shift_the_bad_row(tm
         assert "line 5: it has 2 cells" in found[2][1]
 
 
+def test_a_bad_line_between_cells_behind_spaces_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "posts.csv"
+    lines = ["id, text", *(f'{number}, "well, {number}"' for number in range(20)), '20, "a", b']
+    path.write_text("\n".join(lines) + "\n")
+    config = ClipCaCgConfig(modality="text", clip_mode="none")
+    for streaming in (False, True):
+        posts = load_to_predict(ColumnArguments(on_error="skip", streaming=streaming), str(path), "test", config)
+        *good, bad = [(row["text"], row["error"]) for row in posts]
+        assert good == [(f"well, {number}", None) for number in range(20)] and "line 22: it has 3 cells" in bad[1]
+
+
 def test_bad_lines_of_any_suffix_of_json_are_named(tmp_path: Path) -> None:
     lines = [*(json.dumps({"text": f"t{number}"}) for number in range(20)), "{bad"]
     for suffix in (".jsonl", ".ndjson", ".json"):

@@ -153,6 +153,8 @@ def test_posts_that_shards_count_may_not_change(
     with pytest.raises(SystemExit, match="does not belong to this model and .*source: give another --output\\."):
         predict(flags)
     assert contents(output) == whole
+    manifest = json.loads(whole["manifest.json"])
+    assert manifest["posts"] == 15 and manifest["content"]
 
 
 def test_tables_beside_predictions_stay_tables(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
@@ -195,6 +197,19 @@ def tar_of(rows: list[dict[str, str]], path: Path) -> None:
                 entry = tarfile.TarInfo(f"{row['id']}.{suffix}")
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
+
+
+def test_a_shard_that_breaks_off_is_one_sentence(checkpoint: Path, rows: list[dict[str, str]], tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for name, part in zip(SHARDS, (rows[:12], rows[12:]), strict=False):
+        tar_of(part, source / f"{name}.tar")
+    broken = source / f"{SHARDS[1]}.tar"
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    flags = [str(checkpoint), "--input", str(source), "--batch_size", "4", "--num_workers", "0", "--output"]
+    with pytest.raises(SystemExit, match="source cannot be read as a data set: ") as error:
+        predict([*flags, f"{output}/"])
+    assert "\n" not in str(error.value) and contents(output).keys() == {f"{SHARDS[0]}.jsonl"}
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "images", "tar", "saved", "mvsa", "hub"])

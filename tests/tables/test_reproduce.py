@@ -182,12 +182,7 @@ def test_a_killed_command_continues_without_repeating_a_run(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*flags, *"--rows majority image_only --seeds 42 43".split()]
-    process = commands.start([SCRIPT, *arguments], tmp_path)
-    while len(lines(tmp_path)) < 2:
-        assert process.is_alive()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
+    commands.run_killed([SCRIPT, *arguments], tmp_path, lambda: len(lines(tmp_path)) >= 2)
     path = tmp_path / "results" / RUNS_FILE
     with path.open("ab") as file:
         file.write(b'{"run": "broken o')  # as if the kill came during a write

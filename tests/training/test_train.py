@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -242,13 +241,8 @@ def test_a_killed_run_continues_to_the_same_result(posts_folder: Path, backbones
         arguments = flags(posts_folder, backbones, tmp_path / name, *steps, "--save_total_limit", "9")
         command[name] = [SCRIPTS / "train.py", *arguments]
     commands.run(command["whole"], tmp_path)
-    process = commands.start(command["killed"], tmp_path)
     # The Trainer writes trainer_state.json last.
-    while not (tmp_path / "killed/checkpoint-3/trainer_state.json").exists():
-        assert process.is_alive()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
+    commands.run_killed(command["killed"], tmp_path, (tmp_path / "killed/checkpoint-3/trainer_state.json").exists)
     assert not (tmp_path / "killed/all_results.json").exists()
     commands.run([*command["killed"], "--resume_from_checkpoint", "True"], tmp_path)
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
