@@ -38,7 +38,9 @@ class BenchmarkArguments:
     repeats: int = field(default=5, metadata={"help": "Rounds, after a warm-up."})
     batch_size: int = field(default=32, metadata={"help": "Posts per forward pass and training step."})
     num_posts: int = field(default=96, metadata={"help": "Posts in the sections that read files."})
-    checkpoint: str | None = field(default=None, metadata={"help": "prediction, alternatives: this model, not a random one."})
+    checkpoint: str | None = field(
+        default=None, metadata={"help": "prediction, alternatives: this model, not a random one."}
+    )
     data_dir: str | None = field(default=None, metadata={"help": "The same: the posts of this MVSA folder."})
     output: str | None = field(
         default=None, metadata={"help": "JSON file, `benchmark_<card or cpu>.json` by default."}

@@ -11,6 +11,7 @@ from clipcacg.scripts.bench.setting import Figure, Setting
 SECTIONS: dict[str, Callable[[Setting], dict[str, Figure]]] = {
     "fusion": fusion,
     "fusion_bf16": partial(fusion, numbers="bf16"),
+    "fusion_bf16_compiled": partial(fusion, numbers="bf16", compiled=True),
     "memory": memory,
     "sharing": sharing,
     "padding": padding,

@@ -13,7 +13,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
-from clipcacg.modeling_clipcacg import ClipCaCgForSequenceClassification
 from clipcacg.processing_clipcacg import ClipCaCgProcessor
 from clipcacg.scripts.bench.model import train_step
 from clipcacg.scripts.bench.setting import (

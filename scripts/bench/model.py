@@ -1,6 +1,7 @@
 """What the model costs beyond its backbones, and what texts of like lengths save."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -66,20 +67,25 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[
     optimizer.zero_grad()
 
 
-def fusion(setting: Setting, numbers: str = "float32") -> dict[str, Figure]:
+def fusion(setting: Setting, numbers: str = "float32", compiled: bool = False) -> dict[str, Figure]:
     """The whole model against its three backbones alone, on the same posts: a forward pass and a training step.
 
     Args:
         numbers: "float32", or "bf16" for autocast to bfloat16.
+        compiled: Whether `torch.compile` compiles both, for texts of one length.
     """
     size, suffix = setting.batch_size, "" if numbers == "float32" else f"_{numbers}"
     how = f"batches of {size}, {numbers}"
+    if compiled:
+        suffix, how = f"{suffix}_compiled", f"{how}, compiled"
     parts = {"model": make_model(setting), "backbones": Backbones(setting).to(setting.device).eval()}
     inputs, bi_gru = make_inputs(setting, text_lengths(size)), parts["model"].model.text_branch.bi_gru
     one = bi_gru.left_to_right
     one = nn.GRU(one.input_size, one.hidden_size, batch_first=True, bidirectional=True).to(setting.device)
     with torch.inference_mode(), precision(setting, numbers):
         read = inputs_of(bi_gru, lambda: parts["model"](**inputs))
+        for part in parts.values() if compiled else ():
+            part.compile(dynamic=False)
         times = in_turn(
             setting.repeats,
             **{name: partial(part, **inputs) for name, part in parts.items()},
@@ -156,6 +162,14 @@ def memory(setting: Setting) -> dict[str, Figure]:
         what = f"peak memory of a training step, model {peaks[0]:.0f} MiB / backbones {peaks[1]:.0f} MiB, {what}"
         figures[f"peak_memory_ratio{suffix}"] = Figure(peaks[0] / peaks[1], what)
         figures[f"peak_memory_mib{suffix}"] = Figure(peaks[0], f"MiB, {what}")
+        double = replace(setting, batch_size=2 * setting.batch_size)
+        growth = (in_new_process(peak_memory, "model", double, numbers) - peaks[0]) / setting.batch_size
+        what = f"batches of {double.batch_size} against {setting.batch_size}, {numbers}"
+        figures[f"memory_mib_per_post{suffix}"] = Figure(growth, f"MiB per post of a training step, {what}")
+        if setting.device == "cuda":
+            room = torch.cuda.get_device_properties(0).total_memory / 2**20 - peaks[0]
+            largest = setting.batch_size + room // growth
+            figures[f"largest_batch{suffix}"] = Figure(largest, f"posts whose training step fills the GPU, {what}")
     return figures
 
 
