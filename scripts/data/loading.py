@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
+from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HOME
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
@@ -388,7 +389,7 @@ def load_shards(
     Returns:
         The name of each shard, and its rows as in `load_to_predict`. A post without an ID is called after its shard.
         The shards do not depend on the number of processes that read them. And what tells the posts from others, of a
-        source that is cut into shards by the number of its posts.
+        source whose shards are numbered: a digest, or the revision of a data set on the Hub.
 
     Raises:
         InputError: If the source or the split is not there.
@@ -408,6 +409,8 @@ def load_shards(
             raise InputError(f"{name} has no posts.")
         content = stream._fingerprint
         stream = stream.to_iterable_dataset(num_shards=-(-len(stream) // SHARD_POSTS))
+    elif not Path(name).expanduser().exists():
+        content = HfApi().dataset_info(name).sha
     names = shard_names(name, arguments.own_splits(), split, stream.num_shards)
     shards = {
         shard: stream_posts(stream.shard(len(names), index), source.columns, present, source.folder, f"{shard}-")

@@ -253,7 +253,12 @@ def test_every_source_has_shards(
         for name, value in (("HF_ENDPOINT", hub.url), ("HUB_DATASETS_URL", address), ("HF_HUB_OFFLINE", False)):
             monkeypatch.setattr(datasets.config, name, value)
         given = "user/posts" if kind == "hub" else str(source)
-        predict([str(checkpoint), "--input", given, "--num_workers", "0", "--output", f"{tmp_path / 'out'}/"])
+        flags = [str(checkpoint), "--input", given, "--num_workers", "0", "--output", f"{tmp_path / 'out'}/"]
+        predict(flags)
+        if kind == "hub":
+            repo.commit("main", files, "posts of a later revision")
+            with pytest.raises(SystemExit, match="out does not belong to this model and user/posts"):
+                predict(flags)
     assert sorted(contents(tmp_path / "out")) == [*names, "manifest.json"]
     found = [line for name in names for line in lines(tmp_path / "out" / name)]
     assert Counter(line["id"] for line in found) == Counter(expected.keys())
