@@ -53,8 +53,13 @@ def main(argv: list[str] | None = None) -> None:
     values = vars(parse_flags(parser, argv)[0])
     names, output = values.pop("only") or list(SECTIONS), Path(values.pop("output") or f"benchmark_{card()}.json")
     with one_sentence(argv), tempfile.TemporaryDirectory() as folder:
+        for flag in ("repeats", "batch_size", "num_posts"):
+            if values[flag] < 1:
+                raise InputError(f"--{flag} must be at least 1, got {values[flag]}.")
         if (values["checkpoint"] or values["data_dir"]) and not {*names} <= {"prediction", "alternatives"}:
             raise InputError("--checkpoint and --data_dir need --only prediction or alternatives.")
+        if values["data_dir"] and not values["checkpoint"] and "alternatives" in names:
+            raise InputError("alternatives reads the posts of --data_dir with a --checkpoint alone: give one.")
         setting = Setting(folder=Path(folder), **values)
         figures, failed = run_sections(names, setting, output)
     print(table(figures))

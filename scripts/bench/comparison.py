@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
+from clipcacg.processing_clipcacg import label_scores
 from clipcacg.scripts.baselines import SYSTEMS
 from clipcacg.scripts.bench.data import posts_to_predict, without_labels
 from clipcacg.scripts.bench.setting import (
@@ -68,7 +69,7 @@ def onnx(setting: Setting, inputs: Inputs) -> Run:
 def int8(setting: Setting, inputs: Inputs) -> Run:
     """The text towers in 8 bits."""
     checkpoint = setting.checkpoint or str(setting.folder / "checkpoint")
-    if not Path(checkpoint).exists():
+    if not setting.checkpoint and not Path(checkpoint).exists():
         make_model(setting).save_pretrained(checkpoint)
         make_processor(setting).save_pretrained(checkpoint)
     return partial(quantize(checkpoint), **inputs)
@@ -107,7 +108,7 @@ OTHERS: dict[str, Callable[[Setting, Inputs], Run]] = {
 
 
 def one_batch(setting: Setting) -> Inputs:
-    """The first posts of the folder as the checkpoint reads them, or random posts with MVSA's text lengths."""
+    """Posts of the folder, or made ones, as the checkpoint reads them; or random posts with MVSA's text lengths."""
     if not setting.checkpoint:
         return make_inputs(setting, text_lengths(setting.batch_size))
     posts = posts_to_predict(replace(setting, num_posts=setting.batch_size))
@@ -123,7 +124,7 @@ def alternatives(setting: Setting) -> dict[str, Figure]:
     are for CPUs. A checkpoint is compared with itself alone, since the other systems have sizes of their own.
     """
     inputs, figures = one_batch(setting), {}
-    ours, size = eager(setting, inputs), setting.batch_size
+    ours, size, config = eager(setting, inputs), len(next(iter(inputs.values()))), make_config(setting)
     with torch.inference_mode():
         for name, build in (OURS if setting.checkpoint else OURS | OTHERS).items():
             if name in ("onnx", "int8") and setting.device != "cpu":
@@ -142,8 +143,10 @@ def alternatives(setting: Setting) -> dict[str, Figure]:
                 "peak_memory_mib": Figure(peak, f"MiB, peak memory of a process, {what}"),
             }
             if name in OURS:
-                changes = [run().logits.float().cpu().softmax(-1) for run in (ours, other)]
-                largest = (changes[0] - changes[1]).abs().max().item()
+                answers = [run().logits.float().cpu() for run in (ours, other)]
+                if config.task != "regression":
+                    answers = [label_scores(logits, config) for logits in answers]
+                largest = (answers[0] - answers[1]).abs().max().item()
                 found["largest_change"] = Figure(largest, f"largest change of a probability, {what}")
             figures |= {f"{name}_{figure}": value for figure, value in found.items()}
             del other

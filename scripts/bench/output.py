@@ -14,6 +14,7 @@ import transformers
 
 from clipcacg.scripts.bench import SECTIONS
 from clipcacg.scripts.bench.setting import Figure, Setting
+from clipcacg.scripts.data.errors import InputError
 
 
 def card() -> str:
@@ -56,6 +57,8 @@ def run_sections(names: Iterable[str], setting: Setting, output: Path) -> tuple[
             torch.cuda.reset_peak_memory_stats()
         try:
             figures |= SECTIONS[name](setting)
+        except InputError:
+            raise
         except Exception:
             traceback.print_exc()
             failed.append(name)

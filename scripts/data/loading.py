@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
-from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HOME
 
 from clipcacg.configuration_clipcacg import ClipCaCgConfig
@@ -19,7 +18,7 @@ from clipcacg.scripts.data.labels import with_labels, with_modality_labels
 from clipcacg.scripts.data.lines import short_hash
 from clipcacg.scripts.data.mending import Reasons
 from clipcacg.scripts.data.mvsa import load_mvsa, read_folder
-from clipcacg.scripts.data.sources import column_names, numbered, read_source, reading, shard_names
+from clipcacg.scripts.data.sources import column_names, numbered, read_source, reading, shard_names, state_of
 from clipcacg.scripts.data.splitting import complete_splits, split_mvsa
 from clipcacg.scripts.data.streaming import BUFFER, PostStream
 
@@ -389,7 +388,7 @@ def load_shards(
     Returns:
         The name of each shard, and its rows as in `load_to_predict`. A post without an ID is called after its shard.
         The shards do not depend on the number of processes that read them. And what tells the posts from others, of a
-        source whose shards are numbered: a digest, or the revision of a data set on the Hub.
+        source whose shards are numbered; see `state_of`.
 
     Raises:
         InputError: If the source or the split is not there.
@@ -399,7 +398,8 @@ def load_shards(
         stream = posts.to_iterable_dataset(num_shards=len(names))
         shards = {shard: stream.shard(len(names), index) for index, shard in enumerate(names)}
         return shards, short_hash(posts["id"][:])
-    arguments.streaming, content = True, None
+    arguments.streaming = True
+    content: str | None = state_of(name, arguments.dataset_config)
     source = _open(arguments, name, config.modality, config, {})
     split = _choose_split(source.posts, split, name)
     stream, present = source.posts[split], source.names[split]
@@ -407,11 +407,12 @@ def load_shards(
     if isinstance(stream, datasets.Dataset):  # of save_to_disk
         if not len(stream):
             raise InputError(f"{name} has no posts.")
-        content = stream._fingerprint
         stream = stream.to_iterable_dataset(num_shards=-(-len(stream) // SHARD_POSTS))
-    elif not Path(name).expanduser().exists():
-        content = HfApi().dataset_info(name).sha
     names = shard_names(name, arguments.own_splits(), split, stream.num_shards)
+    if names != numbered(len(names)):
+        content = None  # a folder of tables may get more of them
+    elif content != state_of(name, arguments.dataset_config):
+        raise InputError(f"{name} changed while it was opened: call the command again.")
     shards = {
         shard: stream_posts(stream.shard(len(names), index), source.columns, present, source.folder, f"{shard}-")
         for index, shard in enumerate(names)

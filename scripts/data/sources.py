@@ -21,7 +21,7 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from huggingface_hub import hf_hub_download
 
 from clipcacg.scripts.data.errors import InputError
-from clipcacg.scripts.data.lines import is_output
+from clipcacg.scripts.data.lines import is_output, short_hash
 from clipcacg.scripts.data.mending import Reasons, form_of, head_of, mend, parse, table_suffix
 
 logger = logging.getLogger(__name__)
@@ -449,6 +449,21 @@ def _from_hub(
             raise
     files = {split: [_on_disk(url) for url in urls] for split, urls in builder.data_files.items()}
     return _read_tables(name, _ours(files, name, splits), Path(name), on_error)
+
+
+def state_of(name: str, config: str | None) -> str:
+    """What changes with a source: the revision of a data set on the Hub, or a digest of the files that are here.
+
+    Raises:
+        InputError: If the Hub does not tell it.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        with reading(name):
+            return str(datasets.load_dataset_builder(name, config).hash)
+    files = [file for file in _files_below(path) if not is_output(file)] if path.is_dir() else [path]
+    states = [(file, file.stat()) for file in files]
+    return short_hash([[str(file.relative_to(path)), stat.st_size, stat.st_mtime_ns] for file, stat in states])
 
 
 def _on_disk(url: str) -> Path:

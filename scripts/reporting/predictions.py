@@ -202,8 +202,11 @@ def predict_rows(
     return lines
 
 
-def lines_done(output: Path, origin: dict[str, Any]) -> tuple[int, Counter[str]]:
+def lines_done(output: Path, origin: dict[str, Any]) -> tuple[int, Counter[str], str | None]:
     """Count the posts that an earlier run finished, and their errors by kind; cut off an incomplete last line.
+
+    Returns:
+        The two, and the ID of the last of these posts.
 
     A hidden file beside the output records its origin.
 
@@ -213,22 +216,21 @@ def lines_done(output: Path, origin: dict[str, Any]) -> tuple[int, Counter[str]]
     is_new = not output.is_file() or not output.stat().st_size
     check_origin(output, origin, is_new)
     if is_new:
-        return 0, Counter()
-    done, end, errors = 0, 0, Counter[str]()
+        return 0, Counter(), None
+    done, end, errors, last = 0, 0, Counter[str](), None
     with output.open("r+b") as file:
         for line in file:
             if not line.endswith(b"\n"):
                 break
             try:
                 found = json.loads(line)
-                if "id" not in found:
-                    raise KeyError("id")
+                last = found["id"]
             except (KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{output} is not a file of predictions: give another --output.") from error
             errors.update(faults_of(found))
             done, end = done + 1, end + len(line)
         file.truncate(end)
-    return done, errors
+    return done, errors, last
 
 
 def check_origin(output: Path, origin: dict[str, Any], is_new: bool) -> None:
@@ -290,7 +292,13 @@ def predict_file(
         output.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             output.unlink(missing_ok=True)
-        done, errors = lines_done(output, told)
+        done, errors, last = lines_done(output, told)
+        now = next((str(post["id"]) for post in one_of(posts, done - 1)), "missing") if done else last
+        if now != last:
+            raise InputError(
+                f"{source} has changed: row {done} is {now}, and in {output} it is {last}. Give another --output, or "
+                "--overwrite."
+            )
         file = output.open("a", encoding="utf-8", errors="backslashreplace")
     rest, total = remaining(posts, done, max_samples)
     batches = predict_batches(model, processor, rest, source, columns, batch_size, num_workers, bf16, min_confidence)
@@ -485,11 +493,24 @@ def origin(model: ClipCaCgForSequenceClassification, source: str, columns: Colum
 
 
 def fingerprint(model: ClipCaCgForSequenceClassification) -> str:
-    """A digest of the model's last layer, labels and quantization, and of how it combines its heads' answers."""
-    config, weights = model.config, model.classifier.weight.detach().float().cpu().numpy().tobytes()
-    quantized = bool(getattr(config, "quantization_config", None))
-    facts = json.dumps([config.label_names, quantized, config.modality_combination])
-    return hashlib.sha256(weights + facts.encode()).hexdigest()
+    """A digest of the model's weights, and of what turns their logits into answers."""
+    if isinstance(found := getattr(model, "fingerprint", None), str):  # an OnnxModel
+        return found
+    config = model.config
+    facts = [config.label_names, config.problem_type, config.label_thresholds, config.modality_combination]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for name, weights in sorted(model.state_dict().items()):
+        plain = weights if type(weights) is torch.Tensor else weights.dequantize()  # in 8 bits
+        digest.update(name.encode())
+        digest.update(plain.float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def one_of(posts: Any, index: int) -> Any:
+    """The post of an index as a source of one post, or of none behind the last one."""
+    if isinstance(posts, datasets.Dataset):
+        return posts.select(range(index, min(index + 1, len(posts))))
+    return posts.skip(index).take(1)
 
 
 def remaining(posts: Any, done: int, limit: int | None) -> tuple[Any, int | None]:

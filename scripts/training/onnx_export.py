@@ -146,9 +146,9 @@ class OnnxModel:
         options.intra_op_num_threads = torch.get_num_threads()
         with as_input_error(f"{file} is no ONNX file that can be read: {remake}", Exception):  # it has no base class
             self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        if self.session.get_modelmeta().custom_metadata_map.get(MADE_OF) != fingerprint(model):
+        self.config, self.fingerprint = model.config, fingerprint(model)
+        if self.session.get_modelmeta().custom_metadata_map.get(MADE_OF) != self.fingerprint:
             raise InputError(f"{file} was not made of this checkpoint: {remake}.")
-        self.config, self.classifier = model.config, model.classifier
         self.reads = [given.name for given in self.session.get_inputs()]
 
     def __call__(self, **inputs: Tensor) -> ClipCaCgClassifierOutput:

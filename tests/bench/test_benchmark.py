@@ -101,7 +101,7 @@ def test_the_other_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(comparison, "OURS", few)
     monkeypatch.setattr(comparison, "OTHERS", {name: comparison.OTHERS[name] for name in ("dual_encoder", "itin")})
     figures = run(tmp_path / "bench.json", "memory", "alternatives")
-    assert figures["peak_memory_ratio"] > 0
+    assert figures["peak_memory_ratio"] > 0 < figures["memory_mib_per_post"]
     for name in ("eager", "bf16", "dual_encoder", "itin"):
         assert min(figures[f"{name}_{key}"] for key in ("posts_per_second", "speedup", "peak_memory_mib")) > 0
     assert figures["eager_largest_change"] == 0 < figures["bf16_largest_change"] < 0.1
@@ -113,8 +113,14 @@ def test_a_checkpoint_is_compared_with_itself_on_its_posts(
 ) -> None:
     monkeypatch.setattr(comparison, "OURS", {name: comparison.OURS[name] for name in ("eager", "channels_last")})
     flags = f"--checkpoint {checkpoint} --data_dir {posts_folder} --repeats 1 --batch_size 4".split()
-    with pytest.raises(SystemExit, match="--checkpoint and --data_dir need --only prediction or alternatives"):
-        benchmark.main(flags)
+    for wrong, message in (
+        (flags, "--checkpoint and --data_dir need --only prediction or alternatives"),
+        ([*flags[2:], "--only", "alternatives"], "with a --checkpoint alone"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--only", "prediction", "--checkpoint", "none/at/all"], "There is no checkpoint none/at/all"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            benchmark.main(wrong)
     output = tmp_path / "bench.json"
     benchmark.main([*flags, "--output", str(output), "--only", "alternatives"])
     figures = json.loads(output.read_text())

@@ -140,6 +140,12 @@ def test_an_interrupted_run_continues(checkpoint: Path, faulty: Path) -> None:
     assert lines(output) == [json.loads(line) for line in whole.splitlines()]
     run()
     assert len(lines(output)) == 7
+    before = faulty.read_text()
+    faulty.write_text('{"id": "post 0"}\n' + before)
+    with pytest.raises(SystemExit, match="has changed: row 7 is post 6, and in .* it is 7"):
+        predict(arguments)
+    faulty.write_text(before)
+    assert len(lines(output)) == 7
     other = faulty.with_name("other.jsonl")
     other.write_text(faulty.read_text().replace("post", "tweet").replace("no json\n", '{"id": "tweet 7"}\n'))
     with pytest.raises(SystemExit, match="does not belong to"):

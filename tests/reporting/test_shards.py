@@ -157,6 +157,34 @@ def test_posts_that_shards_count_may_not_change(
     assert manifest["posts"] == 15 and manifest["content"]
 
 
+@pytest.mark.parametrize("kind", ["imagefolder", "readme"])
+def test_shards_without_names_are_of_the_files_they_were_cut_from(
+    kind: str, checkpoint: Path, rows: list[dict[str, str]], tmp_path: Path
+) -> None:
+    source, output = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+
+    def write(part: list[dict[str, str]], name: str) -> None:
+        if kind == "readme":
+            (source / "README.md").write_text("posts of some days")
+            datasets.Dataset.from_list(part).to_parquet(source / name)
+            return
+        for row in part:
+            (source / Path(row["image"]).name).write_bytes(Path(row["image"]).read_bytes())
+        table = [{"file_name": Path(row["image"]).name, "id": row["id"], "text": row["text"]} for row in part]
+        (source / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+
+    write(rows[:6], "day1.parquet")
+    flags = [str(checkpoint), "--input", str(source), "--num_workers", "0", "--output", f"{output}/"]
+    for _ in range(2):
+        predict(flags)
+    whole = contents(output)
+    write(rows[6:12], "day1.parquet")
+    with pytest.raises(SystemExit, match="out does not belong to this model and .*source"):
+        predict(flags)
+    assert contents(output) == whole
+
+
 def test_tables_beside_predictions_stay_tables(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
@@ -299,7 +327,7 @@ def test_two_processes_write_what_one_writes(checkpoint: Path, shards: Path, tmp
     for process in launch(2, [*words, "posts.jsonl"], tmp_path):
         process.join()
         assert process.exitcode == 1
-    assert "Several processes cannot write one file, posts.jsonl" in (tmp_path / "1.log").read_text()
+    assert "Several processes cannot write one file, posts.jsonl" in (tmp_path / "0.log").read_text()
 
 
 @pytest.fixture(scope="module")
