@@ -7,7 +7,7 @@ frozen first layers (`--freeze_text_layers`, `--freeze_vision_blocks`): training
 outputs are kept in safetensors files, which are memory-mapped, in one folder per encoder. The name of the folder is a
 digest of everything the outputs depend on: weights, settings of the tokenizer or image processor, code and library
 versions. The name of an output is a digest of its text or of the bytes of its image. So a changed input never gets an
-old output, and splits, folds and data sets share what they have in common. The folder may be deleted at any time.
+old output, and splits, folds and data sets share what they have in common. Delete the folder only between runs.
 
 With `--augment` each training post also has `--augment_views` augmented versions, whose outputs are stored in the same
 way. An epoch draws one of them.

@@ -94,7 +94,7 @@ class DataArguments(ColumnArguments):
     )
     use_conflicting_posts: bool = field(
         default=False,
-        metadata={"help": "Train the modality heads also on MVSA's posts of a positive and a negative label."},
+        metadata={"help": "Also train the modality heads on posts with opposite labels (positive, negative)."},
     )
     splits: str | None = field(
         default="random",

@@ -202,10 +202,10 @@ class RecipeArguments(TrainingArguments):
         metadata={"help": "Multiply the backbones' learning rate by this per layer, from the top layer down."},
     )
     step_decay_epochs: int | None = field(
-        default=None, metadata={"help": "Divide the learning rate by 10 every so many epochs; no --lr_scheduler_type."}
+        default=None, metadata={"help": "Divide the learning rate by 10 every N epochs; no --lr_scheduler_type."}
     )
     early_stopping_patience: int = field(
-        default=0, metadata={"help": "Stop after so many evaluations without improvement; 0: never."}
+        default=0, metadata={"help": "Stop after N evaluations without improvement; 0: never."}
     )
     average_checkpoints: int = field(
         default=0,
@@ -228,7 +228,7 @@ class RecipeArguments(TrainingArguments):
     hp_search: int = field(
         default=0,
         metadata={
-            "help": "Search so many settings on the validation split (learning rates, dropout, epochs, weight decay), "
+            "help": "Try N settings on the validation split (learning rates, dropout, epochs, weight decay), "
             "and train with the best. A flag on the command line is not searched."
         },
     )
