@@ -80,25 +80,23 @@ def fusion(setting: Setting, numbers: str = "float32", compiled: bool = False) -
         suffix, how = f"{suffix}_compiled", f"{how}, compiled"
     parts = {"model": make_model(setting), "backbones": Backbones(setting).to(setting.device).eval()}
     inputs, bi_gru = make_inputs(setting, text_lengths(size)), parts["model"].model.text_branch.bi_gru
-    one = bi_gru.left_to_right
-    one = nn.GRU(one.input_size, one.hidden_size, batch_first=True, bidirectional=True).to(setting.device)
+    cases: dict[str, Callable[[], Any]] = {name: partial(part, **inputs) for name, part in parts.items()}
     with torch.inference_mode(), precision(setting, numbers):
-        read = inputs_of(bi_gru, lambda: parts["model"](**inputs))
-        for part in parts.values() if compiled else ():
-            part.compile(dynamic=False)
-        times = in_turn(
-            setting.repeats,
-            **{name: partial(part, **inputs) for name, part in parts.items()},
-            bi_gru=lambda: bi_gru(*read),
-            one_gru=lambda: one(read[0]),
-        )
+        if compiled:
+            for part in parts.values():
+                part.compile(dynamic=False)
+        else:  # a compiled model has its Bi-GRU inside
+            read, own = inputs_of(bi_gru, cases["model"]), bi_gru.left_to_right
+            one = nn.GRU(own.input_size, own.hidden_size, batch_first=True, bidirectional=True).to(setting.device)
+            cases |= {"bi_gru": partial(bi_gru, *read), "one_gru": partial(one, read[0])}
+        times = in_turn(setting.repeats, **cases)
     figures = {
         f"fusion_overhead_forward{suffix}": ratio(
             times["model"], times["backbones"], f"forward pass, model / backbones alone, {how}"
         ),
         f"forward_posts_per_second{suffix}": rate(times["model"], size, f"posts per second, forward pass, {how}"),
     }
-    if not compiled:  # the parts would not be
+    if not compiled:
         what = f"Bi-GRU / nn.GRU(bidirectional=True), which reads padding, {how}"
         figures[f"bi_gru_share{suffix}"] = ratio(times["bi_gru"], times["model"], f"Bi-GRU / forward pass, {how}")
         figures[f"bi_gru_over_one_gru{suffix}"] = ratio(times["bi_gru"], times["one_gru"], what)

@@ -82,5 +82,5 @@ def table(figures: dict[str, Figure]) -> str:
     lines = []
     for name, figure in figures.items():
         low_high = "" if figure.low is None else f"{figure.low:.4g} to {figure.high:.4g}"
-        lines.append(f"{name:36}{figure.value:<12.4g}{low_high:20}{figure.what}")
-    return "\n".join([f"{'figure':36}{'value':12}{'spread':20}what", *lines])
+        lines.append(f"{name:40}{figure.value:<12.4g}{low_high:20}{figure.what}")
+    return "\n".join([f"{'figure':40}{'value':12}{'spread':20}what", *lines])

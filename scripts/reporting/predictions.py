@@ -205,10 +205,10 @@ def predict_rows(
 def lines_done(output: Path, origin: dict[str, Any]) -> tuple[int, Counter[str], str | None]:
     """Count the posts that an earlier run finished, and their errors by kind; cut off an incomplete last line.
 
+    A hidden file beside the output records its origin.
+
     Returns:
         The two, and the ID of the last of these posts.
-
-    A hidden file beside the output records its origin.
 
     Raises:
         InputError: If the file is no output of this model for this input: appending would mix two sets of predictions.
